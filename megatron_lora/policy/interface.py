@@ -1,0 +1,82 @@
+"""What a trainer may ask of a backend. Both backends (Megatron-Core; transformers + FSDP2) implement `Policy`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_lora.data.batch import Row
+from megatron_lora.objectives.base import Objective
+
+
+@dataclass
+class StepResult:
+    """One training step, before the update: loss (mean over the objective's count), metrics likewise, gradient norm
+    (before clipping), learning rate used."""
+
+    loss: float
+    metrics: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    num_target_tokens: int
+    num_tokens: int
+
+
+@dataclass
+class AdapterTensors:
+    """An adapter under HF PEFT names, as `adapter_config.json` + `adapter_model.safetensors` hold it.
+
+    config: adapter_config.json's content. tensors: `base_model.model....lora_A.weight` -> CPU tensor.
+    """
+
+    config: dict
+    tensors: dict[str, Tensor]
+
+
+class Policy(ABC):
+    """A model split over ranks, its adapters and its optimizer. Every method is collective: all ranks call it with
+    the same rows; the backend gives each rank its part."""
+
+    @abstractmethod
+    def train_step(self, groups: Sequence[Sequence[Row]], objective: Objective) -> StepResult:
+        """Forward, backward and one optimizer step over the global batch. Raises NonFiniteLoss (nothing updated)."""
+
+    @abstractmethod
+    def evaluate(self, groups: Sequence[Sequence[Row]], objective: Objective) -> tuple[float, dict[str, float]]:
+        """The objective's mean loss and metrics without gradients, adapters' dropout off."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Row]) -> list[Tensor]:
+        """Each row's token log-probabilities: [S] fp32 CPU, nats, [0] is 0; on every rank, no gradients."""
+
+    @abstractmethod
+    def adapters_disabled(self) -> AbstractContextManager[None]:
+        """Within it the model is the frozen base (the reference policy); restored also on an exception."""
+
+    @abstractmethod
+    def adapter(self) -> AdapterTensors:
+        """The whole adapter under HF names, gathered over TP and PP; on every rank."""
+
+    @abstractmethod
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under HF names, adapters merged in fp32, one tensor at a time; on every rank."""
+
+    @abstractmethod
+    def save(self, weights: Path, optimizer: Path | None) -> None:
+        """Write the trainable weights and, if asked, optimizer, scheduler and RNG state, into empty folders."""
+
+    @abstractmethod
+    def load(self, weights: Path, optimizer: Path | None) -> None:
+        """Restore what `save` wrote, from any layout."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or a gradient was NaN or infinite; names the data set rows of the micro-batches that caused it."""
+
+    def __init__(self, value: float, row_indices: list[int]):
+        super().__init__(f"loss is {value} for data rows {row_indices}")
+        self.value = value
+        self.row_indices = row_indices
