@@ -1,0 +1,134 @@
+"""Stand-ins for CUDA, so that Megatron-Core's real code runs on a machine without a GPU.
+
+Everything that pretends is in this file and in `transformer_engine.py`; both do nothing where a GPU is there.
+Megatron-Core names CUDA directly in few places: the current device, streams and events, the CUDA random number
+generator, `device="cuda"`, `Tensor.cuda()`, and the string that `Tensor.type()` answers.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_installed = False
+
+
+class InertStream:
+    """Stands for torch.cuda.Stream: work on a CPU is done when the call returns, so there is nothing to order."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.cuda_stream = 0
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or InertEvent()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "InertStream":
+        return self
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+
+class InertEvent:
+    """Stands for torch.cuda.Event."""
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+class _CudaDeviceIsCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` to the CPU in every torch call."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if func in (torch.Tensor.to, torch.Tensor.type) and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], torch.device("cpu"), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+def install_cpu_stand_ins() -> None:
+    """Point Megatron-Core's uses of CUDA at the CPU. Does nothing where CUDA is there, and nothing the second time."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _stand_in_for_device()
+    _stand_in_for_random_state()
+    _stand_in_for_tensor_methods()
+    _CudaDeviceIsCpu().__enter__()
+
+
+def _stand_in_for_device() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = InertStream
+    cuda.Event = InertEvent
+    cuda.current_stream = lambda device=None: InertStream()
+    cuda.default_stream = lambda device=None: InertStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def _stand_in_for_random_state() -> None:
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = cuda.manual_seed
+
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    megatron_random: Any = random
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def _stand_in_for_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    original_type = torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers sort parameters by this string and know only the CUDA ones.
+        if dtype is None:
+            return original_type(self).replace("torch.", "torch.cuda.")
+        return original_type(self, dtype, *args, **kwargs)
+
+    tensor.cuda = cuda
+    tensor.type = type_name
