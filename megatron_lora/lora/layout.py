@@ -1,0 +1,291 @@
+"""Where each adapter factor lives: blocks and segments of a fused linear, rows of B, and the slices of a TP rank.
+
+Pure tables and tensor functions: no megatron, no torch.distributed. The convention is docs/architecture.md, "Adapters":
+for y = W x + s B A x, `lora_A` is [R, in] and `lora_B` is [out, R], with B's rows in Megatron's TP=1 order.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+
+Kind = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]
+Factor = Literal["A", "B"]
+
+KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
+COLUMN_PARALLEL: frozenset[str] = frozenset({"linear_qkv", "linear_fc1", "output_layer"})
+# Where a kind stands in a Megatron decoder layer.
+PARENTS = {
+    "linear_qkv": "self_attention",
+    "linear_proj": "self_attention",
+    "linear_fc1": "mlp",
+    "linear_fc2": "mlp",
+}
+
+ADAPTER_FILE = "adapter.json"
+ADAPTER_FORMAT = "megatron-lora-adapter"
+ADAPTER_VERSION = 1
+ADAPTER_TYPES = ("lora",)
+
+# Families whose HF linears are self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj under model.layers.
+HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """The sizes of a decoder that decide every factor's shape. vocab_size is the model's own, without padding."""
+
+    model_type: str
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    gated: bool = True
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelShapes":
+        """The shapes of an HF `config.json` (its content as a mapping).
+
+        Raises UserError for a family whose linears have other names, or where a size is missing.
+        """
+        model_type = config.get("model_type")
+        if model_type not in HF_MODEL_TYPES:
+            raise UserError(
+                f"model_type={model_type!r} in the base model's config.json is not a family whose linears are known; "
+                f"use one of {', '.join(HF_MODEL_TYPES)}"
+            )
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            # gemma's config classes have tied embeddings by default and leave the key out of config.json.
+            tied = config.get("tie_word_embeddings")
+            return cls(
+                model_type=model_type,
+                hidden_size=hidden,
+                ffn_hidden_size=int(config["intermediate_size"]),
+                num_layers=int(config["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_query_groups=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                vocab_size=int(config["vocab_size"]),
+                tied_embeddings=model_type.startswith("gemma") if tied is None else bool(tied),
+            )
+        except KeyError as error:
+            raise UserError(f"the base model's config.json has no {error.args[0]!r}; is the file complete?") from error
+
+
+def segments_of(kind: str, shapes: ModelShapes) -> tuple[str, ...]:
+    """The HF linears that a fused linear covers, in HF order."""
+    if kind == "linear_fc1":
+        return ("gate", "up") if shapes.gated else ("up",)
+    return {
+        "linear_qkv": ("q", "k", "v"),
+        "linear_proj": ("o",),
+        "linear_fc2": ("down",),
+        "output_layer": ("lm_head",),
+    }[kind]
+
+
+def features(kind: str, shapes: ModelShapes) -> tuple[int, int]:
+    """(in features, out features) of a whole fused linear (TP=1, no vocabulary padding)."""
+    query = shapes.num_attention_heads * shapes.head_dim
+    return {
+        "linear_qkv": (shapes.hidden_size, query + 2 * shapes.num_query_groups * shapes.head_dim),
+        "linear_proj": (query, shapes.hidden_size),
+        "linear_fc1": (shapes.hidden_size, shapes.ffn_hidden_size * (2 if shapes.gated else 1)),
+        "linear_fc2": (shapes.ffn_hidden_size, shapes.hidden_size),
+        "output_layer": (shapes.hidden_size, shapes.vocab_size),
+    }[kind]
+
+
+def segment_rows(kind: str, shapes: ModelShapes, segment: str) -> Tensor:
+    """[rows] int64: the rows of B (global order) that belong to one HF linear, in that linear's own row order."""
+    out = features(kind, shapes)[1]
+    if kind == "linear_qkv":
+        per_group = shapes.num_attention_heads // shapes.num_query_groups
+        grid = torch.arange(out).view(shapes.num_query_groups, per_group + 2, shapes.head_dim)
+        part = {"q": grid[:, :per_group], "k": grid[:, per_group], "v": grid[:, per_group + 1]}[segment]
+        return part.reshape(-1)
+    names = segments_of(kind, shapes)
+    size = out // len(names)
+    start = names.index(segment) * size
+    return torch.arange(start, start + size)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of A that serve some segments of one linear, with one scale.
+
+    alpha and use_rslora are what `scale` came from: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, eq. 5).
+    """
+
+    segments: tuple[str, ...]
+    start: int
+    stop: int
+    scale: float
+    alpha: float
+    use_rslora: bool = False
+
+    @classmethod
+    def build(cls, segments: Sequence[str], start: int, rank: int, alpha: float, use_rslora: bool = False) -> "Block":
+        """A block of `rank` rows from `start`. Raises UserError for a rank below 1 or an alpha of 0."""
+        if rank < 1:
+            raise UserError(f"an adapter's rank must be at least 1, got {rank}; set dim (r) to 1 or more")
+        if alpha == 0 or not math.isfinite(alpha):
+            raise UserError(f"an adapter's alpha must be finite and not 0, got {alpha}: it adds nothing to the base")
+        scale = alpha / (math.sqrt(rank) if use_rslora else rank)
+        return cls(tuple(segments), start, start + rank, scale, float(alpha), use_rslora)
+
+    @property
+    def rank(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """One adapted linear. name: its full Megatron name with the global layer number, e.g.
+    `decoder.layers.3.self_attention.linear_qkv`, or `output_layer`."""
+
+    name: str
+    kind: Kind
+    blocks: tuple[Block, ...]
+
+    @property
+    def rank(self) -> int:
+        """R: rows of A, columns of B."""
+        return self.blocks[-1].stop
+
+    @property
+    def parallel(self) -> Literal["column", "row"]:
+        return "column" if self.kind in COLUMN_PARALLEL else "row"
+
+    @property
+    def layer(self) -> int | None:
+        """The global layer number; None for the output layer."""
+        return None if self.kind == "output_layer" else int(self.name.split(".")[2])
+
+    def in_features(self, shapes: ModelShapes) -> int:
+        return features(self.kind, shapes)[0]
+
+    def out_features(self, shapes: ModelShapes) -> int:
+        return features(self.kind, shapes)[1]
+
+    def scales(self) -> Tensor:
+        """[R] fp32: the scale of each rank row of A."""
+        return torch.cat([torch.full((block.rank,), block.scale, dtype=torch.float32) for block in self.blocks])
+
+    def b_mask(self, shapes: ModelShapes) -> Tensor | None:
+        """[out, R] bool: the entries of B that may be non-zero; None where all may."""
+        names = set(segments_of(self.kind, shapes))
+        if all(set(block.segments) == names for block in self.blocks):
+            return None
+        mask = torch.zeros(self.out_features(shapes), self.rank, dtype=torch.bool)
+        for block in self.blocks:
+            for segment in block.segments:
+                mask[segment_rows(self.kind, shapes, segment), block.start : block.stop] = True
+        return mask
+
+
+def module_name(kind: str, layer: int | None) -> str:
+    """The full Megatron name of a linear; layer is None for the output layer."""
+    return kind if layer is None else f"decoder.layers.{layer}.{PARENTS[kind]}.{kind}"
+
+
+def build_layout(name: str, rank: int, alpha: float, shapes: ModelShapes, use_rslora: bool = False) -> ModuleLayout:
+    """The layout of a new adapter on the linear `name`: one block, A shared among all of its segments."""
+    kind = name.rsplit(".", 1)[-1]
+    if kind not in KINDS:
+        raise UserError(f"{name} is not a linear that can carry an adapter; their names end in {', '.join(KINDS)}")
+    block = Block.build(segments_of(kind, shapes), 0, rank, alpha, use_rslora)
+    return ModuleLayout(name=name, kind=kind, blocks=(block,))
+
+
+@dataclass
+class AdapterSpec:
+    """All that an exporter needs besides the tensors; `adapter.json` beside the distributed checkpoint.
+
+    settings: the run's adapter settings (dim, alpha, dropout, ...), kept for the reader and for `lora_dropout`.
+    base_fingerprint: `conversion.fingerprint.fingerprint_base` of the base's HF folder; None where unknown.
+    """
+
+    base_model_name: str
+    shapes: ModelShapes
+    modules: list[ModuleLayout]
+    base_fingerprint: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    type: str = "lora"
+
+    def factor_shapes(self) -> dict[str, tuple[int, int]]:
+        """`<module>.lora_A|lora_B` -> its full shape, in the order of `modules`."""
+        result: dict[str, tuple[int, int]] = {}
+        for module in self.modules:
+            result[f"{module.name}.lora_A"] = (module.rank, module.in_features(self.shapes))
+            result[f"{module.name}.lora_B"] = (module.out_features(self.shapes), module.rank)
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": ADAPTER_FORMAT, "version": ADAPTER_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], source: str = ADAPTER_FILE) -> "AdapterSpec":
+        """Raises UserError naming `source` for another format, version or adapter type, or a field that is missing."""
+        if not isinstance(content, Mapping) or content.get("format") != ADAPTER_FORMAT:
+            raise UserError(f"{source} does not describe a Megatron-LoRA adapter (no format={ADAPTER_FORMAT!r} in it)")
+        if content.get("version") != ADAPTER_VERSION:
+            raise UserError(
+                f"{source} has version {content.get('version')!r}, this release reads version {ADAPTER_VERSION}; "
+                "use the release that wrote it"
+            )
+        if content.get("type") not in ADAPTER_TYPES:
+            raise UserError(
+                f"{source} holds an adapter of type {content.get('type')!r}; supported: {', '.join(ADAPTER_TYPES)}"
+            )
+        try:
+            modules = [
+                ModuleLayout(
+                    module["name"],
+                    module["kind"],
+                    tuple(Block(**{**block, "segments": tuple(block["segments"])}) for block in module["blocks"]),
+                )
+                for module in content["modules"]
+            ]
+            return cls(
+                base_model_name=content["base_model_name"],
+                shapes=ModelShapes(**content["shapes"]),
+                modules=modules,
+                base_fingerprint=content["base_fingerprint"],
+                settings=dict(content["settings"]),
+                type=content["type"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{source} is damaged: {type(error).__name__}: {error}") from error
+
+    def save(self, path: Path | str) -> None:
+        """Write the spec as JSON to the file `path`, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "AdapterSpec":
+        """Read what `save` wrote. Raises UserError where the file is missing, no JSON, or of another version."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; is this a checkpoint of an adapter, written completely?")
+        try:
+            content = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not readable JSON ({error}); the checkpoint is damaged") from error
+        return cls.from_json(content, str(path))
