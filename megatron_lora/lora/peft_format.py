@@ -1,0 +1,269 @@
+"""Fused adapter tensors <-> HF PEFT's names and `adapter_config.json`. Pure: dictionaries and tensors in and out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import (
+    AdapterSpec,
+    Block,
+    Kind,
+    ModelShapes,
+    ModuleLayout,
+    features,
+    module_name,
+    segment_rows,
+    segments_of,
+)
+from megatron_lora.lora.peft_config import PeftPatterns, build_config, read_patterns
+
+LAYER_KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+PREFIX = "base_model.model."
+HF_LEAVES = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "lm_head": "lm_head",
+}
+
+
+@dataclass(frozen=True)
+class HFLinear:
+    """One HF linear: its module name in the HF model, and the fused linear and segment that it is."""
+
+    name: str
+    kind: Kind
+    segment: str
+    layer: int | None
+
+
+def hf_name(segment: str, layer: int | None) -> str:
+    """The HF module name of a segment, e.g. `model.layers.3.self_attn.q_proj`, or `lm_head`."""
+    return HF_LEAVES[segment] if layer is None else f"model.layers.{layer}.{HF_LEAVES[segment]}"
+
+
+def hf_linears(shapes: ModelShapes) -> dict[str, HFLinear]:
+    """Every HF linear of the model that can carry an adapter, by name, layer by layer in the forward's order."""
+    result: dict[str, HFLinear] = {}
+    for layer in range(shapes.num_layers):
+        for kind in LAYER_KINDS:
+            for segment in segments_of(kind, shapes):
+                name = hf_name(segment, layer)
+                result[name] = HFLinear(name, kind, segment, layer)
+    result["lm_head"] = HFLinear("lm_head", "output_layer", "lm_head", None)
+    return result
+
+
+def segment_features(linear: HFLinear, shapes: ModelShapes) -> tuple[int, int]:
+    """(in features, out features) of one HF linear."""
+    return features(linear.kind, shapes)[0], segment_rows(linear.kind, shapes, linear.segment).numel()
+
+
+def segment_delta(module: ModuleLayout, segment: str, a: Tensor, b: Tensor, shapes: ModelShapes) -> Tensor | None:
+    """[out of the HF linear, in] fp32: s B A of one segment, from the fused factors; None where no block serves it."""
+    block = block_of(module, segment)
+    if block is None:
+        return None
+    rows = segment_rows(module.kind, shapes, segment).to(b.device)
+    b_segment = b[rows, block.start : block.stop].float()
+    return (b_segment * block.scale) @ a[block.start : block.stop].float()
+
+
+def block_of(module: ModuleLayout, segment: str) -> Block | None:
+    """The block that serves a segment, if one does."""
+    return next((block for block in module.blocks if segment in block.segments), None)
+
+
+def to_hf(
+    spec: AdapterSpec, tensors: Mapping[str, Tensor], *, uniform_scale: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A fused adapter as (adapter_config.json's content, PEFT tensors).
+
+    tensors: `<module>.lora_A|lora_B` -> full tensor. An A that several HF linears share is written as a copy for each.
+    uniform_scale: fold what differs in scale between linears into B, so that alpha / r is one number; for engines that
+    read r and lora_alpha but no pattern (vLLM). Otherwise the tensors are the fused ones bit for bit.
+    Raises UserError for a tensor that is missing or has another shape.
+    """
+    patterns: dict[str, tuple[int, float]] = {}
+    scales: dict[str, float] = {}
+    result: dict[str, Tensor] = {}
+    check_tensors(spec, tensors)
+    for module in spec.modules:
+        a, b = tensors[f"{module.name}.lora_A"], tensors[f"{module.name}.lora_B"]
+        for segment in segments_of(module.kind, spec.shapes):
+            block = block_of(module, segment)
+            if block is None:
+                continue
+            name = hf_name(segment, module.layer)
+            rows = segment_rows(module.kind, spec.shapes, segment).to(b.device)
+            patterns[name] = (block.rank, block.alpha)
+            scales[name] = block.scale
+            result[f"{PREFIX}{name}.lora_A.weight"] = a[block.start : block.stop].clone()
+            result[f"{PREFIX}{name}.lora_B.weight"] = b[rows, block.start : block.stop].contiguous()
+    use_rslora = any(block.use_rslora for module in spec.modules for block in module.blocks)
+    if uniform_scale:
+        patterns = _fold_scales(patterns, scales, result)
+        use_rslora = False
+    config = build_config(spec, patterns, use_rslora, all_names=list(hf_linears(spec.shapes)))
+    return config, result
+
+
+def check_tensors(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless `tensors` are exactly the factors that `spec` names, in its shapes."""
+    wanted = spec.factor_shapes()
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        raise UserError(
+            f"the adapter's tensors are not those that adapter.json names: missing {_some(missing)}, "
+            f"unexpected {_some(unexpected)}; the checkpoint is incomplete or of another adapter"
+        )
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, adapter.json says {shape}")
+
+
+def from_hf(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    shapes: ModelShapes,
+    base_model_name: str | None = None,
+    base_fingerprint: str | None = None,
+) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """Any HF PEFT LoRA adapter as (spec, `<module>.lora_A|lora_B` -> full fused tensor).
+
+    HF linears of one fused linear share a block where their A, rank and scale are bitwise equal; otherwise each has its
+    own. `to_hf` of the result returns the same tensors bit for bit (a module that mixes dtypes is held in the wider).
+    Raises UserError for what is not supported (named), for tensors that config and shapes do not agree with.
+    """
+    patterns = read_patterns(config)
+    factors = _pair_factors(tensors, patterns, shapes)
+    fused: dict[str, Tensor] = {}
+    modules: list[ModuleLayout] = []
+    for layer in [*range(shapes.num_layers), None]:
+        for kind in ("output_layer",) if layer is None else LAYER_KINDS:
+            present = {s: factors[hf_name(s, layer)] for s in segments_of(kind, shapes) if hf_name(s, layer) in factors}
+            if not present:
+                continue
+            name = module_name(kind, layer)
+            module = ModuleLayout(name, kind, _group_segments(present, layer, patterns))
+            modules.append(module)
+            fused[f"{name}.lora_A"], fused[f"{name}.lora_B"] = _fuse(module, present, shapes)
+    settings = {"dim": patterns.rank, "alpha": patterns.alpha, "dropout": patterns.dropout, "dropout_position": "pre"}
+    name = base_model_name or config.get("base_model_name_or_path") or ""
+    return AdapterSpec(name, shapes, modules, base_fingerprint, settings), fused
+
+
+def _fuse(
+    module: ModuleLayout, factors: Mapping[str, tuple[Tensor, Tensor]], shapes: ModelShapes
+) -> tuple[Tensor, Tensor]:
+    """([R, in], [out, R]) from each segment's own pair."""
+    dtype = factors[module.blocks[0].segments[0]][0].dtype
+    for pair in factors.values():
+        for tensor in pair:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    a = torch.cat([factors[block.segments[0]][0].to(dtype) for block in module.blocks])
+    b = torch.zeros(module.out_features(shapes), module.rank, dtype=dtype)
+    for block in module.blocks:
+        for segment in block.segments:
+            b[segment_rows(module.kind, shapes, segment), block.start : block.stop] = factors[segment][1].to(dtype)
+    return a, b
+
+
+def _group_segments(
+    factors: Mapping[str, tuple[Tensor, Tensor]], layer: int | None, patterns: PeftPatterns
+) -> tuple[Block, ...]:
+    """The blocks of one fused linear: segments with the same A, rank and alpha go together."""
+    groups: list[tuple[list[str], Tensor, int, float]] = []
+    for segment, (a, _) in factors.items():
+        rank, alpha = patterns.rank_and_alpha(hf_name(segment, layer))
+        for names, other, other_rank, other_alpha in groups:
+            if (rank, alpha) == (other_rank, other_alpha) and _same_bits(a, other):
+                names.append(segment)
+                break
+        else:
+            groups.append(([segment], a, rank, alpha))
+    blocks: list[Block] = []
+    start = 0
+    for names, _, rank, alpha in groups:
+        blocks.append(Block.build(names, start, rank, alpha, patterns.use_rslora))
+        start += rank
+    return tuple(blocks)
+
+
+def _pair_factors(
+    tensors: Mapping[str, Tensor], patterns: PeftPatterns, shapes: ModelShapes
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """HF linear -> (A, B), after every name and shape was checked against config and model."""
+    linears = hf_linears(shapes)
+    if shapes.tied_embeddings and patterns.matches("lm_head"):
+        raise UserError(
+            "the adapter targets lm_head, but this model ties it to the input embeddings: an update of the head alone "
+            "cannot be expressed; train without lm_head"
+        )
+    keys = {f"{PREFIX}{name}.lora_{factor}.weight" for name in linears for factor in "AB"}
+    unexpected = sorted(set(tensors) - keys)
+    if unexpected:
+        raise UserError(
+            f"the adapter holds tensors for no linear of this {shapes.model_type} model ({shapes.num_layers} layers): "
+            f"{_some(unexpected)}; is it an adapter for another base?"
+        )
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, linear in linears.items():
+        key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+        targeted = patterns.matches(name)
+        present = [key for key in (key_a, key_b) if key in tensors]
+        if targeted and len(present) < 2:
+            missing = _some(sorted({key_a, key_b} - set(present)))
+            raise UserError(f"adapter_config.json targets {name}, but the weights lack {missing}")
+        if present and not targeted:
+            raise UserError(f"the weights hold {present[0]}, which adapter_config.json does not target")
+        if targeted:
+            inputs, outputs = segment_features(linear, shapes)
+            rank = patterns.rank_and_alpha(name)[0]
+            for key, wanted in ((key_a, (rank, inputs)), (key_b, (outputs, rank))):
+                if tuple(tensors[key].shape) != wanted:
+                    raise UserError(
+                        f"{key} has shape {tuple(tensors[key].shape)}, wanted {wanted} (rank {rank} on this base); "
+                        "the adapter is for another base, or its adapter_config.json for another adapter"
+                    )
+            result[name] = (tensors[key_a], tensors[key_b])
+    if not result:
+        raise UserError(f"the adapter adapts no linear of this model: target_modules={patterns.target_modules!r}")
+    return result
+
+
+def _fold_scales(
+    patterns: Mapping[str, tuple[int, float]], scales: Mapping[str, float], tensors: dict[str, Tensor]
+) -> dict[str, tuple[int, float]]:
+    """Multiply each B by its scale over the commonest one; returns the (rank, alpha) that then hold, without rsLoRA."""
+    values = list(scales.values())
+    common = max(values, key=values.count)
+    result: dict[str, tuple[int, float]] = {}
+    for name, (rank, _) in patterns.items():
+        key = f"{PREFIX}{name}.lora_B.weight"
+        if scales[name] != common:
+            tensors[key] = (tensors[key].double() * (scales[name] / common)).to(tensors[key].dtype)
+        result[name] = (rank, common * rank)
+    return result
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def _some(names: list[str]) -> str:
+    """The first three of a list, and how many more."""
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
