@@ -12,7 +12,7 @@ class Row:
 
     input_ids: [S] int64. target_mask: [S] bool, True where the token carries loss (never at position 0, which
     nothing predicts). token_fields: name -> [S] fp32, aligned with input_ids (old log-probabilities, advantages...).
-    row_fields: name -> scalar. index: the row's number in its data set, for messages.
+    row_fields: name -> scalar. index: the row's number in its data set, counted from 1 as error messages do.
     """
 
     input_ids: Tensor
@@ -36,7 +36,8 @@ class MicroBatch:
     tokens, positions (within the row), targets: [T] int64; targets[t] is the token that follows tokens[t] in its row.
     target_mask: [T] bool, True where targets[t] carries loss. row_of_token: [T] int64; padding belongs to the row it
     follows. cu_seqlens: [rows + 1] int32. token_fields: name -> [T], shifted like targets. row_fields: name ->
-    [rows] fp32. row_indices: data set row numbers, -1 for a padding row. num_rows counts the padding row too.
+    [rows] fp32. row_indices: data set row numbers, -1 for a padding row. row_lengths: each row's tokens without its
+    padding, 0 for a padding row. num_rows counts the padding row too.
     """
 
     tokens: Tensor
@@ -49,6 +50,7 @@ class MicroBatch:
     row_indices: list[int]
     token_fields: dict[str, Tensor] = field(default_factory=dict)
     row_fields: dict[str, Tensor] = field(default_factory=dict)
+    row_lengths: list[int] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -71,6 +73,7 @@ class MicroBatch:
             row_indices=self.row_indices,
             token_fields={name: move(value) for name, value in self.token_fields.items()},
             row_fields={name: move(value) for name, value in self.row_fields.items()},
+            row_lengths=self.row_lengths,
         )
 
 

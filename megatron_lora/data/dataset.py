@@ -1,0 +1,213 @@
+"""Tokenized data sets: groups of rows for SFT and DPO, prompts for GRPO."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_lora.data.batch import Row
+from megatron_lora.data.examples import Instructions, Keys, RowError, parse_preference, parse_prompt, parse_sft
+from megatron_lora.data.sources import Source
+from megatron_lora.data.stats import LengthStats
+from megatron_lora.data.tokenize import Encoded, Encoder, EncodingOptions
+from megatron_lora.data.workers import EncodeRow, encode_rows
+from megatron_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What GRPO samples answers for.
+
+    input_ids: [S] int64. text: the same as text. answer: the reference answer ("" if the row has none). index: the
+    row's number, counted from 1. extra: the row's other fields, for reward functions.
+    """
+
+    input_ids: Tensor
+    text: str
+    answer: str
+    index: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class TokenizedDataset(Sequence[list[Row]]):
+    """Groups of rows that stay in one micro-batch: [row] for SFT, [chosen, rejected] for DPO."""
+
+    def __init__(self, groups: Sequence[Sequence[Encoded]], stats: LengthStats):
+        self._groups = groups
+        self.stats = stats
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, position):  # type: ignore[override]  # no slices
+        return [encoded.to_row() for encoded in self._groups[position]]
+
+    def group_lengths(self) -> list[int]:
+        """Tokens of each group, without making its tensors."""
+        return [sum(map(len, group)) for group in self._groups]
+
+
+class PromptDataset(Sequence[Prompt]):
+    """GRPO's prompts, in the data set's order."""
+
+    def __init__(self, prompts: Sequence[Prompt], stats: LengthStats):
+        self._prompts = prompts
+        self.stats = stats
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, position):  # type: ignore[override]  # no slices
+        return self._prompts[position]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a data set is prepared; the same for the three algorithms.
+
+    max_length: limit in tokens. num_workers: processes that tokenize (used where there are rows enough).
+    show_progress: a progress bar, on one rank.
+    """
+
+    max_length: int
+    options: EncodingOptions = EncodingOptions()
+    instructions: Instructions = Instructions()
+    num_workers: int = 1
+    show_progress: bool = False
+
+
+def build_sft_dataset(source: Source, tokenizer: PreTrainedTokenizerBase, preparation: Preparation) -> TokenizedDataset:
+    """Tokenize rows for training on answers.
+
+    Rows over `max_length` are cut at the end; one that keeps no target token is dropped. Raises UserError for a row
+    that cannot be used (with file and number; hub rows are dropped and counted), where every row is over the limit,
+    and where none is left.
+    """
+    stats = LengthStats(preparation.max_length)
+    encode = partial(_encode_sft, keys=source.sft_keys, instructions=preparation.instructions)
+    groups = []
+    for [encoded] in _encode_all(source, tokenizer, preparation, encode, stats):
+        stats.lengths.append(len(encoded))
+        if len(encoded) > preparation.max_length:
+            encoded = encoded.truncated(preparation.max_length)
+            if not encoded.mask.any():
+                stats.dropped_long += 1
+                continue
+            stats.truncated += 1
+        stats.target_tokens += int(encoded.mask.sum())
+        groups.append([encoded])
+    if stats.lengths and stats.min > preparation.max_length:
+        raise _all_too_long(source, stats, "row")
+    return TokenizedDataset(_checked(groups, source, stats), stats)
+
+
+def build_preference_dataset(
+    source: Source, tokenizer: PreTrainedTokenizerBase, preparation: Preparation
+) -> TokenizedDataset:
+    """Tokenize pairs [chosen, rejected]; loss on the last answer of each.
+
+    A pair with a sequence over `max_length`, or with both answers equal, is dropped and counted. Raises UserError for
+    a row that cannot be used (chosen or rejected missing), and where no pair is left.
+    """
+    stats = LengthStats(preparation.max_length)
+    encode = partial(_encode_preference, keys=source.sft_keys, instructions=preparation.instructions)
+    groups = []
+    for pair in _encode_all(source, tokenizer, preparation, encode, stats):
+        stats.lengths.extend(map(len, pair))
+        if pair[0].same_tokens(pair[1]):
+            stats.dropped_equal += 1
+        elif max(map(len, pair)) > preparation.max_length:
+            stats.dropped_long += 1
+        else:
+            stats.target_tokens += sum(int(encoded.mask.sum()) for encoded in pair)
+            groups.append(pair)
+    if not groups and stats.dropped_long and stats.dropped_long == stats.rows:
+        raise _all_too_long(source, stats, "pair")
+    return TokenizedDataset(_checked(groups, source, stats), stats)
+
+
+def build_prompt_dataset(source: Source, tokenizer: PreTrainedTokenizerBase, preparation: Preparation) -> PromptDataset:
+    """Tokenize GRPO's prompts, ready for generation; those over `max_length` are dropped and counted.
+
+    Raises UserError for a row that cannot be used and where every prompt is over the limit.
+    """
+    stats = LengthStats(preparation.max_length)
+    encode = partial(_encode_prompt, keys=source.prompt_keys, instructions=preparation.instructions)
+    prompts = []
+    for prompt in _encode_all(source, tokenizer, preparation, encode, stats):
+        stats.lengths.append(prompt.input_ids.numel())
+        if prompt.input_ids.numel() > preparation.max_length:
+            stats.dropped_long += 1
+        else:
+            prompts.append(prompt)
+    if not prompts and stats.dropped_long:
+        raise _all_too_long(source, stats, "prompt")
+    return PromptDataset(_checked(prompts, source, stats), stats)
+
+
+def _encode_sft(
+    encoder: Encoder, number: int, row: Mapping[str, Any], keys: Keys, instructions: Instructions
+) -> list[Encoded]:
+    return [encoder.encode(parse_sft(row, keys, instructions), number)]
+
+
+def _encode_preference(
+    encoder: Encoder, number: int, row: Mapping[str, Any], keys: Keys, instructions: Instructions
+) -> list[Encoded]:
+    return [encoder.encode(example, number, only_final=True) for example in parse_preference(row, keys, instructions)]
+
+
+def _encode_prompt(
+    encoder: Encoder, number: int, row: Mapping[str, Any], keys: Keys, instructions: Instructions
+) -> Prompt:
+    example = parse_prompt(row, keys, instructions)
+    ids, text = encoder.encode_prompt(example)
+    return Prompt(torch.tensor(ids, dtype=torch.int64), text, example.answer, number, example.extra)
+
+
+def _encode_all(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    preparation: Preparation,
+    encode: EncodeRow,
+    stats: LengthStats,
+) -> Iterator[Any]:
+    """Encode every row in order; a row that cannot be used ends the run in the user's own file, else is counted."""
+    results = encode_rows(source, tokenizer, preparation.options, encode, preparation.num_workers)
+    reason = ""
+    for number, result in track(
+        results,
+        description=f"Tokenizing {source.name}",
+        total=len(source),
+        transient=True,
+        disable=not preparation.show_progress,
+    ):
+        stats.rows += 1
+        if not isinstance(result, RowError):
+            yield result
+        elif source.strict:
+            raise UserError(f"{source.name}, row {number}: {result}")
+        else:
+            reason = str(result)
+            stats.dropped_bad += 1
+    if stats.dropped_bad == stats.rows:
+        raise UserError(f"{source.name}: none of its {stats.rows} rows can be used; the last one: {reason}")
+
+
+def _all_too_long(source: Source, stats: LengthStats, noun: str) -> UserError:
+    return UserError(
+        f"{source.name}: every {noun} is longer than the limit of {stats.max_length} tokens (the shortest sequence has "
+        f"{stats.min}, the longest {stats.max}); raise policy.max_total_sequence_length and data.max_input_seq_length"
+    )
+
+
+def _checked[T](kept: list[T], source: Source, stats: LengthStats) -> list[T]:
+    stats.kept = len(kept)
+    if not kept:
+        raise UserError(f"{source.name}: no row is left to train on: {stats.describe()}")
+    return kept

@@ -1,0 +1,185 @@
+"""Raw rows: JSONL files, the built-in data sets and the hub, one shape for all."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lora.data.arithmetic import arithmetic_rows
+from megatron_lora.data.examples import Keys, RowError
+from megatron_lora.data.hub import HUB_DATASETS, HubDataset, load_hub_rows
+from megatron_lora.errors import UserError
+
+# NeMo RL's names for "the file that data_path names".
+FILE_DATASETS = ("ResponseDataset", "PreferenceDataset", "BinaryPreferenceDataset", "openai_format")
+GSM8K_VARIABLE = "MEGATRON_LORA_GSM8K"
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One `data.train` or `data.validation` block; field names are the recipe's keys."""
+
+    dataset_name: str | None = None
+    data_path: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    input_key: str | None = None
+    output_key: str | None = None
+    chosen_key: str | None = None
+    rejected_key: str | None = None
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.input_key, self.output_key, self.chosen_key, self.rejected_key)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one data set, by position.
+
+    name: the file or data set, for messages. sft_keys, prompt_keys: the fields to read in training on answers and in
+    GRPO. strict: one bad row is an error (the user's own file); otherwise it is dropped and counted. order: positions
+    in `rows`, where only some of them belong to this source.
+    """
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    sft_keys: Keys = Keys()
+    prompt_keys: Keys = Keys()
+    strict: bool = False
+    adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    order: Sequence[int] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows) if self.order is None else len(self.order)
+
+    def __getitem__(self, position: int) -> tuple[int, Mapping[str, Any] | RowError]:
+        """(row number counted from 1 in the whole data set, the row or why it cannot be used)."""
+        position = position if self.order is None else self.order[position]
+        row = self.rows[position]
+        try:
+            return position + 1, row if self.adapt is None else self.adapt(row)
+        except (KeyError, IndexError, TypeError) as error:
+            return position + 1, RowError(f"the data set's own fields are not as expected: {error!r}")
+
+    def select(self, positions: Sequence[int]) -> "Source":
+        """The rows at `positions`, in that order, with their numbers kept."""
+        order = list(positions) if self.order is None else [self.order[position] for position in positions]
+        return replace(self, order=order)
+
+
+def load_source(spec: SourceSpec, where: str = "data.train") -> Source:
+    """Load the rows of one data block; `where` names it in messages.
+
+    `data_path`, if given, is a JSONL file and wins over `dataset_name` (a folder with train.jsonl and test.jsonl for
+    gsm8k). Raises UserError: nothing named, an unknown split, a file that cannot be read, a line that is no JSON
+    object or is empty (with its number), an empty data set, a hub data set that cannot be loaded.
+    """
+    if spec.dataset_name is None and spec.data_path is None:
+        raise UserError(f"{where} names no data; set {where}.dataset_name or {where}.data_path (a JSONL file)")
+    if spec.dataset_name == "gsm8k":
+        source = _load_gsm8k(spec, where)
+    elif spec.data_path is not None:
+        source = _load_jsonl(Path(spec.data_path), spec, where)
+    elif spec.dataset_name in FILE_DATASETS:
+        raise UserError(f"{where}.dataset_name={spec.dataset_name} reads a file; set {where}.data_path to a JSONL file")
+    elif spec.dataset_name == "arithmetic":
+        source = _load_arithmetic(spec, where)
+    else:
+        source = _load_hub(str(spec.dataset_name), spec)
+    if len(source) == 0:
+        raise UserError(f"{where}: {source.name} holds no rows; at least one is needed")
+    return source
+
+
+def load_sources(
+    train: SourceSpec, validation: SourceSpec | None, split_validation_size: float = 0.0, seed: int = 42
+) -> tuple[Source, Source | None]:
+    """Training and validation rows.
+
+    Without a validation block, `split_validation_size` (a share below 1, or a number of rows) is cut off the training
+    rows at random with `seed`; the rest keeps its order. Raises UserError as `load_source` does.
+    """
+    source = load_source(train, "data.train")
+    if validation is not None:
+        return source, load_source(validation, "data.validation")
+    if not split_validation_size:
+        return source, None
+    count = round(len(source) * split_validation_size) if split_validation_size < 1 else int(split_validation_size)
+    if not 0 < count < len(source):
+        raise UserError(
+            f"data.train.split_validation_size={split_validation_size} takes {count} of {source.name}'s {len(source)} "
+            f"rows; it must leave at least one row on both sides"
+        )
+    shuffled = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    return source.select(sorted(shuffled[count:])), source.select(sorted(shuffled[:count]))
+
+
+def read_jsonl(path: Path, where: str = "data_path") -> list[dict[str, Any]]:
+    """Every line of `path` as a JSON object. Raises UserError naming file and row (counted from 1)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}={path} cannot be read ({error}); give the path of a JSONL file in UTF-8") from error
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise UserError(f"{path}, row {number}: the row is empty; every line must hold one JSON object")
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, row {number}: no JSON ({error.msg} at column {error.colno}); every line must hold one JSON "
+                "object"
+            ) from error
+        if not isinstance(row, dict) or not row:
+            got = "an empty object" if row == {} else type(row).__name__
+            raise UserError(f"{path}, row {number}: wanted a JSON object with fields, got {got}")
+        rows.append(row)
+    return rows
+
+
+def _load_jsonl(path: Path, spec: SourceSpec, where: str) -> Source:
+    rows = read_jsonl(path.expanduser(), f"{where}.data_path")
+    return Source(str(path), rows, sft_keys=spec.keys, prompt_keys=spec.keys, strict=True)
+
+
+def _load_arithmetic(spec: SourceSpec, where: str) -> Source:
+    try:
+        rows = arithmetic_rows(spec.split or "train")
+    except ValueError as error:
+        raise UserError(f"{where}.split={spec.split}: arithmetic has the splits train and validation") from error
+    return Source("arithmetic", rows, sft_keys=spec.keys, prompt_keys=spec.keys, strict=True)
+
+
+def _load_gsm8k(spec: SourceSpec, where: str) -> Source:
+    """A local copy (data_path or the environment variable names its folder, or one file), otherwise the hub's."""
+    split = {"validation": "test", None: "train"}.get(spec.split, spec.split)
+    local = spec.data_path or os.environ.get(GSM8K_VARIABLE)
+    if local is None:
+        return _load_hub("gsm8k", replace(spec, split=split))
+    path = Path(local).expanduser()
+    if path.is_dir():
+        path = path / f"{split}.jsonl"
+    return _load_jsonl(path, spec, where)
+
+
+def _load_hub(name: str, spec: SourceSpec) -> Source:
+    entry = HUB_DATASETS.get(name, HubDataset(name))
+    if spec.subset is not None:
+        entry = replace(entry, subset=spec.subset)
+    named = spec.keys != Keys()
+    return Source(
+        f"{name} ({spec.split or entry.train_split})",
+        load_hub_rows(entry, spec.split),
+        sft_keys=spec.keys if named else entry.sft_keys,
+        prompt_keys=spec.keys if named else entry.prompt_keys,
+        adapt=None if named else entry.adapt,
+    )
