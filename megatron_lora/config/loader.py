@@ -1,0 +1,155 @@
+"""From a recipe file and command-line overrides to a checked `Recipe`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from megatron_lora.config.messages import recipe_error, show
+from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_tree import walk_fields
+from megatron_lora.config.without_effect import KNOWN_PATHS, notice, take_out
+from megatron_lora.config.yaml_reader import protect_templates, protect_text, read_yaml
+from megatron_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A checked recipe.
+
+    resolved: the same as nested dicts, every default filled in. notices: lines to show the user once.
+    """
+
+    recipe: Recipe
+    resolved: dict[str, Any]
+    notices: list[str]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe with its `defaults:`, apply overrides, resolve interpolations, check everything.
+
+    overrides: `dotted.key=value`, the value in YAML. Raises UserError for whatever is wrong, with the dotted path.
+    """
+    _register_resolvers()
+    merged = _read_with_defaults(Path(path), ())
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"override {override}")
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_interpolation_message(error)}") from error
+    assert isinstance(resolved, dict)
+    return check_recipe({str(key): value for key, value in resolved.items()})
+
+
+def check_recipe(resolved: dict[str, Any]) -> LoadedRecipe:
+    """Check a recipe given as nested dicts without interpolations. Raises UserError."""
+    schema_paths = {known for known, _ in walk_fields(Recipe)}
+    known, without_effect = take_out(resolved, schema_paths)
+    try:
+        recipe = Recipe.model_validate(known)
+    except ValidationError as error:
+        raise recipe_error(error, KNOWN_PATHS) from error
+    notices = [notice(without_effect)] if without_effect else []
+    return LoadedRecipe(recipe, to_dict(recipe), notices)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts of plain values, without the sections that its algorithm does not read."""
+    content = recipe.model_dump()
+    for name in ("sft", "dpo", "grpo"):
+        if content[name] is None:
+            del content[name]
+    if recipe.algorithm != "grpo":
+        del content["loss_fn"], content["env"], content["policy"]["generation"]
+    return content
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of the resolved recipe; `load_recipe` reads it back to an equal one."""
+    return yaml.safe_dump(protect_text(to_dict(recipe)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _register_resolvers() -> None:
+    resolvers = {
+        "mul": lambda *factors: _product(factors),
+        "div": lambda number, divisor: number // divisor if number % divisor == 0 else number / divisor,
+        "max": lambda *numbers: max(numbers),
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def _product(factors: Sequence[int | float]) -> int | float:
+    result: int | float = 1
+    for factor in factors:
+        result *= factor
+    return result
+
+
+def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> DictConfig:
+    """The file at `path` merged over the recipes that its `defaults:` names, in order."""
+    path = path.resolve()
+    if path in including:
+        chain = " -> ".join(str(item) for item in (*including, path))
+        raise UserError(f"the recipe's defaults go round in a circle: {chain}")
+    content = _read_mapping(path, including)
+    defaults = content.pop("defaults", None) or []
+    if isinstance(defaults, str):
+        defaults = [defaults]
+    if not isinstance(defaults, list) or not all(isinstance(item, str) for item in defaults):
+        raise UserError(f"{path}: defaults={show(defaults)}: wanted a recipe's path or a list of them")
+    merged = OmegaConf.create({})
+    for item in defaults:
+        base = _read_with_defaults(path.parent / item, (*including, path))
+        merged = _merge(merged, base, str(path))
+    return _merge(merged, content, str(path))
+
+
+def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    named_by = f" (named by defaults in {including[-1]})" if including else ""
+    if path.is_dir():
+        raise UserError(f"the recipe {path}{named_by} is a folder; give a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no recipe {path}{named_by}; check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path}{named_by} cannot be read: {error}") from error
+    content = read_yaml(text, str(path))
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"the recipe {path}{named_by} holds {show(content)}; wanted sections such as policy: and data:")
+    return protect_templates(content)
+
+
+def _merge(base: DictConfig, over: DictConfig | dict[str, Any], source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, over)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {_interpolation_message(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    """`a.b=[1, 2]` -> {"a": {"b": [1, 2]}}."""
+    path, equals, text = override.partition("=")
+    parts = path.split(".")
+    if not equals or not all(part.strip() == part and part for part in parts):
+        raise UserError(f"override {override!r}: wanted dotted.key=value, such as policy.precision=float32")
+    value = protect_templates(read_yaml(text, f"override {override!r}"))
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _interpolation_message(error: OmegaConfBaseException) -> str:
+    """OmegaConf's first line, with the key at fault."""
+    first = str(error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first}" if key else first

@@ -1,0 +1,80 @@
+"""The recipe: every key that this project implements, with its type, default and meaning."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_lora.config.schema_algorithms import DpoConfig, EnvConfig, GrpoConfig, LossFnConfig, SftConfig
+from megatron_lora.config.schema_base import Section
+from megatron_lora.config.schema_data import DataConfig
+from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.config.schema_run import CheckpointingConfig, LoggerConfig
+
+Algorithm = Literal["sft", "dpo", "grpo"]
+ALGORITHMS: tuple[Algorithm, ...] = ("sft", "dpo", "grpo")
+
+
+class Recipe(Section):
+    """A complete recipe. It has exactly one of the sections `sft`, `dpo`, `grpo`: the algorithm."""
+
+    sft: SftConfig | None = Field(None, description="Supervised fine-tuning.")
+    dpo: DpoConfig | None = Field(None, description="Direct preference optimization.")
+    grpo: GrpoConfig | None = Field(None, description="Group relative policy optimization.")
+    loss_fn: LossFnConfig = Field(default_factory=LossFnConfig, description="GRPO's loss.")
+    env: EnvConfig = Field(default_factory=EnvConfig, description="GRPO's rewards.")
+    policy: PolicyConfig = Field(description="The model and how it is trained.")
+    data: DataConfig = Field(description="The rows.")
+    checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig, description="Checkpoints.")
+    logger: LoggerConfig = Field(default_factory=LoggerConfig, description="Where metrics go.")
+
+    @model_validator(mode="after")
+    def _one_algorithm(self) -> Self:
+        present = [name for name in ALGORITHMS if getattr(self, name) is not None]
+        if not present:
+            raise ValueError("the recipe has none of the sections sft, dpo, grpo; add the one to run")
+        if len(present) > 1:
+            raise ValueError(f"the recipe has the sections {' and '.join(present)}; keep one (set others to null)")
+        return self
+
+    @model_validator(mode="after")
+    def _fill_and_check(self) -> Self:
+        limit = self.policy.max_total_sequence_length
+        if self.data.max_input_seq_length is None:
+            self.data.max_input_seq_length = limit
+        if self.dpo is not None or self.sft is not None:
+            section = self.dpo or self.sft
+            assert section is not None
+            section.val_micro_batch_size = min(section.val_micro_batch_size, section.val_global_batch_size)
+        if self.grpo is not None:
+            shaping = self.grpo.reward_shaping
+            shaping.max_response_length = shaping.max_response_length or limit
+            if shaping.enabled and shaping.overlong_buffer_length >= shaping.max_response_length:
+                raise ValueError(
+                    f"grpo.reward_shaping.overlong_buffer_length={shaping.overlong_buffer_length} is not below "
+                    f"grpo.reward_shaping.max_response_length={shaping.max_response_length}; lower it"
+                )
+            self._check_rollout_batch(self.grpo)
+        return self
+
+    def _check_rollout_batch(self, grpo: GrpoConfig) -> None:
+        samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
+        batch = self.policy.train_global_batch_size
+        if samples % batch:
+            raise ValueError(
+                f"policy.train_global_batch_size={batch} does not divide the {samples} samples of a rollout step "
+                f"(grpo.num_prompts_per_step={grpo.num_prompts_per_step} x "
+                f"grpo.num_generations_per_prompt={grpo.num_generations_per_prompt}); use {samples} for one optimizer "
+                "step a rollout, or a divisor of it for several"
+            )
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The section that the recipe has."""
+        return next(name for name in ALGORITHMS if getattr(self, name) is not None)
+
+    @property
+    def seed(self) -> int:
+        """The algorithm's seed."""
+        section = self.sft or self.dpo or self.grpo
+        assert section is not None
+        return section.seed

@@ -1,0 +1,74 @@
+"""The adapters: `policy.megatron_cfg.peft` and `policy.dtensor_cfg.lora_cfg`."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from megatron_lora.config.schema_base import Fraction, PositiveFloat, PositiveInt, Section
+
+DTYPES = ("float32", "bfloat16", "float16")
+InitMethod = Literal["xavier", "uniform", "normal", "zero"]
+DropoutPosition = Literal["pre", "post"]
+
+
+def _dtype_name(value: Any) -> Any:
+    """The bare name of a dtype; YAML makes text of a bare `None`, which NeMo RL's recipes have."""
+    if value is None or value in ("None", "none", "null"):
+        return None
+    if isinstance(value, str) and value.removeprefix("torch.") in DTYPES:
+        return value.removeprefix("torch.")
+    raise ValueError(f"wanted null or one of {', '.join(DTYPES)}")
+
+
+class _Adapter(Section):
+    enabled: bool = Field(False, description="Train adapters; off: full fine-tuning.")
+    target_modules: list[str] = Field(
+        default_factory=list,
+        description="Linears to adapt: names (`linear_qkv` or `q_proj`), full paths or wildcards; empty: every "
+        "linear of attention and MLP.",
+    )
+    exclude_modules: list[str] = Field(
+        default_factory=list,
+        description="Linears left alone, in the same forms; needs empty `target_modules`.",
+    )
+    dim: PositiveInt = Field(8, description="Rank of the adapters.")
+    alpha: PositiveFloat = Field(32, description="The update is scaled by alpha / dim.")
+    dropout: Fraction = Field(0.0, description="Probability of dropout in the adapter's branch.")
+    dropout_position: DropoutPosition = Field(
+        "post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."
+    )
+    init_adapter: str | None = Field(None, description="HF PEFT adapter folder to start from.")
+
+    @model_validator(mode="after")
+    def _targets_or_exclusions(self) -> Self:
+        if self.target_modules and self.exclude_modules:
+            raise ValueError(
+                f"exclude_modules={self.exclude_modules} needs empty target_modules, which has {self.target_modules}; "
+                "keep one of the two"
+            )
+        return self
+
+
+class PeftConfig(_Adapter):
+    """`policy.megatron_cfg.peft`: adapters of the Megatron backend."""
+
+    type: Literal["lora"] = Field("lora", description="Kind of adapter.")
+    lora_A_init_method: InitMethod = Field("xavier", description="Initial values of A.")
+    lora_B_init_method: InitMethod = Field("zero", description="Initial values of B.")
+    a2a_experimental: bool = Field(
+        False,
+        description="Row-parallel linears under sequence parallelism: split B over TP and exchange by all-to-all.",
+    )
+    lora_dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(
+        None, description="The adapters' own dtype (`float32`, `bfloat16`, `float16`); null: `policy.precision`."
+    )
+
+
+class LoraConfig(_Adapter):
+    """`policy.dtensor_cfg.lora_cfg`: adapters of the DTensor backend."""
+
+    match_all_linear: bool = Field(True, description="Adapt every linear, whatever `target_modules` says.")
+    lora_A_init: InitMethod = Field("xavier", description="Initial values of A; B starts at zero.")
+    use_triton: bool = Field(
+        True, description="Fused kernel on a GPU; only without tensor parallelism (`tensor_parallel_size` 1)."
+    )

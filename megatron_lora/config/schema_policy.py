@@ -1,0 +1,144 @@
+"""The model and how it is trained: `policy`."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from megatron_lora.config.schema_base import KeywordArguments, NonNegativeFloat, PositiveInt, Section
+from megatron_lora.config.schema_dtensor import (
+    DTensorConfig,
+    TorchOptimizerConfig,
+    TorchSchedulerConfig,
+    check_schedulers,
+)
+from megatron_lora.config.schema_generation import GenerationConfig
+from megatron_lora.config.schema_megatron import MegatronConfig
+
+
+class TokenizerConfig(Section):
+    """`policy.tokenizer`."""
+
+    name: str | None = Field(None, description="Hub name or local folder; null: `policy.model_name`.")
+    chat_template: str | None = Field(
+        None, description="A Jinja template or a path to one; null or `default`: the tokenizer's own."
+    )
+    chat_template_kwargs: KeywordArguments | None = Field(
+        None, description="Further variables of the template, such as `enable_thinking`."
+    )
+
+
+class PackingConfig(Section):
+    """`policy.sequence_packing` and `policy.dynamic_batching`: which rows share a micro-batch."""
+
+    enabled: bool = Field(False, description="Fill micro-batches by tokens instead of by rows.")
+    train_mb_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens a micro-batch in training; null: max_total_sequence_length x train_micro_batch_size.",
+    )
+    logprob_mb_tokens: PositiveInt | None = Field(
+        None,
+        description="Tokens a micro-batch for log-probabilities; null: max_total_sequence_length x logprob_batch_size.",
+    )
+
+
+class PolicyConfig(Section):
+    """`policy`."""
+
+    model_name: str = Field(description="Hub name or local Hugging Face folder of the base model.")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the model's weights.")
+    train_global_batch_size: PositiveInt = Field(
+        32, description="Rows (DPO: pairs) an optimizer step, over all ranks."
+    )
+    train_micro_batch_size: PositiveInt = Field(
+        1, description="Rows (DPO: pairs) a forward pass where neither packing nor dynamic batching is on."
+    )
+    logprob_batch_size: PositiveInt | None = Field(
+        None, description="Rows a forward pass for log-probabilities; null: `train_micro_batch_size`."
+    )
+    generation_batch_size: PositiveInt = Field(
+        32, description="Prompts that the `megatron` generation backend answers at once."
+    )
+    max_total_sequence_length: PositiveInt = Field(1024, description="Longest sequence, in tokens.")
+    make_sequence_length_divisible_by: PositiveInt = Field(
+        1, description="Micro-batches are padded to a multiple of this many tokens."
+    )
+    max_grad_norm: NonNegativeFloat | None = Field(1.0, description="Largest gradient norm; null or 0: no clipping.")
+    sequence_packing: PackingConfig = Field(
+        default_factory=PackingConfig, description="Rows sorted into the fewest micro-batches."
+    )
+    dynamic_batching: PackingConfig = Field(
+        default_factory=PackingConfig, description="Rows of like length share a micro-batch."
+    )
+    megatron_cfg: MegatronConfig = Field(default_factory=MegatronConfig, description="Megatron-Core backend.")
+    dtensor_cfg: DTensorConfig = Field(default_factory=DTensorConfig, description="DTensor backend.")
+    optimizer: TorchOptimizerConfig | None = Field(
+        None,
+        description="Torch optimizer of the DTensor backend; null: what `megatron_cfg.optimizer` and "
+        "`megatron_cfg.scheduler` say.",
+    )
+    scheduler: list[TorchSchedulerConfig] | None = Field(
+        None, description="Torch schedulers of the DTensor backend, used with `optimizer`; null: a constant rate."
+    )
+    generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Rollouts (GRPO).")
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _one_scheduler_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train_micro_batch_size > self.train_global_batch_size:
+            raise ValueError(
+                f"train_micro_batch_size={self.train_micro_batch_size} is above "
+                f"train_global_batch_size={self.train_global_batch_size}; lower it"
+            )
+        if self.sequence_packing.enabled and self.dynamic_batching.enabled:
+            raise ValueError("sequence_packing.enabled and dynamic_batching.enabled exclude each other; turn one off")
+        if self.scheduler is not None:
+            if self.optimizer is None:
+                raise ValueError("scheduler needs optimizer; set both, or neither to follow megatron_cfg")
+            check_schedulers(self.scheduler)
+        return self
+
+    @model_validator(mode="after")
+    def _fill(self) -> Self:
+        """Values that follow from others, so that whoever reads the recipe finds a number."""
+        if self.tokenizer.name is None:
+            self.tokenizer.name = self.model_name
+        if self.logprob_batch_size is None:
+            self.logprob_batch_size = self.train_micro_batch_size
+        if self.megatron_cfg.optimizer.clip_grad is None:
+            self.megatron_cfg.optimizer.clip_grad = self.max_grad_norm or 0.0
+        for packing in (self.sequence_packing, self.dynamic_batching):
+            packing.train_mb_tokens = packing.train_mb_tokens or (
+                self.max_total_sequence_length * self.train_micro_batch_size
+            )
+            packing.logprob_mb_tokens = packing.logprob_mb_tokens or (
+                self.max_total_sequence_length * self.logprob_batch_size
+            )
+        self._fill_generation()
+        return self
+
+    def _fill_generation(self) -> None:
+        generation = self.generation
+        generation.max_new_tokens = generation.max_new_tokens or self.max_total_sequence_length
+        generation.vllm_cfg.max_model_len = generation.vllm_cfg.max_model_len or self.max_total_sequence_length
+        generation.vllm_cfg.precision = generation.vllm_cfg.precision or self.precision
+        if generation.val_temperature is None:
+            generation.val_temperature = generation.temperature
+        if generation.val_top_p is None:
+            generation.val_top_p = generation.top_p
+        if generation.val_top_k is None:
+            generation.val_top_k = generation.top_k
+
+    @property
+    def backend(self) -> Literal["megatron", "dtensor"]:
+        """Which backend trains."""
+        return "megatron" if self.megatron_cfg.enabled else "dtensor"
+
+    @property
+    def adapter(self):
+        """The active backend's adapter section: `megatron_cfg.peft` or `dtensor_cfg.lora_cfg`."""
+        return self.megatron_cfg.peft if self.megatron_cfg.enabled else self.dtensor_cfg.lora_cfg

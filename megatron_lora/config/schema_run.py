@@ -1,0 +1,67 @@
+"""What a run writes: `checkpointing` and `logger`."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from megatron_lora.config.schema_base import NonNegativeInt, PositiveInt, Section
+
+
+class CheckpointingConfig(Section):
+    """`checkpointing`."""
+
+    enabled: bool = Field(True, description="Write `step_N/` folders.")
+    checkpoint_dir: str = Field("results", description="Folder of the run.")
+    resume: bool = Field(True, description="Go on from the latest complete step; off: refuse a folder that has a run.")
+    save_period: PositiveInt = Field(10, description="Steps between checkpoints; the last step is always saved.")
+    keep_top_k: PositiveInt | None = Field(
+        3, description="Checkpoints kept: the best by `metric_name`, and the latest; null: all."
+    )
+    metric_name: str | None = Field(
+        "val:loss", description="`val:` or `train:` and a metric of metrics.jsonl; null: keep the latest."
+    )
+    higher_is_better: bool = Field(False, description="Whether a larger metric is better.")
+    save_optimizer: bool = Field(True, description="Save what exact resumption needs.")
+
+    @model_validator(mode="after")
+    def _metric_has_a_split(self) -> Self:
+        if self.metric_name is not None and self.metric is None:
+            raise ValueError(f"metric_name={self.metric_name!r}: wanted `val:NAME` or `train:NAME`")
+        return self
+
+    @property
+    def metric(self) -> tuple[str, str] | None:
+        """(`kind`, name) of the metrics.jsonl value that ranks checkpoints; NeMo RL's names are understood:
+        `val:val_loss` and `val:validation-default_loss` are `loss` of validation lines."""
+        if self.metric_name is None:
+            return None
+        split, _, name = self.metric_name.partition(":")
+        for prefix in ("validation-default_", "val_"):
+            name = name.removeprefix(prefix)
+        if split not in ("val", "train") or not name:
+            return None
+        return ("validation" if split == "val" else "train"), name
+
+
+class WandbConfig(Section):
+    """`logger.wandb`. Offline with `WANDB_MODE=offline` in the environment."""
+
+    project: str = Field("megatron-lora", description="Project.")
+    name: str | None = Field(None, description="Name of the run; null: W&B's choice.")
+
+
+class TensorboardConfig(Section):
+    """`logger.tensorboard`."""
+
+    log_dir: str | None = Field(None, description="Folder of event files, below `logger.log_dir`; null: `tensorboard`.")
+
+
+class LoggerConfig(Section):
+    """`logger`. metrics.jsonl is always written."""
+
+    log_dir: str = Field("logs", description="Folder of W&B's and TensorBoard's files.")
+    wandb_enabled: bool = Field(False, description="Log to Weights & Biases.")
+    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
+    tensorboard_enabled: bool = Field(False, description="Write TensorBoard event files.")
+    tensorboard: TensorboardConfig = Field(default_factory=TensorboardConfig, description="TensorBoard.")
+    num_val_samples_to_print: NonNegativeInt = Field(0, description="GRPO: sample answers shown at validation.")

@@ -1,0 +1,394 @@
+"""NeMo RL's keys that have no effect here.
+
+Two kinds. *At its default only*: the key asks for something that this project does not do, so another value is
+refused by name. *Any value*: the key cannot change what a run computes here (the table says why), so any value is
+accepted. Either way the loader returns one notice that lists those that a recipe has
+(`without_effect.py` applies the table).
+
+Not tables of defaults of our own: the values are facts about NeMo RL's base recipes (several where those differ).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+class Anything:
+    """Marks a key whose value has no meaning here."""
+
+
+ANY = Anything()
+
+
+@dataclass(frozen=True)
+class SameAs:
+    """Marks a key that may only repeat another key's value."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keys of one section that have no effect for one reason.
+
+    keys: name below `section` -> accepted values, `ANY`, or (`SameAs`,). A name that ends in `.*` is a whole subtree.
+    """
+
+    section: str
+    reason: str
+    keys: dict[str, Any]
+
+
+def _any(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, ANY)
+
+
+_MEGATRON, _GENERATION = "policy.megatron_cfg", "policy.generation"
+_MOE = "mixture-of-experts models are not trained by this project; use a dense model"
+
+TABLE: tuple[Group, ...] = (
+    # The run's surroundings
+    Group(
+        "cluster",
+        "torchrun decides how many processes run and where",
+        _any("gpus_per_node", "num_nodes", "segment_size", "master_port_range_low", "master_port_range_high"),
+    ),
+    Group("data_plane", "rows stay in the trainer's processes; leave it off", {"enabled": (False,)}),
+    Group(
+        "data_plane",
+        "only read where data_plane.enabled",
+        _any(
+            "backend",
+            "claim_meta_poll_interval_s",
+            "global_segment_size",
+            "impl",
+            "local_buffer_size",
+            "num_storage_units",
+            "storage_capacity",
+        ),
+    ),
+    Group(
+        "",
+        "the algorithms are sft, dpo and grpo",
+        {"on_policy_distillation": (None,)},
+    ),
+    Group(
+        "reward_penalties",
+        "use env.reward_functions (kind format or python)",
+        {
+            "penalize_duplicated_reasoning": (False,),
+            "penalize_empty_final_answer": (False,),
+            "penalize_malformed_think_tag": (False,),
+            "penalize_unwanted_tokens": (False,),
+            "token_ids": (None,),
+        },
+    ),
+    # Checkpoints and logs
+    Group(
+        "checkpointing",
+        "send SIGTERM to save and stop",
+        {"checkpoint_must_save_by": (None,)},
+    ),
+    Group(
+        "checkpointing",
+        "weights are a distributed checkpoint plus hf_adapter/; conversion/ makes Hugging Face folders",
+        {"model_save_format": (None, "safetensors"), "save_consolidated": (False,)},
+    ),
+    Group(
+        "logger",
+        "use logger.wandb_enabled or logger.tensorboard_enabled",
+        {"mlflow_enabled": (False,), "swanlab_enabled": (False,)},
+    ),
+    Group("logger", "only read by loggers that this project lacks", _any("mlflow.*", "swanlab.*")),
+    Group(
+        "logger",
+        "step time and peak memory are always in metrics.jsonl",
+        _any("monitor_gpus", "gpu_monitoring.*", "wandb.log_nemo_gym_full_result_tables"),
+    ),
+    # Data
+    Group("data", "the order of rows does not depend on loader processes", _any("num_workers")),
+    Group("data", "data.train is one data set", {"use_multiple_dataloader": (False,)}),
+    *(
+        Group(
+            f"data.{part}",
+            "the form of the rows decides how they are read, env.reward_functions how they are rewarded",
+            {"processor": (None, "sft_processor", "math_hf_data_processor"), "env_name": (None, "math")},
+        )
+        for part in ("default", "train", "validation")
+    ),
+    # GRPO
+    Group(
+        "env.math",
+        "use env.reward_functions",
+        {"math_verify_impl": (None, "hf_math_verify")},
+    ),
+    Group("grpo.adv_estimator", "the baseline is always subtracted", {"minus_baseline": (True,)}),
+    Group(
+        "grpo",
+        "rollouts and training alternate, one turn a prompt",
+        {"async_grpo.enabled": (False,), "max_rollout_turns": (1,)},
+    ),
+    Group(
+        "grpo",
+        "only read where grpo.async_grpo.enabled",
+        _any(
+            "async_grpo.in_flight_weight_updates",
+            "async_grpo.max_generation_failures",
+            "async_grpo.max_trajectory_age_steps",
+            "async_grpo.recompute_kv_cache_after_weight_updates",
+        ),
+    ),
+    Group(
+        "grpo",
+        "use env.reward_functions for rewards and loss_fn for bounds",
+        {
+            "advantage_clip_high": (None,),
+            "advantage_clip_low": (None,),
+            "invalid_tool_call_advantage": (None,),
+            "malformed_thinking_advantage": (None,),
+            "reward_scaling.enabled": (False,),
+            "reward_shaping.stop_properly_penalty_coef": (None,),
+        },
+    ),
+    Group(
+        "grpo",
+        "only read where grpo.reward_scaling.enabled",
+        _any(
+            "reward_scaling.source_max",
+            "reward_scaling.source_min",
+            "reward_scaling.target_max",
+            "reward_scaling.target_min",
+        ),
+    ),
+    Group(
+        "grpo",
+        "validation follows grpo.val_period and the run ends at grpo.max_num_steps or max_num_epochs",
+        {
+            "stop_at_validation_metric": (None,),
+            "stop_at_validation_threshold": (None,),
+            "val_num_generations_per_prompt": (1,),
+            "val_start_at": (-1,),
+        },
+    ),
+    Group(
+        "loss_fn",
+        "the ratio is the paper's, with reference_policy_kl_penalty in the loss",
+        {
+            "disable_ppo_ratio": (False,),
+            "force_on_policy_ratio": (False,),
+            "positive_example_nll_weight": (0.0,),
+            "use_cispo": (False,),
+            "use_kl_in_reward": (False,),
+            "use_on_policy_kl_approximation": (False,),
+        },
+    ),
+    # Model and batches
+    Group("policy", "models are loaded as they were published", {"hf_config_overrides": (None, {})}),
+    Group(
+        "policy",
+        "optimizer state stays where it is; policy.dtensor_cfg.cpu_offload keeps it in CPU memory",
+        {"offload_optimizer_for_logprob": (False,)},
+    ),
+    Group("policy", "log-probabilities are computed in bounded chunks anyway", _any("logprob_chunk_size")),
+    Group("policy.draft", "there is no draft model", {"enabled": (False,)}),
+    Group(
+        "policy.draft",
+        "only read where policy.draft.enabled",
+        _any("aux_layer_indices", "loss_weight", "model_name", "num_layers"),
+    ),
+    Group("policy.tokenizer", "use the tokenizer's own implementation", {"use_fastokens": (None, False)}),
+    Group(
+        "policy.sequence_packing",
+        "rows are packed by modified first-fit decreasing; the order of micro-batches does not change a step",
+        {"algorithm": (None, "modified_first_fit_decreasing"), "microbatch_order": (None, "packer")},
+    ),
+    Group(
+        "policy",
+        "micro-batches are padded to policy.make_sequence_length_divisible_by and no further",
+        _any("sequence_packing.sequence_length_round", "dynamic_batching.sequence_length_round"),
+    ),
+    # DTensor backend
+    Group("policy.dtensor_cfg", "policy.megatron_cfg.enabled alone selects the backend", _any("enabled")),
+    Group(
+        "policy.dtensor_cfg",
+        "there is one implementation: transformers + peft + FSDP2",
+        _any("_v2", "automodel_kwargs.force_hf", "clear_cache_every_n_steps"),
+    ),
+    Group(
+        "policy.dtensor_cfg",
+        "tensor parallelism follows transformers' plan and FSDP shards over all data-parallel ranks; "
+        "context parallelism needs policy.megatron_cfg",
+        {
+            "automodel_kwargs": (None, {}),
+            "context_parallel_size": (1,),
+            "custom_parallel_plan": (None,),
+            "dp_replicate_size": (None, 1),
+        },
+    ),
+    Group(
+        "policy",
+        "set environment variables where torchrun is started",
+        {
+            "dtensor_cfg.env_vars": (None, {}),
+            "dtensor_cfg.env_vars.PYTORCH_CUDA_ALLOC_CONF": (None, ""),
+            "megatron_cfg.env_vars": (None, {}),
+        },
+    ),
+    # Megatron backend
+    Group(
+        _MEGATRON,
+        "stages exchange activations in policy.precision",
+        {"pipeline_dtype": (SameAs("policy.precision"),)},
+    ),
+    Group(
+        _MEGATRON,
+        "memory and speed only; chosen by the runtime",
+        _any(
+            "checkpoint.ckpt_assume_constant_structure",
+            "cuda_graph_warmup_steps",
+            "empty_unused_memory_level",
+            "use_gloo_process_groups",
+            "distributed_data_parallel_config.data_parallel_sharding_strategy",
+            "distributed_data_parallel_config.overlap_grad_reduce",
+            "distributed_data_parallel_config.overlap_param_gather",
+        ),
+    ),
+    Group(_MEGATRON, "weights are read from the Hugging Face folder at every start", _any("force_reconvert_from_hf")),
+    Group(
+        _MEGATRON,
+        "gradients are accumulated and reduced, and optimizer state kept, in float32",
+        {
+            "distributed_data_parallel_config.grad_reduce_in_fp32": ANY,
+            "gradient_accumulation_fusion": (False,),
+            "optimizer.bf16": ANY,
+            "optimizer.fp16": (False,),
+            "optimizer.params_dtype": ("float32", "torch.float32"),
+            "optimizer.use_precision_aware_optimizer": ANY,
+        },
+    ),
+    Group(_MEGATRON, "the optimizer is adam", _any("optimizer.sgd_momentum")),
+    Group(
+        _MEGATRON,
+        "optimizer state stays on the device; adapters' is small",
+        {
+            "optimizer.optimizer_cpu_offload": (False,),
+            "optimizer.optimizer_offload_fraction": (0.0,),
+            "optimizer.overlap_cpu_optimizer_d2h_h2d": (False,),
+        },
+    ),
+    Group(
+        _MEGATRON,
+        "use activation_checkpointing to save memory, use_fused_linear_logprobs to save the logits'",
+        {
+            "cuda_graph_impl": (None, "none"),
+            "cuda_graph_modules": (None, []),
+            "defer_fp32_logits": (None, False),
+            "distributed_data_parallel_config.use_custom_fsdp": (False,),
+            "fine_grained_activation_offloading": (False,),
+            "offload_modules": (None, []),
+            "use_fused_weighted_squared_relu": (False,),
+        },
+    ),
+    Group(_MEGATRON, "models are built as they were published", {"model_overrides": (None, {})}),
+    Group(
+        _MEGATRON,
+        "weights are float32 or bfloat16 (policy.precision)",
+        {"fp8_cfg": (None,), "fp8_cfg.enabled": (False,), "fp8_cfg.fp8_param": (False,)},
+    ),
+    Group(_MEGATRON, "only read where fp8_cfg.enabled", _any("fp8_cfg.fp8", "fp8_cfg.fp8_recipe")),
+    Group(
+        _MEGATRON,
+        "multi-token prediction heads are not trained",
+        {
+            "mtp_detach_heads": (False,),
+            "mtp_loss_scaling_factor": (0.0,),
+            "mtp_num_layers": (None, 0),
+            "mtp_use_repeated_layer": (False,),
+        },
+    ),
+    Group(
+        _MEGATRON,
+        _MOE,
+        {
+            "freeze_moe_router": (False, True),
+            "moe_enable_deepep": (False,),
+            "moe_per_layer_logging": (False,),
+            "moe_permute_fusion": (False, True),
+            "moe_router_bias_update_rate": (0.0, 1e-3),
+            "moe_router_dtype": (None, "fp64"),
+            "moe_router_load_balancing_type": ("none", "aux_loss"),
+            "moe_shared_expert_overlap": (False,),
+            "moe_token_dispatcher_type": ("alltoall",),
+        },
+    ),
+    # Rollouts
+    Group(
+        _GENERATION,
+        "the engine runs in the trainer's processes",
+        {"colocated.enabled": (True,), "vllm_cfg.async_engine": (False,), "refit_transport": (None,)},
+    ),
+    Group(
+        _GENERATION,
+        "only read where the engine has processes of its own",
+        _any(
+            "colocated.resources.*",
+            "port_range_high",
+            "port_range_low",
+            "refit_cfg.*",
+            "real_quant_export_cpu_offload",
+            "vllm_cfg.http_refit_api_key_env_var",
+            "vllm_cfg.http_refit_server_port",
+            "vllm_cfg.zmq_refit_server_port",
+        ),
+    ),
+    Group(
+        _GENERATION,
+        "vLLM runs with tensor parallelism alone; further engine arguments go into vllm_kwargs",
+        {
+            "vllm_cfg.expert_parallel_size": (1,),
+            "vllm_cfg.kv_cache_dtype": ("auto",),
+            "vllm_cfg.num_first_layers_in_bf16": (0,),
+            "vllm_cfg.num_last_layers_in_bf16": (0,),
+            "vllm_cfg.pipeline_parallel_size": (1,),
+            "vllm_cfg.use_deep_gemm": (False,),
+        },
+    ),
+    Group(
+        _GENERATION,
+        "the rollout's log-probabilities are those of the distribution sampled from",
+        {"vllm_cfg.logprobs_mode": ("processed_logprobs",)},
+    ),
+    Group(
+        _GENERATION,
+        "what the engine shows, and caches of images",
+        _any(
+            "vllm_cfg.enable_vllm_metrics_logger",
+            "vllm_cfg.reset_encoder_cache_after_weight_update",
+            "vllm_cfg.use_tqdm",
+            "vllm_cfg.vllm_metrics_logger_interval",
+        ),
+    ),
+    Group(
+        f"{_GENERATION}.mcore_generation_config",
+        "backend megatron generates on the training model itself, with policy.generation_batch_size rows at once",
+        {
+            "expose_http_server": (False,),
+            "num_speculative_tokens": (0,),
+            "parsers": (None, []),
+            **_any(
+                "block_size_tokens",
+                "buffer_size_gb",
+                "cuda_graph_impl",
+                "enable_chunked_prefill",
+                "enable_prefix_caching",
+                "inference_cuda_graph_scope",
+                "kv_cache_management_mode",
+                "materialize_only_last_token_logits",
+                "max_model_len",
+                "max_tokens",
+                "num_cuda_graphs",
+                "refit_backend",
+                "use_cuda_graphs_for_non_decode_steps",
+            ),
+        },
+    ),
+)
