@@ -1,0 +1,232 @@
+"""The adapter's arithmetic: y = W x + s B A x for a frozen W, forward and backward, in one place.
+
+Hu et al. 2021 (LoRA), eq. 3. W stays frozen, so neither its gradient nor the input it would need is kept; the input is
+kept once, for A's gradient; the update is accumulated into the base's output (a product with beta = 1) and the scale
+is applied to the rank-r activation, so the adapter adds no pass over a full-width tensor.
+
+Collectives (see docs/architecture.md for where the factors live): column-parallel adds none. Under sequence parallelism
+the rank-r gradient dh rides in the same reduce-scatter as dx, so A's gradient is taken on this rank's shard of the
+sequence and the gathered input need not be kept. Row-parallel adds none: the partial B h rides in the base's own
+reduction. With `all_to_all` (row-parallel under sequence parallelism) B is split over TP: two rank-r all-reduces and one
+all-to-all replace B's replicated product.
+
+All tensors here are [tokens, features].
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How a linear talks to its tensor-parallel peers."""
+
+    group: dist.ProcessGroup | None
+    size: int
+    rank: int
+    sequence_parallel: bool
+
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """[t / size, f] -> [t, f]."""
+        out = shard.new_empty(shard.shape[0] * self.size, *shard.shape[1:])
+        dist.all_gather_into_tensor(out, shard.contiguous(), group=self.group)
+        return out
+
+    def reduce_scatter(self, full: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+        """Sum over ranks of [t, f], this rank's rows: [t / size, f]; with the handle of an asynchronous call."""
+        out = full.new_empty(full.shape[0] // self.size, *full.shape[1:])
+        handle = dist.reduce_scatter_tensor(out, full.contiguous(), group=self.group, async_op=async_op)
+        return out, handle
+
+    def all_reduce(self, value: Tensor, async_op: bool = False) -> Any:
+        return dist.all_reduce(value, group=self.group, async_op=async_op)
+
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's rows of [t, f]."""
+        rows = full.shape[0] // self.size
+        return full.narrow(0, self.rank * rows, rows)
+
+    def hidden_to_sequence(self, value: Tensor) -> Tensor:
+        """All-to-all from features split to sequence split: [t, f / size] -> [t / size, f]."""
+        rows, columns = value.shape[0] // self.size, value.shape[1]
+        received = torch.empty_like(value)
+        dist.all_to_all_single(received, value.contiguous(), group=self.group)
+        return received.view(self.size, rows, columns).transpose(0, 1).reshape(rows, self.size * columns)
+
+
+@dataclass(frozen=True)
+class AdapterCall:
+    """What one call of an adapted linear needs besides its tensors.
+
+    scale: a number, or [R] where blocks differ. b_mask: which entries of B train, or None for all. input_mask,
+    output_mask: dropout masks already divided by the keep probability (on A's input, on B's output), or None.
+    """
+
+    parallel: TensorParallel
+    scale: float | Tensor
+    b_mask: Tensor | None = None
+    input_mask: Tensor | None = None
+    output_mask: Tensor | None = None
+    all_to_all: bool = False
+
+
+def column_parallel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
+) -> Tensor:
+    """x [t, in] (this rank's rows under sequence parallelism), weight [out / tp, in], lora_a [R, in],
+    lora_b [out / tp, R] -> [T, out / tp]."""
+    return _ColumnParallel.apply(x, weight, bias, lora_a, lora_b, call)  # type: ignore[return-value]
+
+
+def row_parallel(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, call: AdapterCall) -> Tensor:
+    """x [T, in / tp], weight [out, in / tp], lora_a [R, in / tp], lora_b [out, R] (or [out / tp, R] with all_to_all)
+    -> [t, out], reduced over TP (this rank's rows under sequence parallelism)."""
+    return _RowParallel.apply(x, weight, lora_a, lora_b, call)  # type: ignore[return-value]
+
+
+def _project_down(x: Tensor, lora_a: Tensor, scale: float | Tensor, input_mask: Tensor | None) -> Tensor:
+    """h = s A x, in x's dtype: [T, R]."""
+    if input_mask is not None:
+        x = x * input_mask
+    return _scaled(x @ lora_a.to(x.dtype).t(), scale)
+
+
+def _scaled(h: Tensor, scale: float | Tensor) -> Tensor:
+    return h.mul_(scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _add_up(y: Tensor, h: Tensor, lora_b: Tensor, output_mask: Tensor | None) -> None:
+    """y += B h, in place."""
+    factor = lora_b.to(y.dtype).t()
+    if output_mask is None:
+        y.addmm_(h, factor)
+    else:
+        y.add_((h @ factor).mul_(output_mask))
+
+
+def _grad_b(dy: Tensor, h: Tensor, lora_b: Tensor, b_mask: Tensor | None) -> Tensor:
+    grad = (dy.t() @ h).to(lora_b.dtype)
+    return grad if b_mask is None else grad.mul_(b_mask)
+
+
+def _grad_a(dh: Tensor, x: Tensor, input_mask: Tensor | None, lora_a: Tensor) -> Tensor:
+    return (dh.t() @ (x if input_mask is None else x * input_mask)).to(lora_a.dtype)
+
+
+def _add_input_grad(dx: Tensor, dh: Tensor, lora_a: Tensor, input_mask: Tensor | None) -> Tensor:
+    """dx + A^T dh, in place where dx is contiguous."""
+    factor = lora_a.to(dx.dtype)
+    if input_mask is not None:
+        return dx + (dh @ factor).mul_(input_mask)
+    if dx.is_contiguous():
+        return dx.addmm_(dh, factor)
+    return torch.addmm(dx, dh, factor)
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
+    ) -> Tensor:
+        full = call.parallel.all_gather(x) if call.parallel.sequence_parallel else x
+        h = _project_down(full, lora_a, call.scale, call.input_mask)
+        y = torch.nn.functional.linear(full, weight, bias)
+        _add_up(y, h, lora_b, call.output_mask)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, h)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_a, lora_b, h = ctx.saved_tensors
+        call: AdapterCall = ctx.call
+        dz = dy if call.output_mask is None else dy * call.output_mask
+        if call.parallel.sequence_parallel:
+            dx, dh, db = _column_backward_sequence(ctx.needs_input_grad[0], dy, dz, weight, lora_b, h, call)
+            mask = None if call.input_mask is None else call.parallel.shard(call.input_mask)
+            da = _grad_a(dh, x, mask, lora_a)
+            if dx is not None:
+                dx = _add_input_grad(dx, dh, lora_a, mask)
+            return dx, None, None, da, db, None
+        # Partial over TP: dx is summed by the base's own all-reduce, A's gradient once a step.
+        dh = _scaled(dz @ lora_b.to(dy.dtype), call.scale)
+        dx, handle = None, None
+        if ctx.needs_input_grad[0]:
+            dx = _add_input_grad(dy @ weight, dh, lora_a, call.input_mask)
+            if call.parallel.size > 1:
+                handle = call.parallel.all_reduce(dx, async_op=True)
+        da = _grad_a(dh, x, call.input_mask, lora_a)
+        db = _grad_b(dz, h, lora_b, call.b_mask)
+        if handle is not None:
+            handle.wait()
+        return dx, None, None, da, db, None
+
+
+def _column_backward_sequence(
+    needs_dx: bool, dy: Tensor, dz: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, call: AdapterCall
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(dx, dh) on this rank's rows from one reduce-scatter of [dx | dh], and dB computed meanwhile."""
+    width, rank = (weight.shape[1] if needs_dx else 0), lora_b.shape[1]
+    both = dy.new_empty(dy.shape[0], width + rank)
+    if needs_dx:
+        torch.mm(dy, weight, out=both[:, :width])
+    torch.mm(dz, lora_b.to(dy.dtype), out=both[:, width:])
+    reduced, handle = call.parallel.reduce_scatter(both, async_op=True)
+    db = _grad_b(dz, h, lora_b, call.b_mask)
+    handle.wait()
+    dh = _scaled(reduced[:, width:].contiguous(), call.scale)
+    return (reduced[:, :width] if needs_dx else None), dh, db
+
+
+class _RowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
+    ) -> Tensor:
+        parallel = call.parallel
+        h = _project_down(x, lora_a, call.scale, call.input_mask)
+        handle = parallel.all_reduce(h, async_op=True) if call.all_to_all else None
+        y = x @ weight.t()
+        if not call.all_to_all:
+            _add_up(y, h, lora_b, call.output_mask)
+        if parallel.sequence_parallel:
+            y, _ = parallel.reduce_scatter(y)
+        elif parallel.size > 1:
+            parallel.all_reduce(y)
+        if handle is not None:
+            handle.wait()
+            z = h @ lora_b.to(y.dtype).t()
+            if call.output_mask is not None:
+                z.mul_(call.output_mask)
+            y.add_(parallel.hidden_to_sequence(z))
+        ctx.save_for_backward(x, weight, lora_a, lora_b, h)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_a, lora_b, h = ctx.saved_tensors
+        call: AdapterCall = ctx.call
+        parallel = call.parallel
+        if parallel.sequence_parallel:
+            dy = parallel.all_gather(dy)
+        dz = dy
+        if call.all_to_all:
+            width = lora_b.shape[0]
+            dz = dy[:, parallel.rank * width : (parallel.rank + 1) * width]
+        if call.output_mask is not None:
+            dz = dz * call.output_mask
+        dh = _scaled(dz @ lora_b.to(dy.dtype), call.scale)
+        handle = parallel.all_reduce(dh, async_op=True) if call.all_to_all else None
+        db = _grad_b(dz, h, lora_b, call.b_mask)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        if handle is not None:
+            handle.wait()
+        if dx is not None:
+            dx = _add_input_grad(dx, dh, lora_a, call.input_mask)
+        da = _grad_a(dh, x, call.input_mask, lora_a)
+        return dx, None, da, db, None

@@ -1,0 +1,119 @@
+"""Put adapters into a Megatron model: replace each targeted linear by its adapted one."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.init import init_factor
+from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, ModuleLayout, ModelShapes
+from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
+from megatron_lora.lora.sharding import shard
+
+Factors = Callable[[ModuleLayout], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How every adapter of a run computes. dtype: of the factors, None for the base weight's."""
+
+    dropout: float
+    dropout_before: bool
+    all_to_all: bool
+    dtype: torch.dtype | None
+
+
+def initial_factors(spec: AdapterSpec, a_method: str, b_method: str, seed: int) -> Factors:
+    """The whole (A, B) of a module, freshly drawn."""
+
+    def draw(module: ModuleLayout) -> tuple[Tensor, Tensor]:
+        a = init_factor(a_method, (module.rank, module.in_features(spec.shapes)), seed, f"{module.name}.lora_A")
+        b = init_factor(b_method, (module.out_features(spec.shapes), module.rank), seed, f"{module.name}.lora_B")
+        return a, b
+
+    return draw
+
+
+def given_factors(tensors: Mapping[str, Tensor]) -> Factors:
+    """The whole (A, B) of a module from `<module>.lora_A|lora_B` tensors."""
+
+    def look_up(module: ModuleLayout) -> tuple[Tensor, Tensor]:
+        return tensors[f"{module.name}.lora_A"], tensors[f"{module.name}.lora_B"]
+
+    return look_up
+
+
+def inject(
+    chunks: Sequence[GPTModel],
+    spec: AdapterSpec,
+    factors: Factors,
+    options: AdapterOptions,
+    tp: TensorParallel,
+) -> list[LoRALinear]:
+    """Freeze the model and adapt the spec's linears that this rank holds. Returns the adapted modules.
+
+    chunks: this rank's (virtual) pipeline stages, base weights loaded or not.
+    """
+    layouts = {module.name: module for module in spec.modules}
+    adapted = []
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        for name, parent, attribute in list(global_linears(chunk)):
+            if name in layouts:
+                linear = _adapt(getattr(parent, attribute), layouts[name], spec.shapes, factors, options, tp)
+                setattr(parent, attribute, linear)
+                adapted.append(linear)
+    return adapted
+
+
+def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
+    """(full name with the global layer number, parent module, attribute) of each linear that can be adapted."""
+    for layer in chunk.decoder.layers:
+        prefix = f"decoder.layers.{layer.layer_number - 1}"
+        for parent_name, attributes in (("self_attention", ("linear_qkv", "linear_proj")), ("mlp", ("linear_fc1", "linear_fc2"))):
+            parent = getattr(layer, parent_name)
+            for attribute in attributes:
+                if hasattr(parent, attribute):
+                    yield f"{prefix}.{parent_name}.{attribute}", parent, attribute
+    if chunk.post_process:
+        yield "output_layer", chunk, "output_layer"
+
+
+def _adapt(
+    base: nn.Module,
+    layout: ModuleLayout,
+    shapes: ModelShapes,
+    factors: Factors,
+    options: AdapterOptions,
+    tp: TensorParallel,
+) -> LoRALinear:
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    column = layout.kind in COLUMN_PARALLEL
+    all_to_all = options.all_to_all and not column and tp.sequence_parallel
+    padded = weight.shape[0] * tp.size if layout.kind == "output_layer" else None
+
+    def local(tensor: Tensor, factor: str) -> Tensor:
+        piece = shard(tensor, factor, layout.kind, tp.rank, tp.size, shapes, a2a=all_to_all, padded_vocab_size=padded)  # type: ignore[arg-type]
+        return piece.to(weight.device)
+
+    full_a, full_b = factors(layout)
+    dtype = options.dtype or weight.dtype
+    mask = layout.b_mask(shapes)
+    linear = LoRAColumnParallelLinear if column else LoRARowParallelLinear
+    return linear(
+        base,
+        layout,
+        shapes,
+        base.config,  # type: ignore[arg-type]
+        tp,
+        lora_a=local(full_a, "A").to(dtype),
+        lora_b=local(full_b, "B").to(dtype),
+        b_mask=None if mask is None else local(mask, "B"),
+        dropout=options.dropout,
+        dropout_before=options.dropout_before,
+        all_to_all=all_to_all,
+    )

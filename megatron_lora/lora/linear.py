@@ -1,0 +1,217 @@
+"""Megatron's fused linears with an adapter: the modules that take the place of the base's."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    linear_with_frozen_weight,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel, row_parallel
+from megatron_lora.lora.layout import ModuleLayout, ModelShapes
+from megatron_lora.runtime.native_layers import apply_norm
+
+
+class LoRALinear(torch.nn.Module):
+    """A frozen fused linear with an adapter. Takes over the base module's parameters under the same names (`weight`,
+    `bias`, `layer_norm_weight`, ...), so that base weights are loaded and exported as without an adapter, and adds
+    `lora_A` [R, in] and `lora_B` [out, R] (this rank's part of each).
+
+    dropout: probability; `dropout_before`: on A's input, else on B's output.
+    """
+
+    parallel_kind: str
+
+    def __init__(
+        self,
+        base: torch.nn.Module,
+        layout: ModuleLayout,
+        shapes: ModelShapes,
+        config: TransformerConfig,
+        tp: TensorParallel,
+        *,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        b_mask: Tensor | None,
+        dropout: float = 0.0,
+        dropout_before: bool = False,
+        all_to_all: bool = False,
+    ):
+        super().__init__()
+        self.layout = layout
+        self.shapes = shapes
+        self.config = config
+        self.tp = tp
+        self.tp_group = tp.group
+        self.dropout = dropout
+        self.dropout_before = dropout_before
+        self.all_to_all = all_to_all
+        self.enabled = True
+        for name, parameter in base.named_parameters(recurse=False):
+            # Transformer Engine holds an empty tensor where there is no bias.
+            self.register_parameter(name, parameter if parameter.numel() else None)
+            parameter.requires_grad_(False)
+        if not hasattr(self, "bias"):
+            self.register_parameter("bias", None)
+        self.post_layernorm = getattr(base, "post_layernorm", None)
+        self.eps = getattr(base, "eps", config.layernorm_epsilon)
+        self.skip_bias_add = bool(getattr(base, "skip_bias_add", getattr(base, "te_return_bias", False)))
+        self.lora_A = torch.nn.Parameter(lora_a)
+        self.lora_B = torch.nn.Parameter(lora_b)
+        self.register_buffer("b_mask", b_mask, persistent=False)
+        scales = layout.scales()
+        uniform = bool((scales == scales[0]).all())
+        self.scale: float | None = layout.blocks[0].scale if uniform else None
+        self.register_buffer("scales", None if uniform else scales.to(lora_a.device), persistent=False)
+        self._mark_factors()
+
+    def _mark_factors(self) -> None:
+        """Tell Megatron which factor is split over TP, and our gradient step which one to sum over it."""
+        for parameter, split in ((self.lora_A, self.axis_of_a), (self.lora_B, self.axis_of_b)):
+            set_tensor_model_parallel_attributes(parameter, split is not None, split or 0, 1)
+            # With all-to-all every rank of B and A already holds its whole gradient.
+            parameter.sum_gradient_over_tp = split is None  # type: ignore[attr-defined]
+            parameter.allreduce = True  # type: ignore[attr-defined]
+
+    @property
+    def axis_of_a(self) -> int | None:
+        """The axis along which lora_A is split over TP, or None."""
+        raise AssertionError("a column- or row-parallel linear answers this")
+
+    @property
+    def axis_of_b(self) -> int | None:
+        """The axis along which lora_B is split over TP, or None."""
+        raise AssertionError("a column- or row-parallel linear answers this")
+
+    def _call(self, tokens: int, same_input_mask: bool, same_output_mask: bool, x: Tensor) -> AdapterCall:
+        input_mask = output_mask = None
+        if self.training and self.dropout > 0.0:
+            if self.dropout_before:
+                input_mask = self._mask((tokens, self.lora_A.shape[1]), x, same_input_mask)
+            else:
+                output_mask = self._mask((tokens, self.lora_B.shape[0]), x, same_output_mask)
+        return AdapterCall(
+            parallel=self.tp,
+            scale=self.scale if self.scale is not None else self.scales,  # type: ignore[arg-type]
+            b_mask=self.b_mask,  # type: ignore[arg-type]
+            input_mask=input_mask,
+            output_mask=output_mask,
+            all_to_all=self.all_to_all,
+        )
+
+    def _mask(self, shape: tuple[int, int], like: Tensor, same_on_every_rank: bool) -> Tensor:
+        keep = 1.0 - self.dropout
+        stream: AbstractContextManager = nullcontext() if same_on_every_rank else get_cuda_rng_tracker().fork()
+        with stream:
+            return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        weight = getattr(self, "layer_norm_weight", None)
+        if weight is None:
+            return x
+        bias = getattr(self, "layer_norm_bias", None)
+        config = self.config
+        return apply_norm(x, weight, bias, config.normalization, self.eps, config.layernorm_zero_centered_gamma)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Base parameters and the two factors; see `policy.megatron.checkpoint` for which of them are written."""
+        weight_axis = 0 if self.parallel_kind == "column" else 1
+        axes = {"weight": weight_axis, "bias": 0} if self.parallel_kind == "column" else {"weight": weight_axis}
+        for name, axis in (("lora_A", self.axis_of_a), ("lora_B", self.axis_of_b)):
+            if axis is not None:
+                axes[name] = axis
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )
+
+    def extra_repr(self) -> str:
+        return f"rank={self.layout.rank}, blocks={len(self.layout.blocks)}, tp={self.tp.size}"
+
+
+class LoRAColumnParallelLinear(LoRALinear):
+    """`linear_qkv`, `linear_fc1` (with the norm before them, where Megatron fuses it) and `output_layer`."""
+
+    parallel_kind = "column"
+
+    @property
+    def axis_of_a(self) -> int | None:
+        return None
+
+    @property
+    def axis_of_b(self) -> int | None:
+        return 0
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
+        """x [s, b, in] -> ([S, b, out / tp], bias or None)."""
+        weight = self.weight if weight is None else weight
+        bias = None if self.skip_bias_add else self.bias
+        x = self._normed(x)
+        if self.enabled:
+            tokens = x.shape[0] * x.shape[1] * (self.tp.size if self.tp.sequence_parallel else 1)
+            call = self._call(tokens, same_input_mask=True, same_output_mask=False, x=x)
+            out = column_parallel(x.flatten(0, 1), weight, bias, self.lora_A, self.lora_B, call)
+            out = out.view(-1, x.shape[1], out.shape[-1])
+        else:
+            out = linear_with_frozen_weight(
+                x,
+                weight,
+                bias,
+                gradient_accumulation_fusion=False,
+                allreduce_dgrad=self.tp.size > 1 and not self.tp.sequence_parallel,
+                sequence_parallel=self.tp.sequence_parallel,
+                tp_group=self.tp.group,
+                grad_output_buffer=None,
+                wgrad_deferral_limit=None,
+            )
+        return out, self.bias if self.skip_bias_add else None
+
+
+class LoRARowParallelLinear(LoRALinear):
+    """`linear_proj` and `linear_fc2` (with the norm after them, in the families that have one)."""
+
+    parallel_kind = "row"
+
+    @property
+    def axis_of_a(self) -> int | None:
+        return 1
+
+    @property
+    def axis_of_b(self) -> int | None:
+        return 0 if self.all_to_all else None
+
+    def forward(self, x: Tensor) -> Any:
+        """x [S, b, in / tp] -> ([s, b, out], bias or None)."""
+        if self.enabled:
+            # Each rank sees other columns of the input, so its mask is its own; the partial outputs are summed, so
+            # their mask is the same, unless all-to-all gives each rank its own columns.
+            call = self._call(
+                x.shape[0] * x.shape[1], same_input_mask=False, same_output_mask=not self.all_to_all, x=x
+            )
+            out = row_parallel(x.flatten(0, 1), self.weight, self.lora_A, self.lora_B, call)
+            out = out.view(-1, x.shape[1], out.shape[-1])
+        else:
+            out = torch.nn.functional.linear(x, self.weight)
+            if self.tp.sequence_parallel:
+                out = reduce_scatter_to_sequence_parallel_region(out, group=self.tp.group)
+            elif self.tp.size > 1:
+                out = reduce_from_tensor_model_parallel_region(out, group=self.tp.group)
+        if self.bias is not None and not self.skip_bias_add:
+            out = out + self.bias
+        if self.post_layernorm is not None:
+            out = self.post_layernorm(out)
+        return out, self.bias if self.skip_bias_add else None
