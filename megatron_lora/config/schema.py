@@ -17,9 +17,9 @@ ALGORITHMS: tuple[Algorithm, ...] = ("sft", "dpo", "grpo")
 class Recipe(Section):
     """A complete recipe. It has exactly one of the sections `sft`, `dpo`, `grpo`: the algorithm."""
 
-    sft: SftConfig | None = Field(None, description="Supervised fine-tuning.")
-    dpo: DpoConfig | None = Field(None, description="Direct preference optimization.")
-    grpo: GrpoConfig | None = Field(None, description="Group relative policy optimization.")
+    sft: SftConfig | None = Field(default=None, description="Supervised fine-tuning.")
+    dpo: DpoConfig | None = Field(default=None, description="Direct preference optimization.")
+    grpo: GrpoConfig | None = Field(default=None, description="Group relative policy optimization.")
     loss_fn: LossFnConfig = Field(default_factory=LossFnConfig, description="GRPO's loss.")
     env: EnvConfig = Field(default_factory=EnvConfig, description="GRPO's rewards.")
     policy: PolicyConfig = Field(description="The model and how it is trained.")
@@ -48,9 +48,9 @@ class Recipe(Section):
         if self.grpo is not None:
             shaping = self.grpo.reward_shaping
             shaping.max_response_length = shaping.max_response_length or limit
-            if shaping.enabled and shaping.overlong_buffer_length >= shaping.max_response_length:
+            if shaping.enabled and shaping.overlong_buffer_length > shaping.max_response_length:
                 raise ValueError(
-                    f"grpo.reward_shaping.overlong_buffer_length={shaping.overlong_buffer_length} is not below "
+                    f"grpo.reward_shaping.overlong_buffer_length={shaping.overlong_buffer_length} is above "
                     f"grpo.reward_shaping.max_response_length={shaping.max_response_length}; lower it"
                 )
             self._check_rollout_batch(self.grpo)

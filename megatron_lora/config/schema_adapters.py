@@ -21,7 +21,7 @@ def _dtype_name(value: Any) -> Any:
 
 
 class _Adapter(Section):
-    enabled: bool = Field(False, description="Train adapters; off: full fine-tuning.")
+    enabled: bool = Field(default=False, description="Train adapters; off: full fine-tuning.")
     target_modules: list[str] = Field(
         default_factory=list,
         description="Linears to adapt: names (`linear_qkv` or `q_proj`), full paths or wildcards; empty: every "
@@ -31,13 +31,13 @@ class _Adapter(Section):
         default_factory=list,
         description="Linears left alone, in the same forms; needs empty `target_modules`.",
     )
-    dim: PositiveInt = Field(8, description="Rank of the adapters.")
-    alpha: PositiveFloat = Field(32, description="The update is scaled by alpha / dim.")
-    dropout: Fraction = Field(0.0, description="Probability of dropout in the adapter's branch.")
+    dim: PositiveInt = Field(default=8, description="Rank of the adapters.")
+    alpha: PositiveFloat = Field(default=32, description="The update is scaled by alpha / dim.")
+    dropout: Fraction = Field(default=0.0, description="Probability of dropout in the adapter's branch.")
     dropout_position: DropoutPosition = Field(
-        "post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."
+        default="post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."
     )
-    init_adapter: str | None = Field(None, description="HF PEFT adapter folder to start from.")
+    init_adapter: str | None = Field(default=None, description="HF PEFT adapter folder to start from.")
 
     @model_validator(mode="after")
     def _targets_or_exclusions(self) -> Self:
@@ -52,23 +52,24 @@ class _Adapter(Section):
 class PeftConfig(_Adapter):
     """`policy.megatron_cfg.peft`: adapters of the Megatron backend."""
 
-    type: Literal["lora"] = Field("lora", description="Kind of adapter.")
-    lora_A_init_method: InitMethod = Field("xavier", description="Initial values of A.")
-    lora_B_init_method: InitMethod = Field("zero", description="Initial values of B.")
+    type: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    lora_A_init_method: InitMethod = Field(default="xavier", description="Initial values of A.")
+    lora_B_init_method: InitMethod = Field(default="zero", description="Initial values of B.")
     a2a_experimental: bool = Field(
-        False,
+        default=False,
         description="Row-parallel linears under sequence parallelism: split B over TP and exchange by all-to-all.",
     )
     lora_dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(
-        None, description="The adapters' own dtype (`float32`, `bfloat16`, `float16`); null: `policy.precision`."
+        default=None,
+        description="The adapters' own dtype (`float32`, `bfloat16`, `float16`); null: `policy.precision`.",
     )
 
 
 class LoraConfig(_Adapter):
     """`policy.dtensor_cfg.lora_cfg`: adapters of the DTensor backend."""
 
-    match_all_linear: bool = Field(True, description="Adapt every linear, whatever `target_modules` says.")
-    lora_A_init: InitMethod = Field("xavier", description="Initial values of A; B starts at zero.")
+    match_all_linear: bool = Field(default=True, description="Adapt every linear, whatever `target_modules` says.")
+    lora_A_init: InitMethod = Field(default="xavier", description="Initial values of A; B starts at zero.")
     use_triton: bool = Field(
-        True, description="Fused kernel on a GPU; only without tensor parallelism (`tensor_parallel_size` 1)."
+        default=True, description="Fused kernel on a GPU; only without tensor parallelism (`tensor_parallel_size` 1)."
     )

@@ -1,12 +1,11 @@
 """The algorithms: `sft`, `dpo`, `grpo` with its `loss_fn` and `env`."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_lora.config.schema_base import (
     Float,
-    Fraction,
     Int,
     KeywordArguments,
     NonNegativeFloat,
@@ -18,47 +17,49 @@ from megatron_lora.config.schema_base import (
 
 
 class _Algorithm(Section):
-    max_num_epochs: PositiveInt = Field(1, description="Passes over the training rows, at most.")
-    max_num_steps: PositiveInt = Field(60, description="Optimizer steps (GRPO: rollout steps), at most.")
-    seed: Int = Field(42, description="Seed of data order, adapters, dropout and sampling.")
-    val_period: NonNegativeInt = Field(10, description="Steps between validations; 0: none.")
-    val_at_start: bool = Field(False, description="Validate before the first step.")
-    val_at_end: bool = Field(False, description="Validate after the last step.")
+    max_num_epochs: PositiveInt = Field(default=1, description="Passes over the training rows, at most.")
+    max_num_steps: PositiveInt = Field(default=60, description="Optimizer steps (GRPO: rollout steps), at most.")
+    seed: Int = Field(default=42, description="Seed of data order, adapters, dropout and sampling.")
+    val_period: NonNegativeInt = Field(default=10, description="Steps between validations; 0: none.")
+    val_at_start: bool = Field(default=False, description="Validate before the first step.")
+    val_at_end: bool = Field(default=False, description="Validate after the last step.")
 
 
 class _SupervisedAlgorithm(_Algorithm):
-    val_batches: Int = Field(8, description="Global batches a validation; -1 or 0: all.")
-    val_global_batch_size: PositiveInt = Field(32, description="Rows (DPO: pairs) a validation batch.")
-    val_micro_batch_size: PositiveInt = Field(1, description="Rows (DPO: pairs) a forward pass at validation.")
+    val_batches: Int = Field(default=8, description="Global batches a validation; -1 or 0: all.")
+    val_global_batch_size: PositiveInt = Field(default=32, description="Rows (DPO: pairs) a validation batch.")
+    val_micro_batch_size: PositiveInt = Field(default=1, description="Rows (DPO: pairs) a forward pass at validation.")
 
 
 class SftConfig(_SupervisedAlgorithm):
     """`sft`: supervised fine-tuning."""
 
-    only_unmask_final: bool = Field(False, description="Only the last answer of a conversation carries loss.")
+    only_unmask_final: bool = Field(default=False, description="Only the last answer of a conversation carries loss.")
 
 
 class DpoConfig(_SupervisedAlgorithm):
     """`dpo`: direct preference optimization (Rafailov et al. 2023)."""
 
-    max_num_steps: PositiveInt = Field(150, description="Optimizer steps, at most.")
-    val_period: NonNegativeInt = Field(25, description="Steps between validations; 0: none.")
-    val_global_batch_size: PositiveInt = Field(8, description="Pairs a validation batch.")
-    loss_type: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO's loss, or IPO's (Azar et al. 2023).")
-    label_smoothing: Float = Field(
-        0.0, ge=0, lt=0.5, description="Assumed probability that a pair's order is wrong (sigmoid)."
+    max_num_steps: PositiveInt = Field(default=150, description="Optimizer steps, at most.")
+    val_period: NonNegativeInt = Field(default=25, description="Steps between validations; 0: none.")
+    val_global_batch_size: PositiveInt = Field(default=8, description="Pairs a validation batch.")
+    loss_type: Literal["sigmoid", "ipo"] = Field(
+        default="sigmoid", description="DPO's loss, or IPO's (Azar et al. 2023)."
     )
-    reference_policy_kl_penalty: PositiveFloat = Field(0.05, description="Beta of the paper.")
-    preference_loss_weight: NonNegativeFloat = Field(1.0, description="Weight of the preference loss.")
-    sft_loss_weight: NonNegativeFloat = Field(0.0, description="Weight of an SFT loss on the chosen answers.")
+    label_smoothing: Float = Field(
+        default=0.0, ge=0, lt=0.5, description="Assumed probability that a pair's order is wrong (sigmoid)."
+    )
+    reference_policy_kl_penalty: PositiveFloat = Field(default=0.05, description="Beta of the paper.")
+    preference_loss_weight: NonNegativeFloat = Field(default=1.0, description="Weight of the preference loss.")
+    sft_loss_weight: NonNegativeFloat = Field(default=0.0, description="Weight of an SFT loss on the chosen answers.")
     preference_average_log_probs: bool = Field(
-        False, description="Divide an answer's log-probability by its tokens in the preference loss."
+        default=False, description="Divide an answer's log-probability by its tokens in the preference loss."
     )
     sft_average_log_probs: bool | None = Field(
-        None, description="Likewise in the SFT loss; null: `preference_average_log_probs`."
+        default=None, description="Likewise in the SFT loss; null: `preference_average_log_probs`."
     )
     precompute_reference_logprobs: bool = Field(
-        False, description="Compute the reference's log-probabilities of all rows once, ahead of training."
+        default=False, description="Compute the reference's log-probabilities of all rows once, ahead of training."
     )
 
     @model_validator(mode="after")
@@ -75,59 +76,86 @@ class DpoConfig(_SupervisedAlgorithm):
 class AdvantageConfig(Section):
     """`grpo.adv_estimator`."""
 
-    name: Literal["grpo"] = Field("grpo", description="Advantages relative to the group of one prompt's answers.")
+    name: Literal["grpo"] = Field(
+        default="grpo", description="Advantages relative to the group of one prompt's answers."
+    )
     normalize_rewards: bool | None = Field(
-        None, description="Divide by the group's standard deviation; null: `grpo.normalize_rewards`."
+        default=None, description="Divide by the group's standard deviation; null: `grpo.normalize_rewards`."
     )
     use_leave_one_out_baseline: bool | None = Field(
-        None, description="Each answer's baseline is the mean of the others; null: `grpo.use_leave_one_out_baseline`."
+        default=None,
+        description="Each answer's baseline is the mean of the others; null: `grpo.use_leave_one_out_baseline`.",
     )
 
 
 class RewardShapingConfig(Section):
     """`grpo.reward_shaping`: DAPO's soft penalty on overlong answers (Yu et al. 2025, eq. 13)."""
 
-    enabled: bool = Field(False, description="Penalise answers that come near the limit.")
+    enabled: bool = Field(default=False, description="Penalise answers that come near the limit.")
     max_response_length: PositiveInt | None = Field(
-        None, description="The limit, in tokens; null: `policy.max_total_sequence_length`."
+        default=None, description="The limit, in tokens; null: `policy.max_total_sequence_length`."
     )
-    overlong_buffer_length: PositiveInt = Field(128, description="Tokens before the limit where the penalty begins.")
-    overlong_buffer_penalty: NonNegativeFloat = Field(1.0, description="Penalty at the limit.")
+    overlong_buffer_length: PositiveInt = Field(
+        default=128, description="Tokens before the limit where the penalty begins."
+    )
+    overlong_buffer_penalty: NonNegativeFloat = Field(default=1.0, description="Penalty at the limit.")
+    stop_properly_penalty_coef: Float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="In place of the above: the rewards of answers cut off by the limit, times this.",
+    )
+
+
+class RewardScalingConfig(Section):
+    """`grpo.reward_scaling`: rewards clamped to the source's range and mapped linearly onto the target's."""
+
+    enabled: bool = Field(default=False, description="Scale rewards.")
+    source_min: Float = Field(default=0.0, description="Least reward.")
+    source_max: Float = Field(default=1.0, description="Greatest reward.")
+    target_min: Float = Field(default=0.0, description="What the least becomes.")
+    target_max: Float = Field(default=1.0, description="What the greatest becomes.")
 
 
 class GrpoConfig(_Algorithm):
     """`grpo`: group relative policy optimization (Shao et al. 2024) and its descendants."""
 
-    max_num_steps: PositiveInt = Field(1000000, description="Rollout steps, at most.")
-    num_prompts_per_step: PositiveInt = Field(32, description="Prompts a rollout step.")
-    num_generations_per_prompt: PositiveInt = Field(16, description="Answers a prompt: the group.")
-    normalize_rewards: bool = Field(True, description="Divide advantages by the group's standard deviation.")
+    max_num_steps: PositiveInt = Field(default=1000000, description="Rollout steps, at most.")
+    num_prompts_per_step: PositiveInt = Field(default=32, description="Prompts a rollout step.")
+    num_generations_per_prompt: PositiveInt = Field(default=16, description="Answers a prompt: the group.")
+    normalize_rewards: bool = Field(default=True, description="Divide advantages by the group's standard deviation.")
     use_leave_one_out_baseline: bool = Field(
-        True, description="Each answer's baseline is the mean reward of the group's others; off: of all."
+        default=True, description="Each answer's baseline is the mean reward of the group's others; off: of all."
     )
     adv_estimator: AdvantageConfig = Field(
         default_factory=AdvantageConfig, description="How rewards become advantages."
     )
     use_dynamic_sampling: bool = Field(
-        False, description="DAPO: drop groups whose rewards are all equal and sample more prompts in their place."
+        default=False,
+        description="DAPO: drop groups whose rewards are all equal and sample more prompts in their place.",
     )
     batch_multiplier: PositiveFloat = Field(
-        1, description="Dynamic sampling: prompts a generation batch = this x `num_prompts_per_step`."
+        default=1, description="Dynamic sampling: prompts a generation batch = this x `num_prompts_per_step`."
     )
     dynamic_sampling_max_gen_batches: PositiveInt = Field(
-        10, description="Dynamic sampling: generation batches a step, at most."
+        default=10, description="Dynamic sampling: generation batches a step, at most."
     )
-    overlong_filtering: bool = Field(False, description="Answers cut off by the length limit carry no loss.")
+    overlong_filtering: bool = Field(default=False, description="Answers cut off by the length limit carry no loss.")
     reward_shaping: RewardShapingConfig = Field(
         default_factory=RewardShapingConfig, description="Soft penalty on overlong answers."
     )
+    reward_scaling: RewardScalingConfig = Field(
+        default_factory=RewardScalingConfig, description="Rewards mapped onto another range."
+    )
+    advantage_clip_low: Float | None = Field(default=None, description="Advantages are at least this; null: no bound.")
+    advantage_clip_high: Float | None = Field(default=None, description="Advantages are at most this; null: no bound.")
     seq_logprob_error_threshold: PositiveFloat | None = Field(
-        None,
+        default=None,
         description="Answers whose mean over tokens of exp(|trainer - rollout log-probability|) is above this carry "
         "no loss; null: all do.",
     )
-    max_val_samples: PositiveInt = Field(256, description="Prompts a validation, at most.")
-    val_batch_size: PositiveInt = Field(256, description="Prompts generated at once at validation.")
+    max_val_samples: PositiveInt = Field(default=256, description="Prompts a validation, at most.")
+    val_batch_size: PositiveInt = Field(default=256, description="Prompts generated at once at validation.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -147,69 +175,62 @@ class GrpoConfig(_Algorithm):
 class LossFnConfig(Section):
     """`loss_fn`: GRPO's loss."""
 
-    ratio_clip_min: Fraction = Field(0.2, description="The ratio is clipped at 1 - this.")
-    ratio_clip_max: NonNegativeFloat = Field(0.2, description="The ratio is clipped at 1 + this.")
+    ratio_clip_min: Float = Field(default=0.2, ge=0, le=1, description="The ratio is clipped at 1 - this.")
+    ratio_clip_max: NonNegativeFloat = Field(default=0.2, description="The ratio is clipped at 1 + this.")
     ratio_clip_c: Float | None = Field(
-        None, gt=1, description="Dual clip: bound of the loss where the advantage is negative; null: none."
+        default=None, gt=1, description="Dual clip: bound of the loss where the advantage is negative; null: none."
     )
-    token_level_loss: bool = Field(True, description="Mean over all answer tokens; off: mean over answers' means.")
-    length_normalization: bool = Field(
-        True,
-        description="Off (Dr. GRPO): sum over an answer's tokens divided by the constant "
-        "`policy.generation.max_new_tokens`, mean over answers; `token_level_loss` then has no say.",
+    token_level_loss: bool = Field(
+        default=True, description="Mean over all answer tokens; off: mean over answers' means."
+    )
+    constant_length: PositiveInt | None = Field(
+        default=None,
+        description="Dr. GRPO: divide an answer's sum over tokens by this constant (such as "
+        "`${policy.generation.max_new_tokens}`), mean over answers; `token_level_loss` then has no say. null: off.",
     )
     sequence_level_importance_ratios: bool = Field(
-        False, description="GSPO: one ratio an answer, the geometric mean over its tokens."
+        default=False, description="GSPO: one ratio an answer, the geometric mean over its tokens."
     )
-    reference_policy_kl_penalty: NonNegativeFloat = Field(0.01, description="Weight of the KL term; 0: no reference.")
-    reference_policy_kl_type: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL term.")
+    reference_policy_kl_penalty: NonNegativeFloat = Field(
+        default=0.01, description="Weight of the KL term; 0: no reference."
+    )
+    reference_policy_kl_type: Literal["k1", "k2", "k3"] = Field(default="k3", description="Estimator of the KL term.")
     kl_input_clamp_value: PositiveFloat | None = Field(
-        20.0, description="Log-ratios are clamped to +-this before the estimator; null: not."
+        default=20.0, description="Log-ratios are clamped to +-this before the estimator; null: not."
     )
     kl_output_clamp_value: PositiveFloat | None = Field(
-        10.0, description="The estimate is clamped to +-this; null: not."
+        default=10.0, description="The estimate is clamped to +-this; null: not."
+    )
+    use_kl_in_reward: bool = Field(
+        default=False, description="Subtract the KL term from the advantages, not from the loss."
+    )
+    use_on_policy_kl_approximation: bool = Field(
+        default=False, description="Weigh the KL estimate by the ratio to the policy that sampled."
+    )
+    disable_ppo_ratio: bool = Field(default=False, description="REINFORCE: no ratio, and so no clipping.")
+    force_on_policy_ratio: bool = Field(
+        default=False, description="Take the ratio as 1, with the gradient of the policy."
+    )
+    use_cispo: bool = Field(
+        default=False, description="CISPO: the clipped ratio, without gradient, weighs the log-likelihood."
+    )
+    positive_example_nll_weight: NonNegativeFloat = Field(
+        default=0.0, description="Weight of a likelihood loss on answers of positive advantage."
     )
     use_importance_sampling_correction: bool = Field(
-        False, description="Weigh tokens by trainer / rollout probability."
+        default=False, description="Weigh tokens by trainer / rollout probability."
     )
     truncated_importance_sampling_type: Literal["tis", "icepop", "seq-mask-tis"] | None = Field(
-        None,
+        default=None,
         description="Bound those weights: clamp them (tis), drop tokens outside (icepop), or drop answers whose "
         "geometric mean is outside (seq-mask-tis).",
     )
-    truncated_importance_sampling_ratio: PositiveFloat | None = Field(None, description="Upper bound of the weights.")
-    truncated_importance_sampling_ratio_min: NonNegativeFloat | None = Field(
-        None, description="Lower bound of the weights; null: none."
+    truncated_importance_sampling_ratio: PositiveFloat | None = Field(
+        default=None, description="Upper bound of the weights."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _truncation_has_a_type(cls, data: Any) -> Any:
-        """NeMo RL: a bound without a type means tis."""
-        if isinstance(data, dict) and data.get("truncated_importance_sampling_ratio") is not None:
-            if data.get("truncated_importance_sampling_type") is None:
-                return {**data, "truncated_importance_sampling_type": "tis"}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.truncated_importance_sampling_type is not None:
-            if self.truncated_importance_sampling_ratio is None:
-                raise ValueError(
-                    f"truncated_importance_sampling_type={self.truncated_importance_sampling_type} needs "
-                    "truncated_importance_sampling_ratio, the upper bound"
-                )
-            if not self.use_importance_sampling_correction:
-                raise ValueError(
-                    "truncated_importance_sampling_* need use_importance_sampling_correction=true; set it"
-                )
-        lower, upper = self.truncated_importance_sampling_ratio_min, self.truncated_importance_sampling_ratio
-        if lower is not None and upper is not None and lower >= upper:
-            raise ValueError(
-                f"truncated_importance_sampling_ratio_min={lower} is not below "
-                f"truncated_importance_sampling_ratio={upper}; lower it"
-            )
-        return self
+    truncated_importance_sampling_ratio_min: NonNegativeFloat | None = Field(
+        default=None, description="Lower bound of the weights; null: none."
+    )
 
 
 RewardKind = Literal["exact", "math", "gsm8k", "format", "length", "python"]
@@ -223,13 +244,15 @@ class RewardFunctionConfig(Section):
         description="`exact`: the answer is the reference; `math`: symbolically equal (math-verify); `gsm8k`: the "
         "number after `####`; `format`: `pattern` matches; `length`: penalty beyond `max_tokens`; `python`: `function`."
     )
-    name: str | None = Field(None, description="Name in the metrics; null: `kind`.")
-    weight: Float = Field(1.0, description="Factor of this reward in the sum.")
-    timeout_seconds: PositiveFloat = Field(10.0, description="A call that takes longer gives 0 and is counted.")
-    pattern: str | None = Field(None, description="`format`: regular expression that the whole answer has to match.")
-    max_tokens: PositiveInt | None = Field(None, description="`length`: tokens that cost nothing.")
+    name: str | None = Field(default=None, description="Name in the metrics; null: `kind`.")
+    weight: Float = Field(default=1.0, description="Factor of this reward in the sum.")
+    timeout_seconds: PositiveFloat = Field(default=10.0, description="A call that takes longer gives 0 and is counted.")
+    pattern: str | None = Field(
+        default=None, description="`format`: regular expression that the whole answer has to match."
+    )
+    max_tokens: PositiveInt | None = Field(default=None, description="`length`: tokens that cost nothing.")
     function: str | None = Field(
-        None, description="`python`: import path `package.module:function` or `path/file.py:function`."
+        default=None, description="`python`: import path `package.module:function` or `path/file.py:function`."
     )
     kwargs: KeywordArguments = Field(default_factory=dict, description="`python`: further arguments of the function.")
 
@@ -249,7 +272,7 @@ class RewardFunctionConfig(Section):
 class MathEnvConfig(Section):
     """`env.math`."""
 
-    num_workers: PositiveInt = Field(8, description="Processes that compute rewards, at most.")
+    num_workers: PositiveInt = Field(default=8, description="Processes that compute rewards, at most.")
 
 
 def _math_reward() -> list[RewardFunctionConfig]:

@@ -11,39 +11,46 @@ class DatasetConfig(Section):
     """`data.train`, `data.validation` and `data.default`."""
 
     dataset_name: str | None = Field(
-        None, description="Hub name, or a built-in: `gsm8k`, `arithmetic`. Ignored where `data_path` is set."
+        default=None, description="Hub name, or a built-in: `gsm8k`, `arithmetic`. Ignored where `data_path` is set."
     )
-    data_path: str | None = Field(None, description="JSONL file.")
-    subset: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str | None = Field(None, description="Split of a hub data set.")
-    input_key: str | None = Field(None, description="Column of the prompt; null: found by the row's form.")
-    output_key: str | None = Field(None, description="Column of the answer; null: found by the row's form.")
-    prompt_key: str | None = Field(None, description="Preference rows: column of the prompt.")
-    chosen_key: str | None = Field(None, description="Preference rows: column of the preferred answer.")
-    rejected_key: str | None = Field(None, description="Preference rows: column of the other answer.")
-    prompt_file: str | None = Field(None, description="File with a text around each prompt, which stands at `{}`.")
-    system_prompt_file: str | None = Field(None, description="File with a system message for every row.")
+    data_path: str | None = Field(default=None, description="JSONL file.")
+    subset: str | None = Field(default=None, description="Configuration of a hub data set.")
+    split: str | None = Field(default=None, description="Split of a hub data set.")
+    input_key: str | None = Field(default=None, description="Column of the prompt; null: found by the row's form.")
+    output_key: str | None = Field(default=None, description="Column of the answer; null: found by the row's form.")
+    chosen_key: str | None = Field(default=None, description="Preference rows: column of the preferred answer.")
+    rejected_key: str | None = Field(default=None, description="Preference rows: column of the other answer.")
+    prompt_file: str | None = Field(
+        default=None, description="File with a text around each prompt, which stands at `{}`."
+    )
+    system_prompt_file: str | None = Field(default=None, description="File with a system message for every row.")
     split_validation_size: Fraction = Field(
-        0.0, description="Part of the training rows held out where `data.validation` is null."
+        default=0.0, description="Part of the training rows held out where `data.validation` is null."
     )
-    seed: Int | None = Field(None, description="Seed of that split; null: the algorithm's.")
-    num_rows: PositiveInt | None = Field(None, description="Use only the first rows; null: all.")
+    seed: Int | None = Field(default=None, description="Seed of that split; null: the algorithm's.")
 
 
 class DataConfig(Section):
     """`data`."""
 
     train: DatasetConfig = Field(description="Training rows.")
-    validation: DatasetConfig | None = Field(None, description="Validation rows; null: none, or a split of `train`.")
-    default: DatasetConfig | None = Field(None, description="Values for keys that `train` and `validation` lack.")
-    max_input_seq_length: PositiveInt | None = Field(
-        None, description="Longest prompt, in tokens; null: `policy.max_total_sequence_length`."
+    validation: DatasetConfig | None = Field(
+        default=None, description="Validation rows; null: none, or a split of `train`."
     )
-    shuffle: bool = Field(True, description="New seeded order every epoch; off: the file's order.")
-    add_bos: bool = Field(True, description="Begin a sequence with the tokenizer's begin-of-sequence token, if any.")
-    add_eos: bool = Field(True, description="End the answer with the end-of-sequence token.")
+    default: DatasetConfig | None = Field(
+        default=None, description="Values for keys that `train` and `validation` lack."
+    )
+    max_input_seq_length: PositiveInt | None = Field(
+        default=None, description="Longest prompt, in tokens; null: `policy.max_total_sequence_length`."
+    )
+    num_workers: PositiveInt = Field(default=1, description="Processes that tokenize a large data set.")
+    shuffle: bool = Field(default=True, description="New seeded order every epoch; off: the file's order.")
+    add_bos: bool = Field(
+        default=True, description="Begin a sequence with the tokenizer's begin-of-sequence token, if any."
+    )
+    add_eos: bool = Field(default=True, description="End the answer with the end-of-sequence token.")
     add_generation_prompt: bool = Field(
-        False, description="SFT on messages: put the template's generation prompt before the answer."
+        default=False, description="SFT on messages: put the template's generation prompt before the answer."
     )
 
     @model_validator(mode="before")

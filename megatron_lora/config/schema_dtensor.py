@@ -11,17 +11,17 @@ from megatron_lora.config.schema_base import KeywordArguments, PositiveInt, Sect
 class TorchOptimizerConfig(Section):
     """`policy.optimizer`: a torch optimizer."""
 
-    name: str = Field("torch.optim.AdamW", description="Import path of the optimizer's class.")
+    name: str = Field(default="torch.optim.AdamW", description="Import path of the optimizer's class.")
     kwargs: KeywordArguments = Field(default_factory=dict, description="Its keyword arguments.")
 
 
 class TorchSchedulerConfig(Section):
     """One entry of `policy.scheduler`: a torch scheduler, or the milestones between those before it."""
 
-    name: str | None = Field(None, description="Import path of the scheduler's class.")
+    name: str | None = Field(default=None, description="Import path of the scheduler's class.")
     kwargs: KeywordArguments = Field(default_factory=dict, description="Its keyword arguments.")
     milestones: list[PositiveInt] | None = Field(
-        None, description="Steps at which the next scheduler of the list takes over; the only key of its entry."
+        default=None, description="Steps at which the next scheduler of the list takes over; the only key of its entry."
     )
 
     @model_validator(mode="after")
@@ -34,13 +34,15 @@ class TorchSchedulerConfig(Section):
 class DTensorConfig(Section):
     """`policy.dtensor_cfg`. Used where `policy.megatron_cfg.enabled` is false."""
 
-    tensor_parallel_size: PositiveInt = Field(1, description="Ranks that share each layer's matrices (TP).")
-    sequence_parallel: bool = Field(False, description="Split activations over TP ranks where the model's plan can.")
-    activation_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass instead of keeping them."
+    tensor_parallel_size: PositiveInt = Field(default=1, description="Ranks that share each layer's matrices (TP).")
+    sequence_parallel: bool = Field(
+        default=False, description="Split activations over TP ranks where the model's plan can."
     )
-    cpu_offload: bool = Field(False, description="Keep weights, gradients and optimizer state in CPU memory.")
-    compile: bool = Field(False, description="torch.compile each layer.")
+    activation_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass instead of keeping them."
+    )
+    cpu_offload: bool = Field(default=False, description="Keep weights, gradients and optimizer state in CPU memory.")
+    compile: bool = Field(default=False, description="torch.compile each layer.")
     lora_cfg: LoraConfig = Field(default_factory=LoraConfig, description="Adapters.")
 
 

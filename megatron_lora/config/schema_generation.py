@@ -12,16 +12,16 @@ TopP = Float
 class VllmConfig(Section):
     """`policy.generation.vllm_cfg`."""
 
-    tensor_parallel_size: PositiveInt = Field(1, description="Ranks that share each layer's matrices in vLLM.")
+    tensor_parallel_size: PositiveInt = Field(default=1, description="Ranks that share each layer's matrices in vLLM.")
     gpu_memory_utilization: Float = Field(
-        0.6, gt=0, le=1, description="Part of a GPU's memory that vLLM may take while it generates."
+        default=0.6, gt=0, le=1, description="Part of a GPU's memory that vLLM may take while it generates."
     )
     max_model_len: PositiveInt | None = Field(
-        None, description="Longest sequence; null: `policy.max_total_sequence_length`."
+        default=None, description="Longest sequence; null: `policy.max_total_sequence_length`."
     )
-    enforce_eager: bool = Field(False, description="Generate without CUDA graphs.")
+    enforce_eager: bool = Field(default=False, description="Generate without CUDA graphs.")
     precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="dtype of vLLM's weights; null: `policy.precision`."
+        default=None, description="dtype of vLLM's weights; null: `policy.precision`."
     )
 
 
@@ -29,22 +29,24 @@ class GenerationConfig(Section):
     """`policy.generation`."""
 
     backend: Literal["vllm", "megatron"] = Field(
-        "vllm", description="Who generates: vLLM in the trainer's processes, or the training model itself."
+        default="vllm", description="Who generates: vLLM in the trainer's processes, or the training model itself."
     )
     refit: Literal["adapter", "merge", "auto"] = Field(
-        "auto",
+        default="auto",
         description="What goes to vLLM after a step: the adapter, or merged weights; `auto` measures both at start.",
     )
     max_new_tokens: PositiveInt | None = Field(
-        None, description="Longest answer, in tokens; null: `policy.max_total_sequence_length`."
+        default=None, description="Longest answer, in tokens; null: `policy.max_total_sequence_length`."
     )
-    temperature: NonNegativeFloat = Field(1.0, description="Sampling temperature; 0: the most likely token.")
-    top_p: TopP = Field(1.0, gt=0, le=1, description="Sample from the most likely tokens of this total probability.")
-    top_k: Int | None = Field(None, description="Sample from this many most likely tokens; null or -1: all.")
-    val_temperature: NonNegativeFloat | None = Field(None, description="At validation; null: `temperature`.")
-    val_top_p: TopP | None = Field(None, gt=0, le=1, description="At validation; null: `top_p`.")
-    val_top_k: Int | None = Field(None, description="At validation; null: `top_k`.")
-    stop_token_ids: list[Int] | None = Field(None, description="Further token ids that end an answer.")
-    stop_strings: list[str] | None = Field(None, description="Texts that end an answer.")
+    temperature: NonNegativeFloat = Field(default=1.0, description="Sampling temperature; 0: the most likely token.")
+    top_p: TopP = Field(
+        default=1.0, gt=0, le=1, description="Sample from the most likely tokens of this total probability."
+    )
+    top_k: Int | None = Field(default=None, description="Sample from this many most likely tokens; null or -1: all.")
+    val_temperature: NonNegativeFloat | None = Field(default=None, description="At validation; null: `temperature`.")
+    val_top_p: TopP | None = Field(default=None, gt=0, le=1, description="At validation; null: `top_p`.")
+    val_top_k: Int | None = Field(default=None, description="At validation; null: `top_k`.")
+    stop_token_ids: list[Int] | None = Field(default=None, description="Further token ids that end an answer.")
+    stop_strings: list[str] | None = Field(default=None, description="Texts that end an answer.")
     vllm_cfg: VllmConfig = Field(default_factory=VllmConfig, description="vLLM's engine.")
     vllm_kwargs: KeywordArguments = Field(default_factory=dict, description="Further arguments of vLLM's engine.")

@@ -18,18 +18,18 @@ from megatron_lora.config.schema_base import (
 class MegatronOptimizerConfig(Section):
     """`policy.megatron_cfg.optimizer`."""
 
-    optimizer: Literal["adam"] = Field("adam", description="AdamW (decoupled weight decay).")
-    lr: PositiveFloat = Field(5e-6, description="Highest learning rate.")
-    min_lr: NonNegativeFloat = Field(0.0, description="Learning rate that a decaying schedule ends at.")
-    weight_decay: NonNegativeFloat = Field(0.01, description="Weight decay of the trainable weights.")
-    adam_beta1: Fraction = Field(0.9, description="Decay of the first moment.")
-    adam_beta2: Fraction = Field(0.98, description="Decay of the second moment.")
-    adam_eps: PositiveFloat = Field(1e-8, description="Added to the root of the second moment.")
+    optimizer: Literal["adam"] = Field(default="adam", description="AdamW (decoupled weight decay).")
+    lr: PositiveFloat = Field(default=5e-6, description="Highest learning rate.")
+    min_lr: NonNegativeFloat = Field(default=0.0, description="Learning rate that a decaying schedule ends at.")
+    weight_decay: NonNegativeFloat = Field(default=0.01, description="Weight decay of the trainable weights.")
+    adam_beta1: Fraction = Field(default=0.9, description="Decay of the first moment.")
+    adam_beta2: Fraction = Field(default=0.98, description="Decay of the second moment.")
+    adam_eps: PositiveFloat = Field(default=1e-8, description="Added to the root of the second moment.")
     clip_grad: NonNegativeFloat | None = Field(
-        None, description="Largest gradient norm; 0: no clipping; null: `policy.max_grad_norm`."
+        default=None, description="Largest gradient norm; 0: no clipping; null: `policy.max_grad_norm`."
     )
     use_distributed_optimizer: bool = Field(
-        True, description="Split the optimizer's state over data-parallel ranks."
+        default=True, description="Split the optimizer's state over data-parallel ranks."
     )
 
     @model_validator(mode="after")
@@ -43,66 +43,72 @@ class MegatronSchedulerConfig(Section):
     """`policy.megatron_cfg.scheduler`: the learning rate and weight decay of each step."""
 
     lr_decay_style: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="From `optimizer.lr` to `optimizer.min_lr` after warmup."
+        default="constant", description="From `optimizer.lr` to `optimizer.min_lr` after warmup."
     )
     lr_decay_iters: PositiveInt | None = Field(
-        None, description="Step at which `min_lr` is reached; null: the run's last step."
+        default=None, description="Step at which `min_lr` is reached; null: the run's last step."
     )
-    lr_warmup_iters: NonNegativeInt = Field(0, description="Steps of linear warmup from `lr_warmup_init` to `lr`.")
-    lr_warmup_init: NonNegativeFloat = Field(0.0, description="Learning rate at the start of warmup.")
+    lr_warmup_iters: NonNegativeInt = Field(
+        default=0, description="Steps of linear warmup from `lr_warmup_init` to `lr`."
+    )
+    lr_warmup_init: NonNegativeFloat = Field(default=0.0, description="Learning rate at the start of warmup.")
     start_weight_decay: NonNegativeFloat | None = Field(
-        None, description="Weight decay at the first step; null: `optimizer.weight_decay`."
+        default=None, description="Weight decay at the first step; null: `optimizer.weight_decay`."
     )
     end_weight_decay: NonNegativeFloat | None = Field(
-        None, description="Weight decay at the last step; null: `optimizer.weight_decay`."
+        default=None, description="Weight decay at the last step; null: `optimizer.weight_decay`."
     )
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="From `start_weight_decay` to `end_weight_decay`."
+        default="constant", description="From `start_weight_decay` to `end_weight_decay`."
     )
 
 
 class MegatronCheckpointConfig(Section):
     """`policy.megatron_cfg.checkpoint`."""
 
-    async_save: bool = Field(False, description="Write checkpoints in the background while training goes on.")
+    async_save: bool = Field(default=False, description="Write checkpoints in the background while training goes on.")
 
 
 class MegatronConfig(Section):
     """`policy.megatron_cfg`."""
 
-    enabled: bool = Field(False, description="Train with Megatron-Core; off: `policy.dtensor_cfg` trains.")
-    tensor_model_parallel_size: PositiveInt = Field(1, description="Ranks that share each layer's matrices (TP).")
-    pipeline_model_parallel_size: PositiveInt = Field(1, description="Ranks that share the layers (PP).")
+    enabled: bool = Field(default=False, description="Train with Megatron-Core; off: `policy.dtensor_cfg` trains.")
+    tensor_model_parallel_size: PositiveInt = Field(
+        default=1, description="Ranks that share each layer's matrices (TP)."
+    )
+    pipeline_model_parallel_size: PositiveInt = Field(default=1, description="Ranks that share the layers (PP).")
     virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
-        None, description="Pieces of the model that each pipeline rank holds (VPP); null: 1."
+        default=None, description="Pieces of the model that each pipeline rank holds (VPP); null: 1."
     )
     num_layers_in_first_pipeline_stage: PositiveInt | None = Field(
-        None, description="Layers on the first pipeline rank; null: an even share."
+        default=None, description="Layers on the first pipeline rank; null: an even share."
     )
     num_layers_in_last_pipeline_stage: PositiveInt | None = Field(
-        None, description="Layers on the last pipeline rank; null: an even share."
+        default=None, description="Layers on the last pipeline rank; null: an even share."
     )
-    context_parallel_size: PositiveInt = Field(1, description="Ranks that share each sequence (CP).")
-    expert_model_parallel_size: PositiveInt = Field(1, description="Ranks that share the experts (EP).")
-    expert_tensor_parallel_size: PositiveInt = Field(1, description="Ranks that share each expert's matrices (ETP).")
+    context_parallel_size: PositiveInt = Field(default=1, description="Ranks that share each sequence (CP).")
+    expert_model_parallel_size: PositiveInt = Field(default=1, description="Ranks that share the experts (EP).")
+    expert_tensor_parallel_size: PositiveInt = Field(
+        default=1, description="Ranks that share each expert's matrices (ETP)."
+    )
     sequence_parallel: bool = Field(
-        False, description="Split activations outside the matrices over TP ranks; without effect at TP=1."
+        default=False, description="Split activations outside the matrices over TP ranks; without effect at TP=1."
     )
     activation_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass instead of keeping them."
+        default=False, description="Recompute activations in the backward pass instead of keeping them."
     )
     recompute_granularity: Literal["full", "selective"] = Field(
-        "full", description="With `activation_checkpointing`: whole layers, or only `recompute_modules`."
+        default="full", description="With `activation_checkpointing`: whole layers, or only `recompute_modules`."
     )
     recompute_modules: list[str] | None = Field(
-        None, description="What selective recompute repeats, in Megatron's names; null: `[core_attn]`."
+        default=None, description="What selective recompute repeats, in Megatron's names; null: `[core_attn]`."
     )
-    apply_rope_fusion: bool = Field(True, description="Fused rotary embedding on a GPU.")
-    bias_activation_fusion: bool = Field(True, description="Fused bias and activation of the MLP on a GPU.")
+    apply_rope_fusion: bool = Field(default=True, description="Fused rotary embedding on a GPU.")
+    bias_activation_fusion: bool = Field(default=True, description="Fused bias and activation of the MLP on a GPU.")
     use_fused_linear_logprobs: bool = Field(
-        False, description="Log-probabilities straight from hidden states, in chunks; full logits never exist."
+        default=False, description="Log-probabilities straight from hidden states, in chunks; full logits never exist."
     )
-    fused_linear_logprobs_chunk_size: PositiveInt = Field(256, description="Tokens a chunk of the above.")
+    fused_linear_logprobs_chunk_size: PositiveInt = Field(default=256, description="Tokens a chunk of the above.")
     peft: PeftConfig = Field(default_factory=PeftConfig, description="Adapters.")
     optimizer: MegatronOptimizerConfig = Field(default_factory=MegatronOptimizerConfig, description="Optimizer.")
     scheduler: MegatronSchedulerConfig = Field(default_factory=MegatronSchedulerConfig, description="Schedules.")

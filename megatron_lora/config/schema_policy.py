@@ -18,27 +18,35 @@ from megatron_lora.config.schema_megatron import MegatronConfig
 class TokenizerConfig(Section):
     """`policy.tokenizer`."""
 
-    name: str | None = Field(None, description="Hub name or local folder; null: `policy.model_name`.")
+    name: str | None = Field(default=None, description="Hub name or local folder; null: `policy.model_name`.")
     chat_template: str | None = Field(
-        None, description="A Jinja template or a path to one; null or `default`: the tokenizer's own."
+        default=None, description="A Jinja template or a path to one; null or `default`: the tokenizer's own."
     )
     chat_template_kwargs: KeywordArguments | None = Field(
-        None, description="Further variables of the template, such as `enable_thinking`."
+        default=None, description="Further variables of the template, such as `enable_thinking`."
     )
 
 
-class PackingConfig(Section):
-    """`policy.sequence_packing` and `policy.dynamic_batching`: which rows share a micro-batch."""
+class DynamicBatchingConfig(Section):
+    """`policy.dynamic_batching`: rows of like length share a micro-batch."""
 
-    enabled: bool = Field(False, description="Fill micro-batches by tokens instead of by rows.")
+    enabled: bool = Field(default=False, description="Fill micro-batches by tokens instead of by rows.")
     train_mb_tokens: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Tokens a micro-batch in training; null: max_total_sequence_length x train_micro_batch_size.",
     )
     logprob_mb_tokens: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Tokens a micro-batch for log-probabilities; null: max_total_sequence_length x logprob_batch_size.",
     )
+
+
+class SequencePackingConfig(DynamicBatchingConfig):
+    """`policy.sequence_packing`: rows sorted into few micro-batches."""
+
+    algorithm: Literal[
+        "modified_first_fit_decreasing", "first_fit_decreasing", "first_fit_shuffle", "concatenative"
+    ] = Field(default="modified_first_fit_decreasing", description="How rows are sorted into micro-batches.")
 
 
 class PolicyConfig(Section):
@@ -46,39 +54,42 @@ class PolicyConfig(Section):
 
     model_name: str = Field(description="Hub name or local Hugging Face folder of the base model.")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
-    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the model's weights.")
+    precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of the model's weights.")
     train_global_batch_size: PositiveInt = Field(
-        32, description="Rows (DPO: pairs) an optimizer step, over all ranks."
+        default=32, description="Rows (DPO: pairs) an optimizer step, over all ranks."
     )
     train_micro_batch_size: PositiveInt = Field(
-        1, description="Rows (DPO: pairs) a forward pass where neither packing nor dynamic batching is on."
+        default=1, description="Rows (DPO: pairs) a forward pass where neither packing nor dynamic batching is on."
     )
     logprob_batch_size: PositiveInt | None = Field(
-        None, description="Rows a forward pass for log-probabilities; null: `train_micro_batch_size`."
+        default=None, description="Rows a forward pass for log-probabilities; null: `train_micro_batch_size`."
     )
     generation_batch_size: PositiveInt = Field(
-        32, description="Prompts that the `megatron` generation backend answers at once."
+        default=32, description="Prompts that the `megatron` generation backend answers at once."
     )
-    max_total_sequence_length: PositiveInt = Field(1024, description="Longest sequence, in tokens.")
+    max_total_sequence_length: PositiveInt = Field(default=1024, description="Longest sequence, in tokens.")
     make_sequence_length_divisible_by: PositiveInt = Field(
-        1, description="Micro-batches are padded to a multiple of this many tokens."
+        default=1, description="Micro-batches are padded to a multiple of this many tokens."
     )
-    max_grad_norm: NonNegativeFloat | None = Field(1.0, description="Largest gradient norm; null or 0: no clipping.")
-    sequence_packing: PackingConfig = Field(
-        default_factory=PackingConfig, description="Rows sorted into the fewest micro-batches."
+    max_grad_norm: NonNegativeFloat | None = Field(
+        default=1.0, description="Largest gradient norm; null or 0: no clipping."
     )
-    dynamic_batching: PackingConfig = Field(
-        default_factory=PackingConfig, description="Rows of like length share a micro-batch."
+    sequence_packing: SequencePackingConfig = Field(
+        default_factory=SequencePackingConfig, description="Rows sorted into the fewest micro-batches."
+    )
+    dynamic_batching: DynamicBatchingConfig = Field(
+        default_factory=DynamicBatchingConfig, description="Rows of like length share a micro-batch."
     )
     megatron_cfg: MegatronConfig = Field(default_factory=MegatronConfig, description="Megatron-Core backend.")
     dtensor_cfg: DTensorConfig = Field(default_factory=DTensorConfig, description="DTensor backend.")
     optimizer: TorchOptimizerConfig | None = Field(
-        None,
+        default=None,
         description="Torch optimizer of the DTensor backend; null: what `megatron_cfg.optimizer` and "
         "`megatron_cfg.scheduler` say.",
     )
     scheduler: list[TorchSchedulerConfig] | None = Field(
-        None, description="Torch schedulers of the DTensor backend, used with `optimizer`; null: a constant rate."
+        default=None,
+        description="Torch schedulers of the DTensor backend, used with `optimizer`; null: a constant rate.",
     )
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Rollouts (GRPO).")
 

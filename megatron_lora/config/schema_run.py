@@ -10,18 +10,22 @@ from megatron_lora.config.schema_base import NonNegativeInt, PositiveInt, Sectio
 class CheckpointingConfig(Section):
     """`checkpointing`."""
 
-    enabled: bool = Field(True, description="Write `step_N/` folders.")
-    checkpoint_dir: str = Field("results", description="Folder of the run.")
-    resume: bool = Field(True, description="Go on from the latest complete step; off: refuse a folder that has a run.")
-    save_period: PositiveInt = Field(10, description="Steps between checkpoints; the last step is always saved.")
+    enabled: bool = Field(default=True, description="Write `step_N/` folders.")
+    checkpoint_dir: str = Field(default="results", description="Folder of the run.")
+    resume: bool = Field(
+        default=True, description="Go on from the latest complete step; off: refuse a folder that has a run."
+    )
+    save_period: PositiveInt = Field(
+        default=10, description="Steps between checkpoints; the last step is always saved."
+    )
     keep_top_k: PositiveInt | None = Field(
-        3, description="Checkpoints kept: the best by `metric_name`, and the latest; null: all."
+        default=3, description="Checkpoints kept: the best by `metric_name`, and the latest; null: all."
     )
     metric_name: str | None = Field(
-        "val:loss", description="`val:` or `train:` and a metric of metrics.jsonl; null: keep the latest."
+        default="val:loss", description="`val:` or `train:` and a metric of metrics.jsonl; null: keep the latest."
     )
-    higher_is_better: bool = Field(False, description="Whether a larger metric is better.")
-    save_optimizer: bool = Field(True, description="Save what exact resumption needs.")
+    higher_is_better: bool = Field(default=False, description="Whether a larger metric is better.")
+    save_optimizer: bool = Field(default=True, description="Save what exact resumption needs.")
 
     @model_validator(mode="after")
     def _metric_has_a_split(self) -> Self:
@@ -46,22 +50,24 @@ class CheckpointingConfig(Section):
 class WandbConfig(Section):
     """`logger.wandb`. Offline with `WANDB_MODE=offline` in the environment."""
 
-    project: str = Field("megatron-lora", description="Project.")
-    name: str | None = Field(None, description="Name of the run; null: W&B's choice.")
+    project: str = Field(default="megatron-lora", description="Project.")
+    name: str | None = Field(default=None, description="Name of the run; null: W&B's choice.")
 
 
 class TensorboardConfig(Section):
     """`logger.tensorboard`."""
 
-    log_dir: str | None = Field(None, description="Folder of event files, below `logger.log_dir`; null: `tensorboard`.")
+    log_dir: str | None = Field(
+        default=None, description="Folder of event files, below `logger.log_dir`; null: `tensorboard`."
+    )
 
 
 class LoggerConfig(Section):
     """`logger`. metrics.jsonl is always written."""
 
-    log_dir: str = Field("logs", description="Folder of W&B's and TensorBoard's files.")
-    wandb_enabled: bool = Field(False, description="Log to Weights & Biases.")
+    log_dir: str = Field(default="logs", description="Folder of W&B's and TensorBoard's files.")
+    wandb_enabled: bool = Field(default=False, description="Log to Weights & Biases.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
-    tensorboard_enabled: bool = Field(False, description="Write TensorBoard event files.")
+    tensorboard_enabled: bool = Field(default=False, description="Write TensorBoard event files.")
     tensorboard: TensorboardConfig = Field(default_factory=TensorboardConfig, description="TensorBoard.")
-    num_val_samples_to_print: NonNegativeInt = Field(0, description="GRPO: sample answers shown at validation.")
+    num_val_samples_to_print: NonNegativeInt = Field(default=0, description="GRPO: sample answers shown at validation.")

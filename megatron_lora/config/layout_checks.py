@@ -1,0 +1,244 @@
+"""Whether a parallel layout fits a model's shapes and the number of ranks, before any weight is loaded."""
+
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_megatron import MegatronConfig
+from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.errors import UserError
+
+_MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that a layout has to fit. num_experts: 0 for a dense model."""
+
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    model_type: str
+    num_experts: int = 0
+
+
+def model_shape_from_hf_config(path_or_name: str) -> ModelShape:
+    """Read the shapes from a Hugging Face folder or hub name. Raises UserError where there is no readable config."""
+    folder = Path(path_or_name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"policy.model_name={path_or_name}: the folder has no config.json; give a Hugging Face folder")
+    if not folder.exists() and (folder.is_absolute() or path_or_name.startswith(".") or path_or_name.count("/") > 1):
+        raise UserError(f"policy.model_name={path_or_name}: there is no such folder; check the path")
+    if folder.is_file():
+        raise UserError(f"policy.model_name={path_or_name} is a file; give the folder that holds config.json")
+    from transformers import AutoConfig  # slow to import
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path_or_name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"policy.model_name={path_or_name} is no folder or hub model that loads: {reason}") from error
+    return _shape_of(config)
+
+
+def _shape_of(config: Any) -> ModelShape:
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelShape(
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        num_query_groups=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        ffn_hidden_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        model_type=config.model_type,
+        num_experts=getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 0,
+    )
+
+
+def check_layout(policy: PolicyConfig, shape: ModelShape, world_size: int) -> None:
+    """Refuse a layout of the active backend that the model or `world_size` ranks do not allow. Raises UserError."""
+    if policy.backend == "megatron":
+        megatron = policy.megatron_cfg
+        _check_tensor_parallel(f"{_MEGATRON}.tensor_model_parallel_size", megatron.tensor_model_parallel_size, shape)
+        _check_pipeline(megatron, shape.num_layers)
+        _check_experts(megatron, shape, world_size)
+        _check_world(megatron, world_size)
+        _check_adapters(megatron, shape)
+    else:
+        size = policy.dtensor_cfg.tensor_parallel_size
+        key = f"{_DTENSOR}.tensor_parallel_size"
+        _check_tensor_parallel(key, size, shape)
+        _check_divides(key, size, world_size, "ranks")
+        if policy.dtensor_cfg.lora_cfg.enabled and policy.dtensor_cfg.lora_cfg.use_triton and size > 1:
+            raise UserError(
+                f"{_DTENSOR}.lora_cfg.use_triton=true works on whole matrices only, and {key}={size}; "
+                f"set use_triton=false or tensor_parallel_size=1"
+            )
+    _check_sequence_length(policy)
+
+
+def check_generation(recipe: Recipe, shape: ModelShape, world_size: int) -> None:
+    """Refuse a vLLM layout that does not fit the model or the ranks (GRPO). Raises UserError."""
+    if recipe.grpo is None or recipe.policy.generation.backend != "vllm":
+        return
+    key = "policy.generation.vllm_cfg.tensor_parallel_size"
+    size = recipe.policy.generation.vllm_cfg.tensor_parallel_size
+    _check_divides(key, size, world_size, "ranks")
+    _check_divides(key, size, shape.num_attention_heads, "attention heads of the model")
+
+
+def _check_divides(key: str, size: int, number: int, what: str) -> None:
+    if number % size:
+        raise UserError(f"{key}={size} does not divide the {number} {what}; use {_choices(_divisors(number))}")
+
+
+def sequence_multiple(policy: PolicyConfig) -> int:
+    """The number of tokens that a micro-batch's length must be a multiple of: the recipe's own wish, TP under
+    sequence parallelism, and two chunks a rank under context parallelism."""
+    multiple = policy.make_sequence_length_divisible_by
+    if policy.backend == "dtensor":
+        sequence_parallel = policy.dtensor_cfg.sequence_parallel
+        return lcm(multiple, policy.dtensor_cfg.tensor_parallel_size if sequence_parallel else 1)
+    megatron = policy.megatron_cfg
+    tensor = megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1
+    context = megatron.context_parallel_size
+    return lcm(multiple, tensor * (2 * context if context > 1 else 1))
+
+
+def _check_tensor_parallel(key: str, size: int, shape: ModelShape) -> None:
+    # Each rank holds whole query groups with their query heads, and an equal part of the MLP.
+    fits = [
+        candidate
+        for candidate in _divisors(shape.num_query_groups)
+        if shape.num_attention_heads % candidate == 0 and shape.ffn_hidden_size % candidate == 0
+    ]
+    if size in fits:
+        return
+    if shape.num_attention_heads % size:
+        what = f"{shape.num_attention_heads} attention heads"
+    elif shape.num_query_groups % size:
+        what = f"{shape.num_query_groups} query groups"
+    else:
+        what = f"MLP width of {shape.ffn_hidden_size}"
+    raise UserError(f"{key}={size} does not divide the model's {what}; use {_choices(fits)}")
+
+
+def _check_pipeline(megatron: MegatronConfig, num_layers: int) -> None:
+    stages = megatron.pipeline_model_parallel_size
+    key = f"{_MEGATRON}.pipeline_model_parallel_size={stages}"
+    if stages > num_layers:
+        raise UserError(f"{key} is above the model's {num_layers} layers; use at most {num_layers}")
+    first, last = megatron.num_layers_in_first_pipeline_stage, megatron.num_layers_in_last_pipeline_stage
+    fixed = [size for size in (first, last) if size is not None]
+    if fixed and stages == 1:
+        raise UserError(
+            f"{_MEGATRON}.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
+            f"pipeline_model_parallel_size above 1; set them to null"
+        )
+    rest, middle = num_layers - sum(fixed), stages - len(fixed)
+    if fixed and (rest < middle or (middle == 0 and rest) or (middle and rest % middle)):
+        raise UserError(
+            f"{key} with num_layers_in_first_pipeline_stage={_or_null(first)} and num_layers_in_last_pipeline_stage="
+            f"{_or_null(last)} leaves {rest} of the model's {num_layers} layers for {middle} stages; each of "
+            "those must get the same number, at least one"
+        )
+    if not fixed and num_layers % stages:
+        raise UserError(
+            f"{key} does not divide the model's {num_layers} layers; use {_choices(_divisors(num_layers))}, or set "
+            "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
+        )
+    _check_virtual_stages(megatron, [size for size in (*fixed, rest // middle if middle else None) if size])
+
+
+def _check_virtual_stages(megatron: MegatronConfig, layers_of_stages: list[int]) -> None:
+    pieces = megatron.virtual_pipeline_model_parallel_size
+    if pieces is None or pieces == 1:
+        return
+    key = f"{_MEGATRON}.virtual_pipeline_model_parallel_size={pieces}"
+    if megatron.pipeline_model_parallel_size == 1:
+        raise UserError(f"{key} needs pipeline_model_parallel_size above 1; set it to null or raise the other")
+    fits = [size for size in _divisors(min(layers_of_stages)) if all(layers % size == 0 for layers in layers_of_stages)]
+    if pieces not in fits:
+        counts = " and ".join(str(layers) for layers in sorted(set(layers_of_stages)))
+        raise UserError(f"{key} does not divide the {counts} layers of a pipeline stage; use {_choices(fits)}")
+
+
+def _check_experts(megatron: MegatronConfig, shape: ModelShape, world_size: int) -> None:
+    experts, tensor = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
+    if not shape.num_experts:
+        for name, size in (("expert_model_parallel_size", experts), ("expert_tensor_parallel_size", tensor)):
+            if size > 1:
+                raise UserError(f"{_MEGATRON}.{name}={size}, but the model ({shape.model_type}) has no experts; use 1")
+        return
+    _check_divides(f"{_MEGATRON}.expert_model_parallel_size", experts, shape.num_experts, "experts of the model")
+    ranks = experts * tensor * megatron.pipeline_model_parallel_size
+    if world_size % ranks:
+        raise UserError(
+            f"{_MEGATRON}: expert_model_parallel_size={experts} x expert_tensor_parallel_size={tensor} x "
+            f"pipeline_model_parallel_size={megatron.pipeline_model_parallel_size} = {ranks} does not divide the "
+            f"{world_size} ranks"
+        )
+
+
+def _check_world(megatron: MegatronConfig, world_size: int) -> None:
+    needed = megatron.model_parallel_size
+    if world_size % needed:
+        raise UserError(
+            f"{_MEGATRON}: tensor_model_parallel_size={megatron.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size={megatron.pipeline_model_parallel_size} x "
+            f"context_parallel_size={megatron.context_parallel_size} = {needed} does not divide the {world_size} "
+            f"ranks; start a multiple of {needed} ranks (torchrun --nproc-per-node) or lower one of the sizes"
+        )
+
+
+def _check_adapters(megatron: MegatronConfig, shape: ModelShape) -> None:
+    peft = megatron.peft
+    if not peft.enabled:
+        return
+    if peft.a2a_experimental and megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
+        raise UserError(
+            f"{_MEGATRON}.peft.a2a_experimental=true needs sequence_parallel=true at tensor_model_parallel_size="
+            f"{megatron.tensor_model_parallel_size}; turn one on or the other off"
+        )
+    adapted_head = [name for name in peft.target_modules if name.rpartition(".")[2] in ("output_layer", "lm_head")]
+    if adapted_head and shape.tied_embeddings:
+        raise UserError(
+            f"{_MEGATRON}.peft.target_modules names {adapted_head[0]}, but the model ties it to its embeddings: a "
+            "trained adapter on it could not be exported; leave it out"
+        )
+
+
+def _check_sequence_length(policy: PolicyConfig) -> None:
+    limit, multiple = policy.max_total_sequence_length, sequence_multiple(policy)
+    if limit % multiple:
+        below, above = limit // multiple * multiple, -(-limit // multiple) * multiple
+        raise UserError(
+            f"policy.max_total_sequence_length={limit} is no multiple of {multiple}, which "
+            "policy.make_sequence_length_divisible_by and the sequence and context parallel sizes ask for; use "
+            f"{above if not below else f'{below} or {above}'}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _choices(sizes: list[int]) -> str:
+    """`[1, 2, 4, 8]` -> `1, 2, 4 or 8`."""
+    if len(sizes) == 1:
+        return str(sizes[0])
+    return f"{', '.join(str(size) for size in sizes[:-1])} or {sizes[-1]}"
+
+
+def _or_null(value: int | None) -> str:
+    return "null" if value is None else str(value)
