@@ -1,0 +1,109 @@
+"""Where a trainer reports to: metrics.jsonl, W&B, TensorBoard, the terminal and the pictures, all on one rank."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from megatron_lora.config.schema_run import LoggerConfig
+from megatron_lora.reporting.console import RunConsole
+from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
+from megatron_lora.reporting.plots import draw_pictures
+from megatron_lora.reporting.trackers import Tracker, build_trackers
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class RunReporter:
+    """Writes and shows what a run does. On every rank but one `enabled` is False and all methods do nothing.
+
+    with RunReporter(run_dir, total_steps, logger=recipe.logger, resume_step=step, enabled=rank == 0) as reporter:
+        reporter.log("train", step, {"loss": loss, ...})
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        *,
+        logger: LoggerConfig | None = None,
+        config: Mapping[str, Any] | None = None,
+        resume_step: int = 0,
+        title: str = "train",
+        enabled: bool = True,
+        console: Console | None = None,
+    ):
+        """run_dir: `checkpointing.checkpoint_dir`. total_steps: of the whole run, for the bar. logger: the recipe's
+        section (None: no trackers). config: the resolved recipe, shown in W&B. resume_step: the checkpoint's step;
+        records after it are dropped. title: names the bar and the pictures. Raises UserError where the folder cannot
+        be written or a tracker cannot start."""
+        self.run_dir = Path(run_dir)
+        self.enabled = enabled
+        self._title = title
+        self._closed = not enabled
+        self._trackers: list[Tracker] = []
+        if not enabled:
+            return
+        self._file = MetricsFile(self.run_dir / METRICS_NAME, resume_step)
+        if logger is not None:
+            self._trackers = build_trackers(logger, self.run_dir, config or {}, resume_step)
+        self._console = RunConsole(title, total_steps, resume_step, console)
+
+    def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record metrics under the contract's names. kind "train" moves the bar to `step`; any other kind
+        ("validation") is shown as a line. Tensors and numpy numbers are accepted."""
+        if not self.enabled:
+            return
+        record = self._file.append(kind, step, metrics)
+        values = {name: value for name, value in record.items() if name not in ("kind", "step")}
+        for tracker in self._trackers:
+            tracker.log(kind, step, values)
+        if kind == "train":
+            self._console.train_step(step, values)
+        else:
+            self._console.event(kind, step, values)
+
+    @contextmanager
+    def progress(self, title: str, total: int, unit: str = "samples") -> Iterator[Callable[[int], None]]:
+        """A bar of its own inside a step (a rollout, a validation); yields `advance(count)`."""
+        if not self.enabled:
+            yield lambda count: None
+            return
+        with self._console.progress(title, total, unit) as advance:
+            yield advance
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str | None = None
+    ) -> None:
+        """Show a table (adapted modules, sample answers with rewards) above the bar."""
+        if self.enabled:
+            self._console.table(title, columns, rows, caption)
+
+    def message(self, text: str) -> None:
+        """Show one line above the bar."""
+        if self.enabled:
+            self._console.print(text, style="dim")
+
+    def close(self, succeeded: bool = True) -> None:
+        """Stop the bar, close files and trackers, draw the pictures. Doing it twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._console.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close(succeeded)
+        drawn = draw_pictures(read_metrics(self._file.path), self.run_dir, self._title)
+        if drawn:
+            self._console.print("wrote " + ", ".join(str(path) for path in [self._file.path, *drawn]), style="dim")
+
+    def __enter__(self) -> "RunReporter":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(succeeded=error_type is None)

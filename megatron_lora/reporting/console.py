@@ -1,0 +1,145 @@
+"""What a run shows in a terminal: a live bar, or plain lines where the output goes to a file or a CI log."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+PLAIN_WIDTH = 120  # of tables where no terminal tells its width
+SECONDS_BETWEEN_LINES = 2.0
+# Names as in metrics.jsonl -> how a line shows them. What is not here is left to metrics.jsonl and the trackers.
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "reward": lambda value: f"reward {value:.3f}",
+    "accuracy": lambda value: f"accuracy {value:.3f}",
+    "kl": lambda value: f"kl {value:.4f}",
+    "rollout_logprob_error": lambda value: f"rollout error {value:.1e}",
+    "grad_norm": lambda value: f"grad norm {value:.3g}",
+    "lr": lambda value: f"lr {value:.2e}",
+    "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
+    "step_time_seconds": lambda value: f"{value:.2f} s/step",
+}
+_IN_BAR = ("loss", "reward", "accuracy", "tokens_per_second")
+
+
+def build_console() -> Console:
+    """Standard output; 120 columns where it is no terminal, so that tables in a log stay whole."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def describe(metrics: Mapping[str, Any], names: Sequence[str] = tuple(_FORMATS)) -> str:
+    """The named metrics, those that are there, as one line for people."""
+    return "  ".join(_FORMATS[name](metrics[name]) for name in names if isinstance(metrics.get(name), int | float))
+
+
+class RunConsole:
+    """A run's terminal output. The bar stays at the bottom, everything else scrolls above it."""
+
+    def __init__(self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None):
+        """first_step: the number of steps that were done before this start (a resumed run)."""
+        self.console = console or build_console()
+        self.title = title
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self._started = time.monotonic()
+        self._last_line = 0.0
+        self._live: Progress | None = None
+        if self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+                MofNCompleteColumn(),
+                _MetricsColumn(table_column=Column(no_wrap=True)),
+                TextColumn("[dim]left[/]"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=self.console,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._main = self._live.add_task(title, total=total_steps, completed=first_step, metrics="")
+            self._live.start()
+
+    def train_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Move the bar to `step`; without a terminal a line for the first and last step and every two seconds."""
+        if self._live is not None:
+            self._live.update(self._main, completed=step, metrics=describe(metrics, _IN_BAR))
+            return
+        now = time.monotonic()
+        is_edge = step == self.first_step + 1 or step >= self.total_steps
+        if is_edge or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            width = len(str(self.total_steps))
+            self.print(f"{self.title} {step:>{width}}/{self.total_steps}  {describe(metrics)}  ETA {self._eta(step)}")
+
+    def event(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """A line for a record that is not a training step (validation)."""
+        self.console.print(Text(f"{kind} at step {step}  ", style="bold magenta") + Text(describe(metrics)))
+
+    def print(self, text: str, style: str = "") -> None:
+        """One line of plain text, taken literally."""
+        self.console.print(Text(text, style=style), soft_wrap=not self.console.is_terminal)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str | None = None
+    ) -> None:
+        """A table; cells are taken literally, columns of numbers stand on the right."""
+        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
+        for number, name in enumerate(columns):
+            is_numeric = bool(rows) and all(isinstance(row[number], int | float) for row in rows)
+            table.add_column(name, justify="right" if is_numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(_cell(value)) for value in row))
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A second bar while something inside a step goes on; yields `advance(count)`. Without a terminal only a line
+        at the end, and none for what took under two seconds."""
+        started, done = time.monotonic(), 0
+        live = self._live
+        task = None if live is None else live.add_task(f"  {title}", total=total, metrics=unit)
+
+        def advance(count: int = 1) -> None:
+            nonlocal done
+            done += count
+            if live is not None and task is not None:
+                live.advance(task, count)
+
+        try:
+            yield advance
+        finally:
+            if live is not None and task is not None:
+                live.remove_task(task)
+        elapsed = time.monotonic() - started
+        if live is None and elapsed >= SECONDS_BETWEEN_LINES:
+            self.print(f"{title}: {done:,} {unit} in {elapsed:.1f} s")
+
+    def _eta(self, step: int) -> str:
+        done = step - self.first_step
+        seconds = (time.monotonic() - self._started) / max(1, done) * max(0, self.total_steps - step)
+        return str(timedelta(seconds=round(seconds)))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+class _MetricsColumn(ProgressColumn):
+    """The task's `metrics` text, literally."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("metrics", ""), style="cyan", no_wrap=True)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,196 @@
+"""metrics.jsonl, the trackers, the terminal and the pictures, each written for real and read back."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_lora.config.schema_run import LoggerConfig
+from megatron_lora.errors import UserError
+from megatron_lora.metrics import RunReporter
+from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
+from megatron_lora.reporting.plots import draw_curve, smooth
+
+STEP = {"loss": 0.1 + 0.2, "grad_norm": 1 / 3, "lr": 1e-4, "num_target_tokens": 96, "step_time_seconds": 0.25}
+
+
+def logger_section(log_dir: Path, wandb: bool = False, tensorboard: bool = False) -> LoggerConfig:
+    return LoggerConfig.model_validate(
+        {
+            "log_dir": str(log_dir),
+            "wandb_enabled": wandb,
+            "wandb": {"project": "unit", "name": "a-run"},
+            "tensorboard_enabled": tensorboard,
+            "tensorboard": {"log_dir": "tb"},
+        }
+    )
+
+
+def plain_console() -> tuple[Console, io.StringIO]:
+    output = io.StringIO()
+    return Console(file=output, width=120, force_terminal=False, highlight=False), output
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", header[16:24])
+    return width, height
+
+
+def test_records_keep_every_digit_and_take_tensors(tmp_path: Path):
+    with RunReporter(tmp_path, 2, console=plain_console()[0]) as reporter:
+        reporter.log("train", 1, {**STEP, "kl": torch.tensor(1 / 3, dtype=torch.float64), "count": np.int64(7)})
+        reporter.log("validation", 1, {"loss": float("nan")})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert first["kind"] == "train" and first["step"] == 1
+    assert first["loss"] == 0.1 + 0.2 and first["grad_norm"] == 1 / 3 and first["kl"] == 1 / 3 and first["count"] == 7
+    assert second == {"kind": "validation", "step": 1, "loss": None}  # strict JSON has no NaN
+
+
+def test_resuming_drops_later_steps_and_a_torn_line(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    with RunReporter(tmp_path, 9, console=plain_console()[0]) as reporter:
+        for step in range(1, 6):
+            reporter.log("train", step, {"loss": float(step)})
+        reporter.log("validation", 3, {"loss": 3.5})
+    with path.open("a") as file:
+        file.write('{"kind": "train", "step": 3, "lo')
+    with RunReporter(tmp_path, 9, resume_step=3, console=plain_console()[0]) as reporter:
+        reporter.log("train", 4, {"loss": 40.0})
+    records = read_metrics(path)
+    assert [(r["kind"], r["step"], r["loss"]) for r in records] == [
+        ("train", 1, 1.0), ("train", 2, 2.0), ("train", 3, 3.0), ("validation", 3, 3.5), ("train", 4, 40.0),
+    ]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_a_killed_run_leaves_whole_lines(tmp_path: Path):
+    """Every record is on disk the moment `log` returns: a process killed right after has lost none."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from megatron_lora.reporting.metrics_file import MetricsFile\n"
+        "file = MetricsFile(Path(sys.argv[1]))\n"
+        "for step in range(1, 101): file.append('train', step, {'loss': 1 / step})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    path = tmp_path / "metrics.jsonl"
+    finished = subprocess.run([sys.executable, "-c", code, str(path)], timeout=120)
+    assert finished.returncode == -9
+    assert [record["step"] for record in read_metrics(path)] == list(range(1, 101))
+
+
+def test_a_broken_file_is_named_by_line(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\nrubbish\n{"kind": "train", "step": 2}\n')
+    with pytest.raises(UserError, match="line 2"):
+        MetricsFile(path, resume_step=2)
+    assert "rubbish" in path.read_text()
+
+
+def test_a_folder_that_is_a_file_is_a_users_mistake(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="checkpointing.checkpoint_dir"):
+        RunReporter(tmp_path / "run", 1)
+
+
+def test_other_ranks_write_and_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_dir = tmp_path / "run"
+    section = logger_section(tmp_path / "logs", wandb=True, tensorboard=True)
+    with RunReporter(run_dir, 1, logger=section, enabled=False) as reporter:
+        reporter.log("train", 1, STEP)
+        reporter.table("t", ["a"], [[1]])
+        reporter.message("hello")
+        with reporter.progress("rollout", 2) as advance:
+            advance(1)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_tensorboard_holds_the_scalars(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    section = logger_section(tmp_path / "logs", tensorboard=True)
+    with RunReporter(tmp_path / "run", 2, logger=section, console=plain_console()[0]) as reporter:
+        reporter.log("train", 1, {"loss": 0.75, "note": "text is no scalar"})
+        reporter.log("train", 2, {"loss": 0.5})
+        reporter.log("validation", 2, {"loss": 0.625})
+    events = EventAccumulator(str(tmp_path / "logs" / "tb")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.75), (2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(2, 0.625)]
+    assert set(events.Tags()["scalars"]) == {"train/loss", "validation/loss"}
+
+
+def test_wandb_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    section = logger_section(tmp_path / "logs", wandb=True)
+    ids = []
+    for resume_step in (0, 1):
+        with RunReporter(
+            tmp_path / "run", 2, logger=section, config={"a": 1}, resume_step=resume_step, console=plain_console()[0]
+        ) as reporter:
+            reporter.log("train", resume_step + 1, STEP)
+        ids.append((tmp_path / "run" / "wandb_run_id.txt").read_text())
+    written = list((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert ids[0] == ids[1]
+    assert written and all(path.name == f"run-{ids[0].strip()}.wandb" for path in written)
+    assert all(path.stat().st_size > 0 for path in written)
+
+
+def test_without_a_terminal_lines_are_few_and_whole(tmp_path: Path):
+    console, output = plain_console()
+    with RunReporter(tmp_path, 500, title="SFT", console=console) as reporter:
+        reporter.table("Modules", ["name", "rank"], [["[bold]linear_qkv", 16]], "trainable 1,024")
+        for step in range(1, 501):
+            reporter.log("train", step, {**STEP, "tokens_per_second": 12345.6})
+        reporter.log("validation", 500, {"loss": 0.125})
+    lines = output.getvalue().splitlines()
+    steps = [line for line in lines if line.startswith("SFT ")]
+    assert steps[0].startswith("SFT   1/500  loss 0.3000  grad norm 0.333  lr 1.00e-04  12,346 tok/s")
+    assert steps[-1].startswith("SFT 500/500") and "ETA 0:00:00" in steps[-1]
+    assert 2 <= len(steps) < 100  # 500 steps in a moment do not make 500 lines
+    assert "validation at step 500  loss 0.1250" in lines
+    assert any("[bold]linear_qkv" in line and "16" in line for line in lines)  # taken literally, not as markup
+    assert "\x1b" not in output.getvalue()
+
+
+def test_in_a_terminal_the_bar_shows_loss_speed_and_time(tmp_path: Path):
+    output = io.StringIO()
+    console = Console(file=output, width=110, force_terminal=True, highlight=False, color_system=None)
+    with RunReporter(tmp_path, 4, title="SFT", console=console) as reporter:
+        for step in range(1, 5):
+            reporter.log("train", step, {**STEP, "tokens_per_second": 12345.6})
+        with reporter.progress("rollout", 3) as advance:
+            advance(3)
+    bar = output.getvalue().replace("\r", "\n").splitlines()
+    finished = [line for line in bar if "4/4" in line][-1]
+    assert "SFT" in finished and "loss 0.3000" in finished and "12,346 tok/s" in finished
+
+
+def test_pictures_are_drawn_also_when_the_run_fails(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="engine died"), RunReporter(tmp_path, 40, console=plain_console()[0]) as run:
+        for step in range(1, 31):
+            run.log("train", step, {"loss": 2.0 / step, "reward": step / 30})
+        raise RuntimeError("engine died")
+    assert png_size(tmp_path / "loss.png") == png_size(tmp_path / "reward.png")
+    assert min(png_size(tmp_path / "loss.png")) > 500
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_no_picture_without_a_curve(tmp_path: Path):
+    assert not draw_curve([{"kind": "train", "step": 1, "loss": None}], "loss", tmp_path / "loss.png", "loss")
+    assert os.listdir(tmp_path) == []
+
+
+def test_smoothing_keeps_a_constant_and_a_slope():
+    assert smooth([3.0] * 40, width=4.0) == pytest.approx([3.0] * 40)
+    slope = [float(i) for i in range(60)]
+    assert smooth(slope, width=3.0)[20:40] == pytest.approx(slope[20:40])  # symmetric: no lag
