@@ -23,6 +23,8 @@ from megatron_lora.lora.peft_config import PeftPatterns, build_config, read_patt
 
 LAYER_KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 PREFIX = "base_model.model."
+# peft adds this copy of the frozen base where lm_head is a target. It is no part of the adapter.
+BASE_HEAD = f"{PREFIX}lm_head.base_layer.weight"
 HF_LEAVES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -141,7 +143,7 @@ def from_hf(
     """Any HF PEFT LoRA adapter as (spec, `<module>.lora_A|lora_B` -> full fused tensor).
 
     HF linears of one fused linear share a block where their A, rank and scale are bitwise equal; otherwise each has its
-    own. `to_hf` of the result returns the same tensors bit for bit (a module that mixes dtypes is held in the wider).
+    own. `to_hf` of the result returns the same factors bit for bit (a module that mixes dtypes is held in the wider).
     Raises UserError for what is not supported (named), for tensors that config and shapes do not agree with.
     """
     patterns = read_patterns(config)
@@ -210,7 +212,7 @@ def _pair_factors(
             "cannot be expressed; train without lm_head"
         )
     keys = {f"{PREFIX}{name}.lora_{factor}.weight" for name in linears for factor in "AB"}
-    unexpected = sorted(set(tensors) - keys)
+    unexpected = sorted(set(tensors) - keys - {BASE_HEAD})
     if unexpected:
         raise UserError(
             f"the adapter holds tensors for no linear of this {shapes.model_type} model ({shapes.num_layers} layers): "
