@@ -1,0 +1,191 @@
+"""Layouts against a model's shapes and the number of ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lora.config import check_recipe, load_recipe
+from megatron_lora.config.layout_checks import (
+    ModelShape,
+    check_generation,
+    check_layout,
+    model_shape_from_hf_config,
+    sequence_multiple,
+)
+from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256, False, "llama")
+LLAMA_1B = ModelShape(2048, 16, 32, 8, 64, 8192, 128256, True, "llama")
+LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False, "llama")
+MIXTURE = ModelShape(4096, 32, 32, 8, 128, 14336, 32000, False, "mixtral", num_experts=8)
+
+TP, PP, VPP, CP, EP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+
+
+def policy(max_length: int = 4096, **megatron: Any) -> PolicyConfig:
+    return PolicyConfig.model_validate(
+        {
+            "model_name": "m",
+            "max_total_sequence_length": max_length,
+            "megatron_cfg": {"enabled": True, "peft": {"enabled": True}, **megatron},
+        }
+    )
+
+
+def refusal(configured: PolicyConfig, shape: ModelShape, world_size: int) -> str:
+    with pytest.raises(UserError) as error:
+        check_layout(configured, shape, world_size)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "shape", "world_size"),
+    [
+        ({}, LLAMA_8B, 1),
+        ({}, LLAMA_8B, 3),
+        ({TP: 8}, LLAMA_8B, 8),
+        ({TP: 2, "sequence_parallel": True, PP: 2, VPP: 4, CP: 2}, LLAMA_8B, 16),
+        ({PP: 4, FIRST: 7, LAST: 5}, LLAMA_8B, 4),
+        ({PP: 2, FIRST: 20, LAST: 12}, LLAMA_8B, 2),
+        ({PP: 3, FIRST: 8, VPP: 4}, LLAMA_8B, 3),
+        ({TP: 8, PP: 4, VPP: 5, "sequence_parallel": True}, LLAMA_70B, 64),
+        ({TP: 2, EP: 4}, MIXTURE, 8),
+        ({TP: 2, "sequence_parallel": True, "peft": {"enabled": True, "a2a_experimental": True}}, LLAMA_8B, 2),
+        ({"peft": {"enabled": True, "target_modules": ["output_layer"]}}, LLAMA_8B, 1),
+    ],
+)
+def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelShape, world_size: int):
+    check_layout(policy(**megatron), shape, world_size)
+
+
+@pytest.mark.parametrize(
+    ("megatron", "shape", "world_size", "wanted"),
+    [
+        (
+            {TP: 3},
+            LLAMA_8B,
+            3,
+            "policy.megatron_cfg.tensor_model_parallel_size=3 does not divide the model's 32 attention heads; "
+            "use 1, 2, 4 or 8",
+        ),
+        ({TP: 16}, LLAMA_8B, 16, "tensor_model_parallel_size=16 does not divide the model's 8 query groups; use 1, 2"),
+        ({TP: 2, PP: 2}, LLAMA_8B, 6, "= 4 does not divide the 6 ranks; start a multiple of 4"),
+        ({CP: 2}, LLAMA_8B, 3, "context_parallel_size=2 = 2 does not divide the 3 ranks"),
+        ({PP: 17}, LLAMA_1B, 17, "pipeline_model_parallel_size=17 is above the model's 16 layers; use at most 16"),
+        ({PP: 3}, LLAMA_1B, 3, "=3 does not divide the model's 16 layers; use 1, 2, 4, 8 or 16, or set num_layers_in"),
+        ({PP: 3, FIRST: 3}, LLAMA_1B, 3, "leaves 13 of the model's 16 layers for 2 stages"),
+        ({PP: 2, FIRST: 3, LAST: 3}, LLAMA_1B, 2, "leaves 10 of the model's 16 layers for 0 stages"),
+        ({PP: 2, FIRST: 16}, LLAMA_1B, 2, "leaves 0 of the model's 16 layers for 1 stages"),
+        ({FIRST: 3}, LLAMA_1B, 1, "need pipeline_model_parallel_size above 1"),
+        ({VPP: 2}, LLAMA_1B, 1, "virtual_pipeline_model_parallel_size=2 needs pipeline_model_parallel_size above 1"),
+        ({PP: 2, VPP: 3}, LLAMA_1B, 2, "=3 does not divide the 8 layers of a pipeline stage; use 1, 2, 4 or 8"),
+        (
+            {PP: 2, VPP: 4, FIRST: 6},
+            LLAMA_1B,
+            2,
+            "=4 does not divide the 6 and 10 layers of a pipeline stage; use 1 or 2",
+        ),
+        ({EP: 2}, LLAMA_1B, 2, "expert_model_parallel_size=2, but the model (llama) has no experts; use 1"),
+        ({EP: 3}, MIXTURE, 3, "=3 does not divide the 8 experts of the model; use 1, 2, 4 or 8"),
+        ({EP: 8}, MIXTURE, 4, "expert_model_parallel_size=8 x expert_tensor_parallel_size=1"),
+        (
+            {TP: 2, "peft": {"enabled": True, "a2a_experimental": True}},
+            LLAMA_8B,
+            2,
+            "a2a_experimental=true needs sequence_parallel=true",
+        ),
+        (
+            {"peft": {"enabled": True, "target_modules": ["linear_qkv", "output_layer"]}},
+            LLAMA_1B,
+            1,
+            "names output_layer, but the model ties it",
+        ),
+    ],
+)
+def test_layouts_that_do_not(megatron: dict[str, Any], shape: ModelShape, world_size: int, wanted: str):
+    assert wanted in refusal(policy(**megatron), shape, world_size)
+
+
+def test_sequence_length_has_to_fit_the_split():
+    configured = policy(max_length=100, **{TP: 4, CP: 2, "sequence_parallel": True})
+    assert sequence_multiple(configured) == 16
+    assert "max_total_sequence_length=100 is no multiple of 16" in refusal(configured, LLAMA_8B, 8)
+    assert "use 96 or 112" in refusal(configured, LLAMA_8B, 8)
+
+
+def test_sequence_parallel_is_off_without_tensor_parallel():
+    assert policy(sequence_parallel=True).megatron_cfg.sequence_parallel is False
+    assert policy(sequence_parallel=True, **{TP: 2}).megatron_cfg.sequence_parallel is True
+
+
+def test_dtensor_layouts():
+    configured = policy(enabled=False)
+    configured.dtensor_cfg.tensor_parallel_size = 2
+    check_layout(configured, LLAMA_8B, 4)
+    assert "tensor_parallel_size=2 does not divide the 3 ranks; use 1 or 3" in refusal(configured, LLAMA_8B, 3)
+    configured.dtensor_cfg.lora_cfg.enabled = True
+    assert "set use_triton=false" in refusal(configured, LLAMA_8B, 4)
+
+
+def test_vllm_layouts():
+    recipe = load_recipe(ROOT / "configs/grpo.yaml", ["policy.generation.vllm_cfg.tensor_parallel_size=4"]).recipe
+    check_generation(recipe, LLAMA_8B, 8)
+    with pytest.raises(UserError, match="does not divide the 6 ranks; use 1, 2, 3 or 6"):
+        check_generation(recipe, LLAMA_8B, 6)
+    sft = check_recipe({"sft": {}, "policy": {"model_name": "m"}, "data": {"train": {"data_path": "x"}}}).recipe
+    check_generation(sft, LLAMA_8B, 6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "world_size"),
+    [
+        ("sft-llama3.2-1b-megatron.yaml", LLAMA_1B, 8),
+        ("sft-llama3.1-8b-megatron.yaml", LLAMA_8B, 8),
+        ("dpo-llama3.1-8b-megatron.yaml", LLAMA_8B, 8),
+        ("sft-llama3.1-70b-megatron.yaml", LLAMA_70B, 64),
+    ],
+)
+def test_recipes_fit_the_models_they_name(recipe: str, shape: ModelShape, world_size: int):
+    for enabled in ("true", "false"):
+        loaded = load_recipe(ROOT / "recipes" / recipe, [f"policy.megatron_cfg.enabled={enabled}"])
+        check_layout(loaded.recipe.policy, shape, world_size)
+
+
+def test_shape_from_a_folder(tmp_path: Path):
+    config = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 96,
+        "vocab_size": 50,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert model_shape_from_hf_config(str(tmp_path)) == ModelShape(64, 4, 4, 2, 32, 96, 50, True, "qwen3")
+
+
+def test_folders_that_hold_no_model(tmp_path: Path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        model_shape_from_hf_config(str(tmp_path))
+    with pytest.raises(UserError, match="there is no such folder"):
+        model_shape_from_hf_config(str(tmp_path / "missing"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is no folder or hub model that loads"):
+        model_shape_from_hf_config(str(tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        model_shape_from_hf_config(str(tmp_path / "config.json"))

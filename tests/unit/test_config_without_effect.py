@@ -1,0 +1,123 @@
+"""NeMo RL's keys that have no effect: accepted at their defaults, refused by name otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lora.config import check_recipe
+from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_tree import walk_fields
+from megatron_lora.config.unimplemented import ANY, TABLE, SameAs
+from megatron_lora.config.without_effect import KNOWN_PATHS
+from megatron_lora.errors import UserError
+
+
+def recipe(**keys: Any) -> dict[str, Any]:
+    """A minimal recipe with further keys, dots written as double underscores."""
+    content: dict[str, Any] = {"sft": {}, "policy": {"model_name": "m"}, "data": {"train": {"data_path": "rows.jsonl"}}}
+    for name, value in keys.items():
+        put(content, name.replace("__", "."), value)
+    return content
+
+
+def put(content: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+    content[last] = value
+
+
+def paths_with_values() -> list[tuple[str, Any]]:
+    return [
+        (f"{group.section}.{name}" if group.section else name, accepted)
+        for group in TABLE
+        for name, accepted in group.keys.items()
+    ]
+
+
+def test_the_table_and_the_schema_share_no_key():
+    in_schema = {path for path, _ in walk_fields(Recipe)}
+    assert in_schema.isdisjoint(KNOWN_PATHS)
+
+
+def test_no_key_stands_twice_in_the_table():
+    paths = [path for path, _ in paths_with_values()]
+    assert len(paths) == len(set(paths))
+
+
+@pytest.mark.parametrize(
+    ("path", "accepted"), paths_with_values(), ids=lambda item: item if isinstance(item, str) else ""
+)
+def test_each_key_of_the_table(path: str, accepted: Any):
+    free = accepted is ANY
+    values = ["anything", 7, None] if free else list(accepted)
+    for value in values:
+        value = "bfloat16" if isinstance(value, SameAs) else value
+        content = recipe(policy__precision="bfloat16", data__validation={"data_path": "v.jsonl"}, grpo={}, sft=None)
+        put(content, "policy.train_global_batch_size", 512)
+        put(content, path.removesuffix(".*") + (".x" if path.endswith(".*") else ""), value)
+        assert len(check_recipe(content).notices) == 1
+    if not free:
+        content = recipe(data__validation={"data_path": "v.jsonl"})
+        put(content, path, "something else")
+        with pytest.raises(UserError, match="something else"):
+            check_recipe(content)
+
+
+def test_the_notice_is_one_line_that_names_the_keys():
+    content = recipe(cluster__gpus_per_node=8, cluster__num_nodes=2, logger__mlflow__run_name="x", data_plane=None)
+    (notice,) = check_recipe(content).notices
+    assert notice == (
+        "NeMo RL keys accepted without effect: cluster.{gpus_per_node, num_nodes}, logger.mlflow, data_plane"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "wanted"),
+    [
+        (
+            "policy.megatron_cfg.fp8_cfg",
+            {"enabled": True},
+            "policy.megatron_cfg.fp8_cfg.enabled=true is not implemented",
+        ),
+        ("policy.megatron_cfg.mtp_num_layers", True, "mtp_num_layers=true is not implemented"),
+        ("policy.megatron_cfg.pipeline_dtype", "float32", "pipeline_dtype='float32' is not implemented"),
+        ("policy.dtensor_cfg.env_vars", {"A": "1"}, "policy.dtensor_cfg.env_vars.A='1' has no effect here: set"),
+        ("policy.dtensor_cfg.context_parallel_size", 2, "context parallelism needs policy.megatron_cfg"),
+        ("logger.mlflow_enabled", True, "use logger.wandb_enabled"),
+        ("data_plane", {"enabeld": False}, "unknown key data_plane.enabeld; did you mean data_plane.enabled?"),
+    ],
+)
+def test_refusals_name_key_value_and_remedy(path: str, value: Any, wanted: str):
+    content = recipe()
+    put(content, path, value)
+    with pytest.raises(UserError) as error:
+        check_recipe(content)
+    assert wanted in str(error.value)
+
+
+def test_numbers_written_as_text_are_numbers():
+    assert check_recipe(recipe(policy__megatron_cfg__moe_router_bias_update_rate="1e-3")).notices
+
+
+def test_recipe_without_such_keys_has_no_notice():
+    assert check_recipe(recipe()).notices == []
+
+
+def test_loss_fn_fits_the_objective():
+    """The trainer hands `loss_fn` to the objective key by key."""
+    from megatron_lora.objectives.grpo_config import GRPOConfig
+
+    content = recipe(grpo={}, sft=None, policy__train_global_batch_size=512)
+    checked = check_recipe(content).recipe
+    assert GRPOConfig(**checked.loss_fn.model_dump()) == GRPOConfig()
+
+
+def test_reference_page_is_up_to_date():
+    from megatron_lora.config.reference import build_reference
+
+    page = Path(__file__).resolve().parents[2] / "docs/configuration.md"
+    assert page.read_text() == build_reference(), (
+        "run: python -m megatron_lora.config.reference > docs/configuration.md"
+    )
