@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
@@ -38,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     _register_resolvers()
     merged = _read_with_defaults(Path(path), ())
     for override in overrides:
-        merged = _merge(merged, _parse_override(override), f"override {override}")
+        merged = _merge(merged, _parse_override(override))
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
     except OmegaConfBaseException as error:
@@ -92,7 +92,7 @@ def _product(factors: Sequence[int | float]) -> int | float:
     return result
 
 
-def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> DictConfig:
+def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     """The file at `path` merged over the recipes that its `defaults:` names, in order."""
     path = path.resolve()
     if path in including:
@@ -104,11 +104,10 @@ def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> DictConfig:
         defaults = [defaults]
     if not isinstance(defaults, list) or not all(isinstance(item, str) for item in defaults):
         raise UserError(f"{path}: defaults={show(defaults)}: wanted a recipe's path or a list of them")
-    merged = OmegaConf.create({})
+    merged: dict[str, Any] = {}
     for item in defaults:
-        base = _read_with_defaults(path.parent / item, (*including, path))
-        merged = _merge(merged, base, str(path))
-    return _merge(merged, content, str(path))
+        merged = _merge(merged, _read_with_defaults(path.parent / item, (*including, path)))
+    return _merge(merged, content)
 
 
 def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
@@ -127,12 +126,12 @@ def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     return protect_templates(content)
 
 
-def _merge(base: DictConfig, over: DictConfig | dict[str, Any], source: str) -> DictConfig:
-    try:
-        merged = OmegaConf.merge(base, over)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {_interpolation_message(error)}") from error
-    assert isinstance(merged, DictConfig)
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: sections key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 

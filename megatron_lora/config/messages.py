@@ -27,6 +27,8 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
+# Other projects' words for keys of the recipe.
+_ALIASES = {"r": "dim", "rank": "dim", "learning_rate": "lr"}
 
 
 def recipe_error(error: ValidationError, known_without_effect: Iterable[str]) -> UserError:
@@ -44,12 +46,13 @@ def unknown_key(path: str, siblings: Sequence[str], known_without_effect: Iterab
     """
     parent, _, name = path.rpartition(".")
     where = f"{parent}." if parent else ""
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
-    if near:
-        return f"unknown key {path}; did you mean {where}{near[0]}?"
     everywhere = [known for known, _ in walk_fields(Recipe)] + list(known_without_effect)
     same_name = [known for known in everywhere if known.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(path, same_name or everywhere, n=1, cutoff=0.0 if same_name else 0.8)
+    near = difflib.get_close_matches(_ALIASES.get(name, name), siblings, n=1, cutoff=0.8)
+    if near:
+        return f"unknown key {path}; did you mean {where}{near[0]}?"
+    near = difflib.get_close_matches(path, same_name, n=1, cutoff=0.0)
+    near = near or [where + sibling for sibling in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     if near:
         return f"unknown key {path}; did you mean {near[0]}?"
     return f"unknown key {path}; {parent or 'the recipe'} has the keys {', '.join(sorted(siblings))}"

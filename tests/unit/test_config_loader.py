@@ -149,6 +149,11 @@ def test_overrides_take_yaml_values(minimal: Path):
     [
         ("policy.megatron_cfg.peft.dmi=4", "did you mean policy.megatron_cfg.peft.dim?"),
         ("policy.peft.dim=4", "did you mean policy.megatron_cfg.peft?"),
+        ("policy.lora_cfg.dim=4", "did you mean policy.dtensor_cfg.lora_cfg?"),
+        ("policy.megatron_cfg.peft.rank=4", "did you mean policy.megatron_cfg.peft.dim?"),
+        ("policy.megatron_cfg.peft.lora_alpha=4", "did you mean policy.megatron_cfg.peft.alpha?"),
+        ("quux=1", "unknown key quux; the recipe has the keys checkpointing, "),
+        ("data.train=[{data_path: x}]", "data.train=[{'data_path': 'x'}]: wanted a section"),
         ("polcy.precision=float32", "did you mean policy?"),
         ("policy.generation.vllm_cfg.use_tqmd=true", "did you mean policy.generation.vllm_cfg.use_tqdm?"),
         ("grpo.async_grpo.enabld=false", "did you mean grpo.async_grpo.enabled?"),
