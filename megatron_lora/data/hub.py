@@ -73,11 +73,12 @@ HUB_DATASETS = {
 def load_hub_rows(entry: HubDataset, split: str | None) -> Sequence[RawRow]:
     """One split of a hub data set (or of a local folder that `datasets` understands). Raises UserError."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     split = split or entry.train_split
     try:
         rows = datasets.load_dataset(entry.path, entry.subset, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"data set {entry.path} (split {split}) could not be loaded: {type(error).__name__}: {reason}; check the "

@@ -118,19 +118,38 @@ class Encoder:
         return encoding["input_ids"], _tokens_in_spans(encoding["offset_mapping"], spans)
 
     def _marked_tokens(self, messages: list[Message], only_final: bool) -> tuple[list[int], list[bool]]:
-        """Answers as the template marks them, and the special token right after each."""
+        """Answers as the template marks them, up to the special token that closes each.
+
+        Some templates mark that token, or a line break after it as well, others neither; the loss is the same.
+        """
         ids, marks = self.template.marked_tokens(messages)
-        mask = [bool(mark) for mark in marks]
         special = set(self.tokenizer.all_special_ids)
         special |= {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        for i in range(1, len(ids)):
-            if mask[i - 1] and not mask[i] and ids[i] in special and ids[i - 1] not in special:
-                mask[i] = True
-        if only_final and any(mask):
-            last = len(mask) - 1 - mask[::-1].index(True)
-            first = next((i + 1 for i in range(last, -1, -1) if not mask[i]), 0)
-            mask = [first <= i <= last for i in range(len(mask))]
+        runs = [self._closed_run(ids, special, start, end) for start, end in _runs(marks)]
+        # A token right after the mark closes the turn if it is there after the last one too; otherwise it opens a turn.
+        if runs and runs[-1][1] < len(ids):
+            closing = ids[runs[-1][1]]
+            runs = [
+                (start, end + 1 if closing in special and ids[end] == closing and ids[end - 1] not in special else end)
+                for start, end in runs
+            ]
+        mask = [False] * len(ids)
+        for start, end in runs[-1:] if only_final else runs:
+            mask[start:end] = [True] * (end - start)
         return ids, mask
+
+    def _closed_run(self, ids: list[int], special: set[int], start: int, end: int) -> tuple[int, int]:
+        """Cut whitespace off the end of a run where it follows a special token."""
+        last = end - 1
+        while last > start and ids[last] not in special and not str(self.tokenizer.decode([ids[last]])).strip():
+            last -= 1
+        return start, last + 1 if ids[last] in special else end
+
+
+def _runs(marks: list[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of nonzero marks."""
+    edges = [i for i in range(len(marks) + 1) if bool(i and marks[i - 1]) != bool(i < len(marks) and marks[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _tokens_in_spans(offsets: list[tuple[int, int]], spans: list[Span]) -> list[bool]:
