@@ -1,7 +1,7 @@
 """Direct preference optimization: sigmoid DPO, its label-smoothed form, and IPO."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class DPOConfig:
     preference_loss_weight: float = 1.0
     loss_type: DPOLossType = "sigmoid"
     label_smoothing: float = 0.0
+
+    @classmethod
+    def from_config(cls, dpo: Any) -> "DPOConfig":
+        """From the recipe's `dpo` section, which has the same names."""
+        return cls(**{field.name: getattr(dpo, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
         if self.reference_policy_kl_penalty <= 0:

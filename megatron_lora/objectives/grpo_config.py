@@ -1,7 +1,7 @@
 """The switches of the clipped policy-gradient loss: NeMo RL's `loss_fn:` keys, checked against each other."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.kl import KLType
@@ -41,6 +41,12 @@ class GRPOConfig:
     use_cispo: bool = False
     positive_example_nll_weight: float = 0.0
     constant_length: int | None = None
+
+    @classmethod
+    def from_config(cls, loss_fn: Any, max_new_tokens: int) -> "GRPOConfig":
+        """From the recipe's `loss_fn` section; max_new_tokens is Dr. GRPO's constant (`length_normalization: false`)."""
+        values = {f.name: getattr(loss_fn, f.name) for f in fields(cls) if f.name != "constant_length"}
+        return cls(**values, constant_length=None if loss_fn.length_normalization else max_new_tokens)
 
     def __post_init__(self) -> None:
         self._check_ranges()

@@ -8,6 +8,7 @@ import torch
 from objective_batches import make_row, mean_loss_and_grads, pack, policy_logps
 from torch.nn import functional as F
 
+from megatron_lora.config.schema_algorithms import DpoConfig
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.dpo import DPOConfig, DPOObjective, dpo_loss
 
@@ -141,6 +142,14 @@ def test_padding_between_pairs_and_odd_rows():
 def test_bad_settings(wrong: dict[str, Any]):
     with pytest.raises(UserError, match="dpo"):
         DPOConfig(**wrong)
+
+
+def test_from_recipe():
+    assert DPOConfig.from_config(DpoConfig()) == DPOConfig()
+    section = DpoConfig(preference_average_log_probs=True, loss_type="ipo")
+    assert DPOConfig.from_config(section) == DPOConfig(
+        preference_average_log_probs=True, sft_average_log_probs=True, loss_type="ipo"
+    )
 
 
 def trl_dpo_loss(rows, loss_type: str, beta: float, label_smoothing: float = 0.0):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from objective_batches import make_row, mean_loss_and_grads, pack, policy_logps
 
+from megatron_lora.config.schema_algorithms import LossFnConfig
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.grpo import GRPOObjective, clipped_policy_loss, set_positive_example_weights
 from megatron_lora.objectives.grpo_config import GRPOConfig
@@ -316,3 +317,9 @@ def test_required_fields():
 def test_contradictions_are_refused(wrong: dict[str, Any]):
     with pytest.raises(UserError, match="loss_fn"):
         GRPOConfig(**wrong)
+
+
+def test_from_recipe():
+    assert GRPOConfig.from_config(LossFnConfig(), max_new_tokens=64) == GRPOConfig()
+    section = LossFnConfig(length_normalization=False, ratio_clip_c=3.0)
+    assert GRPOConfig.from_config(section, max_new_tokens=64) == GRPOConfig(constant_length=64, ratio_clip_c=3.0)
