@@ -109,6 +109,10 @@ class LoRALinear(torch.nn.Module):
             all_to_all=self.all_to_all,
         )
 
+    def draw_call(self, x: Tensor) -> AdapterCall:
+        """What the output layer's adapter needs for x [t, in], dropout masks drawn: for a head applied in chunks."""
+        return self._call(x.shape[0], same_input_mask=True, same_output_mask=False, x=x)
+
     def _mask(self, shape: tuple[int, int], like: Tensor, same_on_every_rank: bool) -> Tensor:
         keep = 1.0 - self.dropout
         stream: AbstractContextManager = nullcontext() if same_on_every_rank else get_cuda_rng_tracker().fork()

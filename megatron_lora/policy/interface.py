@@ -76,7 +76,7 @@ class Policy(ABC):
 class NonFiniteLoss(RuntimeError):
     """The loss or a gradient was NaN or infinite; names the data set rows of the micro-batches that caused it."""
 
-    def __init__(self, value: float, row_indices: list[int]):
-        super().__init__(f"loss is {value} for data rows {row_indices}")
+    def __init__(self, value: float, row_indices: list[int], what: str = "loss"):
+        super().__init__(f"the {what} is {value} for data rows {row_indices}")
         self.value = value
         self.row_indices = row_indices

@@ -126,8 +126,10 @@ def _stand_in_for_tensor_methods() -> None:
 
     def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Megatron's optimizers sort parameters by this string and know only the CUDA ones.
+        # (torch looks the method up again under a function mode, hence the second look at the answer.)
         if dtype is None:
-            return original_type(self).replace("torch.", "torch.cuda.")
+            name = original_type(self)
+            return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
         return original_type(self, dtype, *args, **kwargs)
 
     tensor.cuda = cuda

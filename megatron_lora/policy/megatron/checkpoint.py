@@ -1,0 +1,142 @@
+"""Megatron's distributed checkpoint of what trains, its optimizer and random states: loads on any layout.
+
+Adapters are written under their full names (docs/architecture.md, "Adapter checkpoint"), whole models as Megatron-Core
+writes them. The optimizer's state is written in the parameters' own shapes ("fully_reshardable").
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+
+from megatron_lora.errors import UserError
+from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.runtime.world import World
+
+METADATA_OF_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def metadata() -> dict[str, Any]:
+    """What Megatron-Core's sharded state dicts want to know of the layout."""
+    return {
+        **METADATA_OF_OPTIMIZER,
+        "non_homogeneous_layers": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
+    """Sharded tensors of the factors that this rank holds, under `<module>.lora_A|lora_B`."""
+    state: dict[str, Any] = {}
+    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for linear in adapted:
+        for name, parameter, axis in (
+            ("lora_A", linear.lora_A, linear.axis_of_a),
+            ("lora_B", linear.lora_B, linear.axis_of_b),
+        ):
+            key = f"{linear.layout.name}.{name}"
+            groups = {"tp_group": linear.tp_group, "dp_cp_group": dp_cp_group}
+            if axis is None:
+                state[key] = make_sharded_tensor_for_checkpoint(parameter, key, **groups)
+                continue
+            # The padded vocabulary depends on the TP size.
+            mismatch = linear.layout.kind == "output_layer"
+            state[key] = make_tp_sharded_tensor_for_checkpoint(
+                parameter, key, axis, allow_shape_mismatch=mismatch, **groups
+            )
+            if linear.layout.kind == "linear_fc1" and name == "lora_B" and linear.shapes.gated:
+                # A rank holds [gate shard; up shard]; the whole is [gate; up].
+                state[key] = apply_swiglu_sharded_factory(state[key], ())
+    return state
+
+
+def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """Sharded tensors of the whole model: full fine-tuning."""
+    state: dict[str, Any] = {}
+    for chunk in chunks:
+        state |= chunk.sharded_state_dict(metadata=metadata())
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def optimizer_state(optimizer: Any, scheduler: Any, weights: dict[str, Any], world: World, loading: bool) -> dict:
+    """Optimizer moments and masters in the weights' shapes, the schedule's position, this rank's random states."""
+    state: dict[str, Any] = {
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata()),
+        "scheduler": scheduler.state_dict(),
+    }
+    state["rng"] = ShardedObject(
+        f"rng.{_layout(world)}", random_state(), (world.size,), (world.rank,), replica_id=0
+    )
+    return state
+
+
+def save_state(state: dict[str, Any], folder: Path, *, asynchronous: bool = False) -> Any:
+    """Write into the empty folder; returns Megatron's request where asynchronous, else None when all is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return dist_checkpointing.save(
+        state, str(folder), validate_access_integrity=True, async_sharded_save=asynchronous, async_strategy="mcore"
+    )
+
+
+def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill sharded tensors from the folder. Raises UserError where they do not fit."""
+    try:
+        return dist_checkpointing.load(state, str(folder), strict="raise_all")
+    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} does not fit this run: {_first_line(error)}") from error
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], folder: Path, world: World) -> None:
+    """Restore the optimizer from any layout; random states where the layout is the same."""
+    state = optimizer_state(optimizer, scheduler, weights, world, loading=True)
+    if not _has_random_state(folder, world):
+        del state["rng"]
+    loaded = dist_checkpointing.load(state, str(folder))
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    if "rng" in loaded:
+        set_random_state(loaded["rng"])
+
+
+def random_state() -> dict[str, Any]:
+    """Every generator of this process."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _layout(world: World) -> str:
+    return f"tp{world.tp}.pp{world.pp}.cp{world.cp}.dp{world.dp}"
+
+
+def _has_random_state(folder: Path, world: World) -> bool:
+    keys = dist_checkpointing.load_sharded_metadata(str(folder))
+    wanted = f"rng.{_layout(world)}"
+    return any(re.match(rf"{re.escape(wanted)}(/|$)", key) for key in keys)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__

@@ -1,0 +1,187 @@
+"""Log-probabilities of target tokens straight from hidden states, over a vocabulary-parallel head.
+
+Full logits [T, vocabulary] never exist: the head is applied to chunks of tokens. With a frozen head the gradient of
+each token's log-probability with respect to its hidden state, J_t = W[y_t] - sum_v p_tv W[v], does not depend on what
+is done with it later, so it is computed in the forward pass, from the same chunk of logits, and the backward pass is
+one multiplication by the incoming gradient: two products with W in all, no recomputation, for every objective.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
+from megatron_lora.lora.linear import LoRALinear
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """chunk_size: tokens a chunk; 0: all logits in one piece (the plain path). vocab_size: without padding.
+    temperature: logits are divided by it."""
+
+    chunk_size: int
+    vocab_size: int
+    temperature: float = 1.0
+
+
+def target_logprobs(
+    hidden: Tensor, output_layer: Any, weight: Tensor | None, targets: Tensor, tp: TensorParallel, options: HeadOptions
+) -> Tensor:
+    """hidden [t, 1, h] (this rank's rows under sequence parallelism), targets [T] -> log p(target) [T] fp32, nats.
+
+    weight: the head's [vocabulary / tp, h] where it is the embedding's, else None (the output layer's own).
+    """
+    weight = output_layer.weight if weight is None else weight
+    adapted = isinstance(output_layer, LoRALinear) and output_layer.enabled
+    if options.chunk_size == 0:
+        return _plain(hidden, output_layer, weight, targets, tp, options)
+    if adapted or weight.requires_grad or getattr(output_layer, "bias", None) is not None:
+        return _recomputed(hidden, output_layer, weight, targets, tp, options)
+    hidden = hidden.squeeze(1)
+    return _FrozenHead.apply(hidden, weight, targets, tp, options)  # type: ignore[return-value]
+
+
+def _plain(
+    hidden: Tensor, output_layer: Any, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions
+) -> Tensor:
+    logits, _ = output_layer(hidden, weight=weight)
+    return _logprobs_of_logits(logits.squeeze(1), targets, tp, options)
+
+
+def _logprobs_of_logits(logits: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions) -> Tensor:
+    logits = logits.float()
+    if options.temperature != 1.0:
+        logits = logits / options.temperature
+    padding = _padding_columns(logits.shape[-1], tp, options.vocab_size)
+    if padding:
+        logits = torch.cat([logits[:, :-padding], logits.new_full((logits.shape[0], padding), float("-inf"))], 1)
+    return -vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
+
+
+def _recomputed(
+    hidden: Tensor, output_layer: Any, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions
+) -> Tensor:
+    """Chunks through the output layer itself, recomputed in the backward pass: a head that trains."""
+    if tp.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp.group)
+    elif tp.size > 1:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=tp.group)
+    pieces = []
+    chunks = zip(hidden.squeeze(1).split(options.chunk_size), targets.split(options.chunk_size), strict=True)
+    for piece, wanted in chunks:
+        # Recomputed dropout must draw the same mask, also from Megatron's own random states.
+        call = output_layer.draw_call(piece) if isinstance(output_layer, LoRALinear) else None
+        pieces.append(
+            checkpoint(_head_chunk, piece, output_layer, weight, wanted, call, tp, options, use_reentrant=False)
+        )
+    return torch.cat(pieces)  # type: ignore[arg-type]
+
+
+def _head_chunk(
+    hidden: Tensor,
+    output_layer: Any,
+    weight: Tensor,
+    targets: Tensor,
+    call: AdapterCall | None,
+    tp: TensorParallel,
+    options: HeadOptions,
+) -> Tensor:
+    if call is not None and output_layer.enabled:
+        # The communication around the head is done once, outside the chunks.
+        alone = replace(call, parallel=TensorParallel(tp.group, 1, 0, False))
+        logits = column_parallel(hidden, weight, output_layer.bias, output_layer.lora_A, output_layer.lora_B, alone)
+    else:
+        logits = torch.nn.functional.linear(hidden, weight, getattr(output_layer, "bias", None))
+    return _logprobs_of_logits(logits, targets, tp, options)
+
+
+def _padding_columns(columns: int, tp: TensorParallel, vocab_size: int) -> int:
+    """How many of this rank's last columns are vocabulary padding."""
+    return min(columns, max(0, (tp.rank + 1) * columns - vocab_size))
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions
+    ) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        full = tp.all_gather(hidden) if tp.sequence_parallel else hidden
+        logps = torch.empty(full.shape[0], dtype=torch.float32, device=full.device)
+        jacobian = torch.empty_like(full) if needs_grad else None
+        for start in range(0, full.shape[0], options.chunk_size):
+            rows = slice(start, min(start + options.chunk_size, full.shape[0]))
+            logps[rows], probabilities = _chunk_forward(full[rows], weight, targets[rows], tp, options, needs_grad)
+            if jacobian is not None:
+                torch.mm(probabilities, weight, out=jacobian[rows])
+        ctx.tp = tp
+        if jacobian is not None:
+            ctx.save_for_backward(jacobian)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (jacobian,) = ctx.saved_tensors
+        dhidden = jacobian * grad.to(jacobian.dtype).unsqueeze(1)
+        if ctx.tp.sequence_parallel:
+            dhidden, _ = ctx.tp.reduce_scatter(dhidden)
+        elif ctx.tp.size > 1:
+            ctx.tp.all_reduce(dhidden)
+        return dhidden, None, None, None, None
+
+
+def _chunk_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """([c] log-probabilities, [c, vocabulary / tp] (onehot - p) / temperature in hidden's dtype)."""
+    logits = hidden @ weight.t()
+    columns = logits.shape[1]
+    padding = _padding_columns(columns, tp, options.vocab_size)
+    if padding:
+        logits[:, -padding:] = float("-inf")
+    scale = 1.0 / options.temperature
+    local = targets - tp.rank * columns
+    mine = (local >= 0) & (local < columns)
+    local = local.clamp(0, columns - 1)
+    target_logit = torch.where(mine, logits.gather(1, local[:, None]).squeeze(1).float() * scale, 0.0)
+    lse = _log_sum_exp(logits, scale)
+    if tp.size > 1:
+        lse, target_logit = _combine_over_ranks(lse, target_logit, tp)
+    if needs_grad:
+        logits = _softmax_gradient(logits, lse, scale)
+        logits.scatter_add_(1, local[:, None], (mine * scale).to(logits.dtype)[:, None])
+    return target_logit - lse, logits
+
+
+def _combine_over_ranks(lse: Tensor, target_logit: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    highest = lse.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp.group)
+    sums = torch.stack([(lse - highest).exp(), target_logit])
+    tp.all_reduce(sums)
+    return highest + sums[0].log(), sums[1]
+
+
+def _log_sum_exp_eager(logits: Tensor, scale: float) -> Tensor:
+    return torch.logsumexp(logits.float() * scale, dim=1)
+
+
+def _softmax_gradient_eager(logits: Tensor, lse: Tensor, scale: float) -> Tensor:
+    return (torch.exp(logits.float() * scale - lse[:, None]) * -scale).to(logits.dtype)
+
+
+if torch.cuda.is_available():
+    # One pass over the chunk's logits each, instead of one for every elementwise operation.
+    _log_sum_exp = torch.compile(_log_sum_exp_eager, dynamic=True)
+    _softmax_gradient = torch.compile(_softmax_gradient_eager, dynamic=True)
+else:
+    _log_sum_exp = _log_sum_exp_eager
+    _softmax_gradient = _softmax_gradient_eager

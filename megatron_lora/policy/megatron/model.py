@@ -1,0 +1,195 @@
+"""A Megatron-Core model of a Hugging Face base: the only file that touches layer specs and provider settings."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.runtime.transformer_engine import have_transformer_engine, import_bridge
+from megatron_lora.runtime.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FUSIONS = (
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "bias_dropout_fusion",
+    "persist_layer_norm",
+    "cross_entropy_loss_fusion",
+)
+
+
+@dataclass
+class BaseModel:
+    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. bridge: megatron-bridge's AutoBridge."""
+
+    chunks: list[GPTModel]
+    shapes: ModelShapes
+    config: Any
+    bridge: Any
+
+    @property
+    def has_last_stage(self) -> bool:
+        return bool(self.chunks[-1].post_process)
+
+
+def build_base(policy: PolicyConfig, world: World, *, load_weights: bool = True) -> BaseModel:
+    """Build the base in the recipe's layout and load its Hugging Face weights.
+
+    Raises UserError for an architecture that megatron-bridge lacks, or one whose linears are not known here.
+    """
+    import_bridge()
+    from megatron.bridge import AutoBridge
+
+    with _bridge_errors(policy.model_name):
+        bridge = AutoBridge.from_hf_pretrained(policy.model_name, trust_remote_code=False)
+        provider = bridge.to_megatron_provider(load_weights=False)
+    hf_config = bridge.hf_pretrained.config
+    shapes = ModelShapes.from_hf_config(hf_config.to_dict())
+    _configure(provider, policy, world, shapes)
+    chunks = _provide_chunks(provider)
+    _set_rope_frequencies(chunks, hf_config)
+    for chunk in chunks:
+        _set_norm_eps(chunk, provider.layernorm_epsilon)
+        if provider.recompute_granularity == "full" and hasattr(chunk, "embedding"):
+            # Recompute gives gradients only to inputs that want one; a frozen embedding's output would not.
+            chunk.embedding.register_forward_hook(_require_grad)
+    if load_weights:
+        bridge.load_hf_weights(chunks)
+    return BaseModel(chunks=chunks, shapes=shapes, config=provider, bridge=bridge)
+
+
+@contextmanager
+def _bridge_errors(model_name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"policy.model_name={model_name!r} cannot be brought into Megatron: {str(error).strip().splitlines()[0]}; "
+            "use a Llama, Qwen2, Qwen3, Mistral or Gemma 3 model"
+        ) from error
+
+
+def _configure(provider: Any, policy: PolicyConfig, world: World, shapes: ModelShapes) -> None:
+    """Set the provider from the recipe. Attributes are Megatron-Core's own (TransformerConfig)."""
+    megatron = policy.megatron_cfg
+    dtype = DTYPES[policy.precision]
+    provider.tensor_model_parallel_size = megatron.tensor_model_parallel_size
+    provider.pipeline_model_parallel_size = megatron.pipeline_model_parallel_size
+    provider.virtual_pipeline_model_parallel_size = megatron.virtual_pipeline_model_parallel_size
+    provider.num_layers_in_first_pipeline_stage = megatron.num_layers_in_first_pipeline_stage
+    provider.num_layers_in_last_pipeline_stage = megatron.num_layers_in_last_pipeline_stage
+    provider.context_parallel_size = megatron.context_parallel_size
+    provider.expert_model_parallel_size = megatron.expert_model_parallel_size
+    provider.expert_tensor_parallel_size = megatron.expert_tensor_parallel_size
+    provider.sequence_parallel = megatron.sequence_parallel and megatron.tensor_model_parallel_size > 1
+    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = dtype
+    provider.bf16, provider.fp16 = dtype == torch.bfloat16, False
+    provider.seq_length = policy.max_total_sequence_length
+    provider.should_pad_vocab = True
+    provider.make_vocab_size_divisible_by = 1
+    provider.vocab_size = shapes.vocab_size
+    # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
+    provider.calculate_per_token_loss = True
+    provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
+    provider.perform_initialization = False
+    provider.hidden_dropout = provider.attention_dropout = 0.0
+    _configure_kernels(provider, policy, world)
+    if megatron.activation_checkpointing:
+        provider.recompute_granularity = megatron.recompute_granularity
+        if megatron.recompute_granularity == "full":
+            provider.recompute_method, provider.recompute_num_layers = "uniform", 1
+        else:
+            provider.recompute_modules = megatron.recompute_modules or ["core_attn"]
+    else:
+        provider.recompute_granularity = None
+    provider.finalize()
+
+
+def _configure_kernels(provider: Any, policy: PolicyConfig, world: World) -> None:
+    fused = world.device.type == "cuda" and have_transformer_engine()
+    for name in FUSIONS:
+        setattr(provider, name, False)
+    provider.use_cpu_initialization = world.device.type == "cpu"
+    provider.apply_rope_fusion = fused and policy.megatron_cfg.apply_rope_fusion and policy.precision == "bfloat16"
+    provider.bias_activation_fusion = world.device.type == "cuda" and policy.megatron_cfg.bias_activation_fusion
+    provider.bias_dropout_fusion = world.device.type == "cuda"
+    if fused and policy.precision == "float32":
+        # Transformer Engine's fused attention has no fp32; ours does.
+        _use_native_attention(provider)
+
+
+def _use_native_attention(provider: Any) -> None:
+    from megatron_lora.runtime.native_layers import NativeAttention
+
+    make_spec = provider.transformer_layer_spec
+
+    def spec_with_native_attention(config: Any) -> Any:
+        spec = make_spec(config)
+        spec.submodules.self_attention.submodules.core_attention = NativeAttention
+        return spec
+
+    provider.transformer_layer_spec = spec_with_native_attention
+
+
+def _provide_chunks(provider: Any) -> list[GPTModel]:
+    provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+    stages = provider.virtual_pipeline_model_parallel_size
+    if not stages or stages == 1:
+        return [
+            provider.provide(
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+            )
+        ]
+    chunks = []
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    first, last = rank == 0, rank == parallel_state.get_pipeline_model_parallel_world_size() - 1
+    for stage in range(stages):
+        chunk = provider.provide(
+            pre_process=first and stage == 0, post_process=last and stage == stages - 1, vp_stage=stage
+        )
+        chunk.vp_stage = stage
+        chunks.append(chunk)
+    return chunks
+
+
+def _set_rope_frequencies(chunks: list[GPTModel], hf_config: Any) -> None:
+    """Use transformers' own rotary frequencies: Megatron-Core's Llama 3 scaling has the published model's constants
+    built in, so a checkpoint with others would come out wrong."""
+    if hf_config.model_type.startswith("gemma3"):
+        return
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        return
+    if kind not in ("linear", "llama3"):
+        raise UserError(
+            f"this model's rope scaling {kind!r} is not supported; supported are none, 'linear' and 'llama3'"
+        )
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](hf_config, device=torch.device("cpu"))
+    assert attention_factor == 1.0
+    for chunk in chunks:
+        buffer = chunk.rotary_pos_emb.inv_freq
+        chunk.rotary_pos_emb.inv_freq = frequencies.to(buffer)
+
+
+def _set_norm_eps(chunk: GPTModel, eps: float) -> None:
+    """megatron-bridge builds the norms behind Gemma's row-parallel linears with a default eps, not the model's."""
+    for module in chunk.modules():
+        norm = getattr(module, "post_layernorm", None)
+        if norm is not None:
+            norm.eps = eps
+
+
+def _require_grad(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() and not output.requires_grad else output

@@ -1,0 +1,119 @@
+"""Megatron's data-parallel wrapper, optimizer and schedules over whatever trains."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.policy.megatron.model import DTYPES
+
+
+def wrap_for_data_parallel(chunks: Sequence[GPTModel], policy: PolicyConfig, config: Any) -> list[Any]:
+    """Wrap each chunk in Megatron's DDP: one fp32 gradient buffer, reduced over DP x CP once a step."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=policy.megatron_cfg.optimizer.use_distributed_optimizer,
+        average_in_collective=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_gradients
+    config.no_sync_func = None
+    return wrapped
+
+
+def finalize_gradients(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """After the last micro-batch: Megatron's reductions, then the sum over TP of the factors that every rank holds
+    whole. The loss is already divided by the global count, so `num_tokens` is not used."""
+    finalize_model_grads(chunks, None, **{k: v for k, v in kwargs.items() if k == "pg_collection"})
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return
+    grads = [
+        parameter.main_grad
+        for chunk in chunks
+        for parameter in chunk.module.parameters()
+        if parameter.requires_grad and getattr(parameter, "sum_gradient_over_tp", False)
+    ]
+    if grads:
+        flat = _flatten_dense_tensors(grads)
+        dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
+        for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+            grad.copy_(summed)
+
+
+def build_optimizer(chunks: list[Any], policy: PolicyConfig) -> Any:
+    """AdamW with fp32 master weights and moments (Loshchilov and Hutter 2019), split over DP if the recipe says so."""
+    options = policy.megatron_cfg.optimizer
+    dtype = DTYPES[policy.precision]
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=clip_norm(policy),
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+
+
+def clip_norm(policy: PolicyConfig) -> float:
+    """The largest gradient norm; 0 means no clipping."""
+    value = policy.megatron_cfg.optimizer.clip_grad
+    return float(policy.max_grad_norm or 0.0) if value is None else float(value)
+
+
+def build_scheduler(optimizer: Any, policy: PolicyConfig, num_steps: int) -> OptimizerParamScheduler:
+    """Learning rate and weight decay by optimizer step; decays end at `num_steps` where the recipe names no end."""
+    options, optim = policy.megatron_cfg.scheduler, policy.megatron_cfg.optimizer
+    decay = options.lr_decay_iters or max(num_steps, options.lr_warmup_iters + 1)
+    start = optim.weight_decay if options.start_weight_decay is None else options.start_weight_decay
+    end = optim.weight_decay if options.end_weight_decay is None else options.end_weight_decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=min(options.lr_warmup_init, optim.lr),
+        max_lr=optim.lr,
+        min_lr=min(optim.min_lr, optim.lr),
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=max(decay, options.lr_warmup_iters + 1),
+        lr_decay_style=options.lr_decay_style,
+        start_wd=start,
+        end_wd=end,
+        wd_incr_steps=max(num_steps, 1),
+        wd_incr_style=options.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def update(optimizer: Any, max_norm: float) -> float | None:
+    """Clip and step. Returns the gradient norm before clipping, or None, nothing updated, where it is not finite."""
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    norm = float(norm) if norm is not None else 0.0
+    if not math.isfinite(norm):
+        return None
+    if max_norm > 0.0:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            parameters = part.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,312 @@
+"""The Megatron-Core backend behind `Policy`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.data.batch import Row
+from megatron_lora.data.packing import split_by_row
+from megatron_lora.errors import UserError
+from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.inject import AdapterOptions, given_factors, initial_factors, inject
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
+from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.objectives.base import Objective
+from megatron_lora.policy.adapter_start import starting_adapter
+from megatron_lora.policy.batching import BatchingOptions, Groups, divide
+from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, Policy, StepResult
+from megatron_lora.policy.megatron import checkpoint, optim, schedule
+from megatron_lora.policy.megatron.adapter_gather import gather_adapter
+from megatron_lora.policy.megatron.logprobs import HeadOptions
+from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
+from megatron_lora.runtime.world import World
+
+
+class MegatronPolicy(Policy):
+    """A base in the recipe's layout, its adapters (or all of it), and Megatron's optimizer.
+
+    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch.
+    """
+
+    def __init__(self, policy: PolicyConfig, world: World, *, pad_token_id: int, seed: int, num_steps: int):
+        self.config = policy
+        self.world = world
+        self.base: BaseModel = build_base(policy, world)
+        self.tp = TensorParallel(
+            group=parallel_state.get_tensor_model_parallel_group(),
+            size=world.tp,
+            rank=world.tp_rank,
+            sequence_parallel=bool(self.base.config.sequence_parallel),
+        )
+        self.spec: AdapterSpec | None = None
+        self.adapted: list[LoRALinear] = []
+        if policy.megatron_cfg.peft.enabled:
+            self._inject(seed)
+        self.chunks = optim.wrap_for_data_parallel(self.base.chunks, policy, self.base.config)
+        self.optimizer = optim.build_optimizer(self.chunks, policy)
+        self.scheduler = optim.build_scheduler(self.optimizer, policy, num_steps)
+        self.batching = _batching_options(policy, world, self.base.config, pad_token_id)
+        self.engine = schedule.Engine(
+            chunks=self.chunks,
+            config=self.base.config,
+            world=world,
+            tp=self.tp,
+            head=_head_options(policy, self.base),
+        )
+        self._gradients_checked = not self.adapted and self.spec is None
+
+    def _inject(self, seed: int) -> None:
+        peft = self.config.megatron_cfg.peft
+        start = starting_adapter(peft, self.base.shapes, self.config.model_name)
+        self.spec = start.spec
+        options = AdapterOptions(
+            dropout=peft.dropout,
+            dropout_before=peft.dropout_position == "pre",
+            all_to_all=peft.a2a_experimental,
+            dtype=DTYPES[peft.lora_dtype] if peft.lora_dtype else None,
+        )
+        if start.tensors is not None:
+            factors = given_factors(start.tensors)
+        else:
+            factors = initial_factors(start.spec, peft.lora_A_init_method, peft.lora_B_init_method, seed)
+        self.adapted = inject(self.base.chunks, start.spec, factors, options, self.tp)
+
+    def train_step(self, groups: Groups, objective: Objective) -> StepResult:
+        rows = [row for group in groups for row in group]
+        share = self._divide(groups, training=True)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, metrics = schedule.run(self.engine, share.batches, objective, objective.count(rows), forward_only=False)
+        if not self._gradients_checked:
+            self._check_gradients()
+        learning_rate = max((group["lr"] for group in self.optimizer.param_groups), default=0.0)
+        norm = optim.update(self.optimizer, optim.clip_norm(self.config))
+        if norm is None:
+            self._discard_gradients()
+            raise NonFiniteLoss(float("nan"), sorted({row.index for row in rows}), what="gradient norm")
+        self.scheduler.step(increment=1)
+        return StepResult(
+            loss=loss,
+            metrics=metrics,
+            grad_norm=norm,
+            learning_rate=self._over_pipeline(learning_rate),
+            num_target_tokens=sum(row.num_targets for row in rows),
+            num_tokens=sum(len(row) for row in rows),
+        )
+
+    def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
+        share = self._divide(groups, training=False)
+        rows = [row for group in groups for row in group]
+        with self._evaluating():
+            return schedule.run(self.engine, share.batches, objective, objective.count(rows), forward_only=True)
+
+    def score(self, rows: Sequence[Row]) -> list[Tensor]:
+        share = self._divide([[row] for row in rows], training=False)
+        with self._evaluating():
+            logps = schedule.run_logprobs(self.engine, share.batches)
+        mine: dict[int, Tensor] = {}
+        for value, batch, members in zip(logps, share.batches, share.groups, strict=True):
+            masked = torch.where(torch.isfinite(value.cpu()), value.cpu(), torch.zeros(()))
+            pieces = split_by_row(masked, batch)
+            mine |= dict(zip(members, pieces, strict=True))
+        if self.world.dp > 1:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=False)
+            everyone: list[Any] = [None] * self.world.dp
+            dist.all_gather_object(everyone, mine, group=group)
+            mine = {position: piece for part in everyone for position, piece in part.items()}
+        return [mine[position] for position in range(len(rows))]
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        if self.spec is None:
+            raise ValueError("full fine-tuning has no adapters to disable")
+        before = [linear.enabled for linear in self.adapted]
+        try:
+            for linear in self.adapted:
+                linear.enabled = False
+            yield
+        finally:
+            for linear, enabled in zip(self.adapted, before, strict=True):
+                linear.enabled = enabled
+
+    @contextmanager
+    def temperature(self, value: float) -> Iterator[None]:
+        """Log-probabilities of the distribution sampled at this temperature."""
+        head = self.engine.head
+        try:
+            self.engine.head = replace(head, temperature=value)
+            yield
+        finally:
+            self.engine.head = head
+
+    def adapter(self) -> AdapterTensors:
+        if self.spec is None:
+            raise ValueError("full fine-tuning has no adapter")
+        config, tensors = to_hf(self.spec, gather_adapter(self.adapted, self.spec))
+        return AdapterTensors(config=config, tensors=tensors)
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        from megatron_lora.policy.megatron.export import merged_hf_weights
+
+        return merged_hf_weights(self)
+
+    def save(self, weights: Path, optimizer: Path | None) -> None:
+        checkpoint.save_state(self._weights_state(), weights)
+        if self.spec is not None and self.world.is_main:
+            self.spec.save(weights / ADAPTER_FILE)
+        if optimizer is not None:
+            state = checkpoint.optimizer_state(
+                self.optimizer, self.scheduler, self._weights_state(), self.world, loading=False
+            )
+            checkpoint.save_state(state, optimizer)
+        dist.barrier()
+
+    def load(self, weights: Path, optimizer: Path | None) -> None:
+        if self.spec is not None:
+            _check_same_adapter(self.spec, AdapterSpec.load(weights / ADAPTER_FILE), weights)
+        state = checkpoint.load_weights(self._weights_state(), weights)
+        self._put_weights(state)
+        if optimizer is not None:
+            checkpoint.load_optimizer(self.optimizer, self.scheduler, self._weights_state(), optimizer, self.world)
+        else:
+            self.optimizer.reload_model_params()
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that train, all parameters) of the whole model, each counted once."""
+        spec, shapes = self.spec, self.base.shapes
+        mine = torch.zeros((), dtype=torch.float64)
+        adapters = {id(p) for linear in self.adapted for p in (linear.lora_A, linear.lora_B)}
+        for chunk in self.base.chunks:
+            for parameter in chunk.parameters():
+                if id(parameter) in adapters or (getattr(parameter, "shared", False)):
+                    continue
+                split = getattr(parameter, "tensor_model_parallel", False)
+                if split or self.world.tp_rank == 0:
+                    mine += parameter.numel()
+        total = mine.to(self.world.device)
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        base = int(total.item())
+        if spec is None:
+            return base, base
+        trainable = sum(rows * columns for rows, columns in spec.factor_shapes().values())
+        del shapes
+        return trainable, base + trainable
+
+    def _divide(self, groups: Groups, *, training: bool) -> Any:
+        return divide(
+            groups, self.config, self.batching, dp_size=self.world.dp, dp_rank=self.world.dp_rank, training=training
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    def _discard_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+    def _over_pipeline(self, value: float) -> float:
+        """The same number on stages that hold nothing that trains."""
+        if self.world.pp == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=parallel_state.get_pipeline_model_parallel_group())
+        return float(box)
+
+    def _weights_state(self) -> dict[str, Any]:
+        if self.spec is not None:
+            return checkpoint.adapter_state(self.adapted)
+        return checkpoint.model_state(self.base.chunks)
+
+    def _put_weights(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            if self.spec is None:
+                for chunk in self.base.chunks:
+                    chunk.load_state_dict({k: v for k, v in state.items() if k in chunk.state_dict()}, strict=False)
+                return
+            for linear in self.adapted:
+                linear.lora_A.copy_(state[f"{linear.layout.name}.lora_A"])
+                linear.lora_B.copy_(state[f"{linear.layout.name}.lora_B"])
+
+    def _check_gradients(self) -> None:
+        """After the first backward every adapter must have had a gradient somewhere; name those that had none."""
+        self._gradients_checked = True
+        flags = torch.tensor(
+            [float(_has_gradient(linear)) for linear in self.adapted], device=self.world.device, dtype=torch.float32
+        )
+        if self.adapted:
+            for group in (
+                parallel_state.get_data_parallel_group(with_context_parallel=True),
+                parallel_state.get_tensor_model_parallel_group(),
+            ):
+                dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        mine = [linear.layout.name for linear, flag in zip(self.adapted, flags.tolist(), strict=True) if not flag]
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, mine)
+        without = sorted({name for names in everyone for name in names})
+        if without:
+            raise UserError(
+                f"after the first step {len(without)} adapters had no gradient: {', '.join(without[:8])}"
+                f"{', ...' if len(without) > 8 else ''}; with both factors at zero nothing trains: "
+                "set lora_A_init_method to xavier"
+            )
+
+
+def _has_gradient(linear: LoRALinear) -> bool:
+    return any(bool(p.main_grad.any()) for p in (linear.lora_A, linear.lora_B))  # type: ignore[attr-defined]
+
+
+def _head_options(policy: PolicyConfig, base: BaseModel) -> HeadOptions:
+    megatron = policy.megatron_cfg
+    chunk = megatron.fused_linear_logprobs_chunk_size if megatron.use_fused_linear_logprobs else 0
+    return HeadOptions(chunk_size=chunk, vocab_size=base.shapes.vocab_size)
+
+
+def _batching_options(policy: PolicyConfig, world: World, config: Any, pad_token_id: int) -> BatchingOptions:
+    row_multiple = 2 * world.cp if world.cp > 1 else 1
+    total = policy.make_sequence_length_divisible_by
+    total *= world.cp * (2 if world.cp > 1 else 1) * (world.tp if config.sequence_parallel else 1)
+    stages = config.virtual_pipeline_model_parallel_size or 1
+    return BatchingOptions(
+        pad_token_id=pad_token_id,
+        row_multiple=row_multiple,
+        total_multiple=total,
+        micro_batch_multiple=world.pp if stages > 1 else 1,
+    )
+
+
+def _check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
+    if wanted.shapes != found.shapes:
+        raise UserError(
+            f"{folder} was trained on another model ({found.base_model_name}: {found.shapes}), this run's is "
+            f"{wanted.base_model_name}: {wanted.shapes}; choose another checkpointing.checkpoint_dir"
+        )
+    if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
+        raise UserError(
+            f"{folder} holds other adapters ({_describe(found)}) than this run's ({_describe(wanted)}); "
+            "restore the recipe's peft section or choose another checkpointing.checkpoint_dir"
+        )
+
+
+def _describe(spec: AdapterSpec) -> str:
+    ranks = sorted({module.rank for module in spec.modules})
+    alphas = sorted({block.alpha for module in spec.modules for block in module.blocks})
+    return f"{len(spec.modules)} linears, rank {ranks}, alpha {alphas}"

@@ -1,0 +1,197 @@
+"""Run micro-batches through Megatron's pipeline schedules: forward, loss, backward, and metrics over all ranks."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_lora.data.batch import MicroBatch
+from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.objectives.base import Objective
+from megatron_lora.policy.interface import NonFiniteLoss
+from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
+from megatron_lora.runtime.context_parallel import local_token_indices
+from megatron_lora.runtime.world import World
+
+
+@dataclass
+class Engine:
+    """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not."""
+
+    chunks: Sequence[Any]
+    config: Any
+    world: World
+    tp: TensorParallel
+    head: HeadOptions
+    metric_names: dict[str, list[str]] = field(default_factory=dict)
+
+
+def run(
+    engine: Engine,
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    count: float,
+    *,
+    forward_only: bool,
+) -> tuple[float, dict[str, float]]:
+    """Forward (and backward) over this rank's micro-batches. Returns the loss and the metrics over the global batch,
+    divided by `count`, on every rank. Raises NonFiniteLoss on every rank, before any update."""
+    results = _schedule(engine, batches, partial(_loss, objective=objective, count=count), forward_only)
+    return _reduce(engine, objective, results, batches)
+
+
+def run_logprobs(engine: Engine, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Per-token log-probabilities [T] of this data-parallel rank's micro-batches, on every rank of its pipeline."""
+    results = _schedule(engine, batches, _keep_logprobs, forward_only=True)
+    logps = [result["logps"] for result in results]
+    if engine.world.pp > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        if not logps:
+            logps = [torch.empty(batch.tokens.numel(), device=engine.world.device) for batch in batches]
+        for value in logps:
+            dist.broadcast(value, src=last, group=group)
+    return logps
+
+
+def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_only: bool) -> list[dict[str, Any]]:
+    lengths = {batch.tokens.numel() for batch in batches}
+    # Stages exchange shapes before tensors only where micro-batches differ: it costs a synchronisation each.
+    engine.config.variable_seq_lengths = engine.world.pp > 1 and len(lengths) > 1
+    iterators: list[Iterator[MicroBatch]] = [iter(batches) for _ in engine.chunks]
+    single = len(engine.chunks) == 1
+    step = get_forward_backward_func()
+    return step(
+        forward_step_func=partial(_forward_step, engine=engine, loss=loss),
+        data_iterator=iterators[0] if single else iterators,
+        model=engine.chunks[0] if single else list(engine.chunks),
+        num_microbatches=len(batches),
+        seq_length=max(lengths),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(iterator: Iterator[MicroBatch], model: Any, engine: Engine, loss: Any) -> tuple[Tensor, Any]:
+    batch = next(iterator).to(engine.world.device)
+    output = forward(engine, model, batch)
+    return output, partial(loss, batch=batch)
+
+
+def forward(engine: Engine, model: GPTModel, batch: MicroBatch) -> Tensor:
+    """One chunk's forward: log-probabilities [T] on the last stage, hidden states elsewhere."""
+    tokens, positions, targets = batch.tokens, batch.positions, batch.targets
+    world = engine.world
+    indices = None
+    if world.cp > 1:
+        indices = [local_token_indices(batch.cu_seqlens, world.cp, rank) for rank in range(world.cp)]
+        mine = indices[world.cp_rank]
+        tokens, positions, targets = tokens[mine], positions[mine], targets[mine]
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+    def head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+        logps = target_logprobs(hidden_states, output_layer, output_weight, targets, engine.tp, engine.head)
+        return logps if indices is None else _gather_over_cp(logps, indices, world.cp_rank)
+
+    return model(
+        input_ids=tokens.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        attention_mask=None,
+        packed_seq_params=packed,
+        output_processor=head,
+    )
+
+
+def _loss(
+    logps: Tensor, *, objective: Objective, count: float, batch: MicroBatch
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What Megatron's schedule asks of a loss: (scaled loss, a token count that we do not use, what to keep)."""
+    result = objective(logps, batch)
+    scaled = result.loss / count
+    kept = {"loss": scaled.detach(), "rows": batch.row_indices}
+    kept |= {name: value.detach() / count for name, value in result.metrics.items()}
+    return scaled, torch.ones((), dtype=torch.int, device=scaled.device), kept
+
+
+def _keep_logprobs(logps: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return logps.sum(), torch.ones((), dtype=torch.int, device=logps.device), {"logps": logps.detach().float()}
+
+
+def _reduce(
+    engine: Engine, objective: Objective, results: list[dict[str, Any]], batches: Sequence[MicroBatch]
+) -> tuple[float, dict[str, float]]:
+    """Sum over micro-batches and data-parallel ranks; from the last pipeline stage to all. Context-parallel ranks
+    hold the same sums."""
+    names = _metric_names(engine, objective, results)
+    device = engine.world.device
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    for result in results:
+        sums += torch.stack([result["loss"].double(), *(result[name].double() for name in names)])
+    if results:
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=False))
+    if engine.world.pp > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    loss, *metrics = sums.tolist()
+    if not math.isfinite(loss):
+        raise NonFiniteLoss(loss, _rows_of_non_finite(results))
+    return loss, dict(zip(names, metrics, strict=True))
+
+
+def _metric_names(engine: Engine, objective: Objective, results: list[dict[str, Any]]) -> list[str]:
+    """The objective's metrics, known to the last stage; told to the other stages once."""
+    key = type(objective).__qualname__
+    if key not in engine.metric_names:
+        names = [name for name in results[0] if name not in ("loss", "rows")] if results else []
+        if engine.world.pp > 1:
+            box = [names]
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+            names = box[0]
+        engine.metric_names[key] = names
+    return engine.metric_names[key]
+
+
+def _rows_of_non_finite(results: list[dict[str, Any]]) -> list[int]:
+    mine = [row for result in results if not math.isfinite(float(result["loss"])) for row in result["rows"]]
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return sorted({row for rows in everyone for row in rows if row >= 0})
+
+
+class _GatherOverContextParallel(torch.autograd.Function):
+    """[T / cp] on each rank -> [T] in token order on all. Every rank then computes the same loss, so the gradient of a
+    local token is simply its slice."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, indices: list[Tensor], rank: int) -> Tensor:  # type: ignore[override]
+        ctx.mine = indices[rank]
+        gathered = local.new_empty(local.numel() * len(indices))
+        group = parallel_state.get_context_parallel_group()
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        out = torch.empty_like(gathered)
+        out[torch.cat(indices)] = gathered
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad[ctx.mine], None, None
+
+
+def _gather_over_cp(local: Tensor, indices: list[Tensor], rank: int) -> Tensor:
+    return _GatherOverContextParallel.apply(local, indices, rank)  # type: ignore[return-value]

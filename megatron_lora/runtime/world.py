@@ -1,0 +1,109 @@
+"""torchrun's environment and Megatron's process groups, as one frozen `World`."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.runtime.cpu import install_cpu_stand_ins
+from megatron_lora.runtime.transformer_engine import prepare_transformer_engine
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is. device: where its tensors live. tp, pp, cp, dp: sizes; *_rank: this process's place."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    tp_rank: int = 0
+    pp_rank: int = 0
+    cp_rank: int = 0
+    dp_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment_world() -> World:
+    """torchrun's variables; a process started without torchrun is a world of one."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def init_distributed() -> World:
+    """Join torchrun's processes over NCCL on GPUs, gloo on CPUs. Safe to call again."""
+    world = environment_world()
+    if world.device.type == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node asks for GPU {world.local_rank} of this machine, which has "
+                f"{torch.cuda.device_count()}; start as many processes as there are GPUs"
+            )
+        torch.cuda.set_device(world.device)
+    else:
+        # Ranks share the machine's cores; more threads than cores slow every rank down.
+        cores = len(os.sched_getaffinity(0))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, cores // local_size))
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+        os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        device_id = world.device if backend == "nccl" else None
+        if world.size == 1 and "RANK" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        else:
+            dist.init_process_group(backend, rank=world.rank, world_size=world.size, device_id=device_id)
+    return world
+
+
+def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
+    """Process groups of the recipe's layout, and Megatron's random states. The layout was checked before."""
+    world = init_distributed()
+    install_cpu_stand_ins()
+    prepare_transformer_engine()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    megatron = policy.megatron_cfg
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=megatron.tensor_model_parallel_size,
+        pipeline_model_parallel_size=megatron.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=megatron.virtual_pipeline_model_parallel_size,
+        context_parallel_size=megatron.context_parallel_size,
+        expert_model_parallel_size=megatron.expert_model_parallel_size,
+        expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    # Megatron's rule: pipeline stages draw different numbers, data-parallel ranks the same.
+    torch.manual_seed(seed + 100 * pp_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+    return World(
+        rank=world.rank,
+        size=world.size,
+        local_rank=world.local_rank,
+        device=world.device,
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp=parallel_state.get_context_parallel_world_size(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=pp_rank,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )

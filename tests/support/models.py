@@ -1,0 +1,77 @@
+"""Small random models of each supported family, as Hugging Face folders."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    # Not divisible by TP=2, so that vocabulary padding is exercised.
+    "vocab_size": 101,
+    "max_position_embeddings": 256,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def family_config(family: str, **changes: object) -> PretrainedConfig:
+    """The configuration of a small model of one family."""
+    sizes = SIZES | changes
+    if family == "llama2":
+        return LlamaConfig(**sizes | {"num_key_value_heads": 4}, tie_word_embeddings=False)
+    if family == "llama3":
+        return LlamaConfig(**sizes, head_dim=32, rope_parameters=dict(LLAMA3_ROPE), tie_word_embeddings=False)
+    if family == "qwen2":
+        return Qwen2Config(**sizes, tie_word_embeddings=True)
+    if family == "qwen3":
+        return Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=False)
+    if family == "mistral":
+        return MistralConfig(**sizes, head_dim=32, sliding_window=None)
+    if family == "gemma3":
+        return Gemma3TextConfig(
+            **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)
+        )
+    raise KeyError(family)
+
+
+def gemma_layers(sizes: dict) -> list[str]:
+    """Gemma 3's pattern: every sixth layer sees the whole sequence."""
+    return [
+        "full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(sizes["num_hidden_layers"])
+    ]
+
+
+FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "mistral", "gemma3")
+
+
+def save_model(folder: Path, family: str, seed: int = 0, **changes: object) -> Path:
+    """A random fp32 model, norms and biases away from their defaults so that losing one shows."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(family_config(family, **changes)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return folder

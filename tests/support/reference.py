@@ -1,0 +1,108 @@
+"""The same training in transformers + peft: what every layout is measured against."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from megatron_lora.data.batch import Row
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHARED_A = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+RANK, ALPHA = 4, 8
+
+
+@dataclass
+class Training:
+    """losses and gradient norms before each update, and the adapter (PEFT names) at the end."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    adapter: dict[str, torch.Tensor]
+
+
+def save_adapter(model_folder: Path, folder: Path, seed: int = 1, targets: list[str] | None = None) -> Path:
+    """An HF PEFT adapter with q, k, v sharing one A and gate, up another; B away from zero."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets or TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    tie_shared_factors(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tie_shared_factors(model: torch.nn.Module) -> None:
+    """One Parameter object as A of the linears that a fused adapter covers."""
+    for module in model.modules():
+        for names in SHARED_A:
+            present = [getattr(module, name) for name in names if hasattr(getattr(module, name, None), "lora_A")]
+            for linear in present[1:]:
+                linear.lora_A["default"].weight = present[0].lora_A["default"].weight
+
+
+def make_rows(num_rows: int, vocab_size: int, seed: int = 3, longest: int = 30) -> list[Row]:
+    """Random rows of different lengths; the first third of each carries no loss."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(num_rows):
+        length = int(torch.randint(8, longest, (1,), generator=generator))
+        ids = torch.randint(3, vocab_size, (length,), generator=generator)
+        mask = torch.arange(length) >= max(1, length // 3)
+        rows.append(Row(input_ids=ids, target_mask=mask, index=index))
+    return rows
+
+
+def token_logps(model: torch.nn.Module, row: Row) -> torch.Tensor:
+    """[S - 1] log-probabilities of a row's tokens from the second on."""
+    logits = model(row.input_ids[None]).logits[0, :-1].float()
+    return F.log_softmax(logits, -1).gather(1, row.input_ids[1:, None]).squeeze(1)
+
+
+def train(
+    model_folder: Path,
+    adapter_folder: Path | None,
+    steps: list[list[Row]],
+    lr: float = 1e-2,
+    weight_decay: float = 0.1,
+    max_norm: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.98),
+) -> Training:
+    """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    if adapter_folder is not None:
+        model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
+        tie_shared_factors(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Megatron decays matrices only.
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
+    losses, norms = [], []
+    for rows in steps:
+        optimizer.zero_grad()
+        count = sum(row.num_targets for row in rows)
+        total = 0.0
+        for row in rows:
+            loss = -(token_logps(model, row) * row.target_mask[1:]).sum() / count
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+        optimizer.step()
+    wanted = "lora_" if adapter_folder is not None else ""
+    state = {
+        name.replace(".default", ""): value.detach().clone()
+        for name, value in model.state_dict().items()
+        if wanted in name
+    }
+    return Training(losses, norms, state)
