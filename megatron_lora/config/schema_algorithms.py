@@ -183,10 +183,10 @@ class LossFnConfig(Section):
     token_level_loss: bool = Field(
         default=True, description="Mean over all answer tokens; off: mean over answers' means."
     )
-    constant_length: PositiveInt | None = Field(
-        default=None,
-        description="Dr. GRPO: divide an answer's sum over tokens by this constant (such as "
-        "`${policy.generation.max_new_tokens}`), mean over answers; `token_level_loss` then has no say. null: off.",
+    length_normalization: bool = Field(
+        default=True,
+        description="Off (Dr. GRPO): an answer's sum over tokens is divided by the constant "
+        "`policy.generation.max_new_tokens`, mean over answers; `token_level_loss` then has no say.",
     )
     sequence_level_importance_ratios: bool = Field(
         default=False, description="GSPO: one ratio an answer, the geometric mean over its tokens."
@@ -242,7 +242,7 @@ class RewardFunctionConfig(Section):
 
     kind: RewardKind = Field(
         description="`exact`: the answer is the reference; `math`: symbolically equal (math-verify); `gsm8k`: the "
-        "number after `####`; `format`: `pattern` matches; `length`: penalty beyond `max_tokens`; `python`: `function`."
+        "number after the last `####`; `format`: `pattern` matches; `length`: penalty beyond `max_tokens`; `python`: `function`."
     )
     name: str | None = Field(default=None, description="Name in the metrics; null: `kind`.")
     weight: Float = Field(default=1.0, description="Factor of this reward in the sum.")

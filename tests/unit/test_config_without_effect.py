@@ -105,13 +105,12 @@ def test_recipe_without_such_keys_has_no_notice():
     assert check_recipe(recipe()).notices == []
 
 
-def test_loss_fn_fits_the_objective():
-    """The trainer hands `loss_fn` to the objective key by key."""
+def test_loss_fn_has_the_keys_and_defaults_of_the_objective():
     from megatron_lora.objectives.grpo_config import GRPOConfig
 
-    content = recipe(grpo={}, sft=None, policy__train_global_batch_size=512)
-    checked = check_recipe(content).recipe
-    assert GRPOConfig(**checked.loss_fn.model_dump()) == GRPOConfig()
+    loss_fn = check_recipe(recipe(grpo={}, sft=None, policy__train_global_batch_size=512)).recipe.loss_fn.model_dump()
+    assert loss_fn.pop("length_normalization") is True  # the objective's constant_length
+    assert loss_fn == {key: value for key, value in vars(GRPOConfig()).items() if key != "constant_length"}
 
 
 def test_reference_page_is_up_to_date():
