@@ -242,7 +242,8 @@ class RewardFunctionConfig(Section):
 
     kind: RewardKind = Field(
         description="`exact`: the answer is the reference; `math`: symbolically equal (math-verify); `gsm8k`: the "
-        "number after the last `####`; `format`: `pattern` matches; `length`: penalty beyond `max_tokens`; `python`: `function`."
+        "number after the last `####`; `format`: `pattern` matches; `length`: penalty beyond `max_tokens`; "
+        "`python`: `function`."
     )
     name: str | None = Field(default=None, description="Name in the metrics; null: `kind`.")
     weight: Float = Field(default=1.0, description="Factor of this reward in the sum.")
