@@ -44,8 +44,13 @@ class GRPOConfig:
 
     @classmethod
     def from_config(cls, loss_fn: Any, max_new_tokens: int) -> "GRPOConfig":
-        """From the recipe's `loss_fn` section; max_new_tokens is Dr. GRPO's constant (`length_normalization: false`)."""
+        """From the recipe's `loss_fn` section; max_new_tokens is the constant of `length_normalization: false`.
+
+        A truncation ratio without a type means `tis`, as in recipes older than the other types.
+        """
         values = {f.name: getattr(loss_fn, f.name) for f in fields(cls) if f.name != "constant_length"}
+        if values["truncated_importance_sampling_ratio"] is not None:
+            values["truncated_importance_sampling_type"] = values["truncated_importance_sampling_type"] or "tis"
         return cls(**values, constant_length=None if loss_fn.length_normalization else max_new_tokens)
 
     def __post_init__(self) -> None:

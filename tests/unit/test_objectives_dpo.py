@@ -121,7 +121,7 @@ def test_padding_between_pairs_and_odd_rows():
     assert objective.count(padded) == 2
     batch, plain = pack(padded), pack(rows)
     a, b = objective(policy_logps(padded, batch), batch), objective(policy_logps(rows, plain), plain)
-    assert float(a.loss) == pytest.approx(float(b.loss))
+    assert a.loss.item() == pytest.approx(b.loss.item())
     with pytest.raises(ValueError, match="whole pairs"):
         objective(policy_logps(rows[:3], pack(rows[:3])), pack(rows[:3]))
     with pytest.raises(ValueError, match="pairs"):

@@ -323,3 +323,5 @@ def test_from_recipe():
     assert GRPOConfig.from_config(LossFnConfig(), max_new_tokens=64) == GRPOConfig()
     section = LossFnConfig(length_normalization=False, ratio_clip_c=3.0)
     assert GRPOConfig.from_config(section, max_new_tokens=64) == GRPOConfig(constant_length=64, ratio_clip_c=3.0)
+    old = LossFnConfig(use_importance_sampling_correction=True, truncated_importance_sampling_ratio=2.0)
+    assert GRPOConfig.from_config(old, max_new_tokens=64).truncated_importance_sampling_type == "tis"
