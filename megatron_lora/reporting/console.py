@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_WIDTH = 120  # of tables where no terminal tells its width
-SECONDS_BETWEEN_LINES = 2.0
+SECONDS_BETWEEN_LINES = 5.0
 # Names as in metrics.jsonl -> how a line shows them. What is not here is left to metrics.jsonl and the trackers.
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
@@ -67,7 +67,7 @@ class RunConsole:
             self._live.start()
 
     def train_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Move the bar to `step`; without a terminal a line for the first and last step and every two seconds."""
+        """Move the bar to `step`; without a terminal a line for the first and last step and every five seconds."""
         if self._live is not None:
             self._live.update(self._main, completed=step, metrics=describe(metrics, _IN_BAR))
             return
@@ -101,7 +101,7 @@ class RunConsole:
     @contextmanager
     def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """A second bar while something inside a step goes on; yields `advance(count)`. Without a terminal only a line
-        at the end, and none for what took under two seconds."""
+        at the end, and none for what took under five seconds."""
         started, done = time.monotonic(), 0
         live = self._live
         task = None if live is None else live.add_task(f"  {title}", total=total, metrics=unit)
