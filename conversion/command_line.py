@@ -1,0 +1,26 @@
+"""What the conversion tools share: exit status 2 and one message for a user's mistake."""
+
+import logging
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+
+from megatron_lora.errors import UserError
+
+
+def add_debug(parser: ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+
+
+def run(main: Callable[[Namespace], None], arguments: Namespace) -> int:
+    """Run main; returns the process's exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("conversion").setLevel(logging.INFO)
+    try:
+        main(arguments)
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

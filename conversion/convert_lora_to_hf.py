@@ -1,0 +1,59 @@
+"""Adapter checkpoint -> HF PEFT adapter or merged HF model.
+
+    python conversion/convert_lora_to_hf.py --mode adapter --adapter-ckpt STEP_DIR --hf-ckpt-path OUT
+
+`adapter` needs no base model; `merged` streams the base. NeMo RL's flags work: without --mode and --adapter-only the
+result is merged.
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from conversion.command_line import add_debug, run
+from conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
+from megatron_lora.errors import UserError
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("merged", "adapter"), help="default: merged")
+    parser.add_argument("--adapter-only", action="store_true", help="the same as --mode adapter")
+    parser.add_argument("--adapter-ckpt", "--lora-ckpt", required=True, help="a run's step_N folder")
+    parser.add_argument("--hf-ckpt-path", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--hf-model-name", help="base model: hub name or HF folder; default: the one trained on")
+    parser.add_argument("--base-ckpt", help="the base's HF folder")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="merged: dtype to write; default: the base's")
+    parser.add_argument(
+        "--uniform-scale",
+        action="store_true",
+        help="adapter: one alpha / r for all linears, for engines without patterns",
+    )
+    parser.add_argument("--check-logits", action="store_true", help="compare a forward of both sides; loads the base")
+    add_debug(parser)
+    return parser.parse_args(argv)
+
+
+def main(arguments: Namespace) -> None:
+    mode = arguments.mode or ("adapter" if arguments.adapter_only else "merged")
+    if arguments.adapter_only and mode != "adapter":
+        raise UserError("--adapter-only and --mode merged contradict each other; give one of them")
+    common = {
+        "adapter_ckpt": arguments.adapter_ckpt,
+        "hf_ckpt_path": arguments.hf_ckpt_path,
+        "hf_model_name": arguments.hf_model_name,
+        "base_ckpt": arguments.base_ckpt,
+        "check_logits": arguments.check_logits,
+    }
+    if mode == "adapter":
+        if arguments.dtype is not None:
+            raise UserError("--dtype is for --mode merged; an adapter is written in the dtype it was trained in")
+        print(export_lora_adapter_to_hf(**common, uniform_scale=arguments.uniform_scale))
+    else:
+        if arguments.uniform_scale:
+            raise UserError("--uniform-scale is for --mode adapter; a merged model has no scale")
+        print(merge_lora_to_hf(**common, dtype=arguments.dtype))
+
+
+if __name__ == "__main__":
+    parsed = parse_args()
+    sys.exit(run(main, parsed))

@@ -1,0 +1,166 @@
+"""Adapter checkpoint -> HF PEFT adapter, or -> merged HF model; and an HF PEFT adapter -> adapter checkpoint.
+
+The entry points carry NeMo RL's names and keyword names, so that its callers work unchanged.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
+from conversion.base_model import check_base, find_base, read_config
+from conversion.fingerprint import fingerprint_adapter, fingerprint_base, fingerprint_stream
+from conversion.merge import Merger, copy_small_files
+from conversion.output_folder import output_folder
+from conversion.safetensors_io import SafetensorsFolder, read_header, read_tensor, write_tensor_dict
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.peft_format import from_hf, to_hf
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export_lora_adapter_to_hf(
+    *,
+    adapter_ckpt: str,
+    hf_ckpt_path: str,
+    hf_model_name: str | None = None,
+    base_ckpt: str | None = None,
+    uniform_scale: bool = False,
+    check_logits: bool = False,
+) -> str:
+    """Write an adapter checkpoint as an HF PEFT folder, without the base model; returns hf_ckpt_path.
+
+    adapter_ckpt: a run's step_N folder. hf_model_name: the base model's name to write, by default the one trained on.
+    base_ckpt: the base's HF folder, checked against the adapter. check_logits: compare a forward of both sides (loads
+    the base). uniform_scale: one scale for all linears, see `to_hf`. Raises UserError; writes all or nothing.
+    """
+    with output_folder(hf_ckpt_path) as out:
+        spec, factors = read_adapter(adapter_ckpt)
+        spec.base_model_name = hf_model_name or spec.base_model_name
+        if base_ckpt is not None or check_logits:
+            base = find_base(base_ckpt, hf_model_name, spec.base_model_name, weights=check_logits)
+            check_base(spec, base)
+        config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale)
+        if not check_logits:
+            factors.clear()
+        write_peft_folder(out, config, tensors)
+        if check_logits:
+            from conversion.logit_check import check_adapter_logits
+
+            logger.info("logits agree to %.1e", check_adapter_logits(base, spec, factors, out))
+    return str(hf_ckpt_path)
+
+
+def write_peft_folder(out: Path, config: dict, tensors: dict[str, Tensor]) -> str:
+    """Write adapter_config.json and adapter_model.safetensors into the folder `out`, read them back and compare.
+
+    Returns the adapter's fingerprint, which is in the file's metadata too. Raises UserError where a tensor is not
+    finite, RuntimeError where the file does not hold what was to be written.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} holds NaN or infinity; the adapter is unusable, export an earlier step")
+    fingerprint = fingerprint_adapter(tensors)
+    write_tensor_dict(out / ADAPTER_WEIGHTS, tensors, {"adapter_fingerprint": fingerprint})
+    (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    entries, _ = read_header(out / ADAPTER_WEIGHTS)
+    written = fingerprint_stream((name, read_tensor(entries[name])) for name in sorted(entries))
+    if written != fingerprint:
+        raise RuntimeError(f"self-check failed: {out / ADAPTER_WEIGHTS} does not hold the tensors given to it")
+    return fingerprint
+
+
+def merge_lora_to_hf(
+    *,
+    adapter_ckpt: str,
+    hf_ckpt_path: str,
+    hf_model_name: str | None = None,
+    base_ckpt: str | None = None,
+    dtype: str | None = None,
+    check_logits: bool = False,
+    show_progress: bool = True,
+) -> str:
+    """Write base + adapter as a plain HF model, merged in fp32, one tensor at a time; returns hf_ckpt_path.
+
+    The base is the HF folder base_ckpt, else hf_model_name, else the model named in the checkpoint. dtype: `bfloat16`,
+    `float16` or `float32`; by default each tensor's own. Raises UserError; writes all or nothing.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    target = None if dtype is None else DTYPES[dtype]
+    with output_folder(hf_ckpt_path) as out:
+        spec, factors = read_adapter(adapter_ckpt)
+        base = find_base(base_ckpt, hf_model_name, spec.base_model_name)
+        check_base(spec, base)
+        merger = Merger(spec, factors, SafetensorsFolder(base), target)
+        metadata = {"adapter_fingerprint": fingerprint_adapter(factors)}
+        copy_small_files(base, out, target)
+        _copy_tokenizer(Path(adapter_ckpt), out)
+        merger.write(out, metadata, show_progress=show_progress)
+        merger.check_written(out)
+        logger.info("%s", merger.report)
+        if check_logits:
+            from conversion.logit_check import check_merged_logits
+
+            coarsest = max((merger.target_dtype(name) for name in merger.targets), key=lambda d: torch.finfo(d).eps)
+            logger.info("logits agree to %.1e", check_merged_logits(base, spec, factors, out, coarsest))
+    return str(hf_ckpt_path)
+
+
+def _copy_tokenizer(step: Path, out: Path) -> None:
+    """The run's tokenizer, where the base folder has none."""
+    source = step / "policy" / "tokenizer"
+    if source.is_dir() and not (out / "tokenizer_config.json").is_file():
+        for path in source.iterdir():
+            if path.is_file() and not (out / path.name).exists():
+                (out / path.name).write_bytes(path.read_bytes())
+
+
+def import_hf_adapter(
+    *, hf_adapter: str, adapter_ckpt_path: str, hf_model_name: str | None = None, base_ckpt: str | None = None
+) -> str:
+    """Write an HF PEFT adapter folder as an adapter checkpoint (`policy/weights/` in it); returns adapter_ckpt_path.
+
+    The base's config gives the shapes; its weights, where they are local, the fingerprint. Raises UserError.
+    """
+    with output_folder(adapter_ckpt_path) as out:
+        config, tensors = read_peft_folder(Path(hf_adapter))
+        trained_on = config.get("base_model_name_or_path") or ""
+        base = find_base(base_ckpt, hf_model_name, trained_on, weights=False)
+        shapes = ModelShapes.from_hf_config(read_config(base))
+        has_weights = any(base.glob("*.safetensors"))
+        fingerprint = fingerprint_base(base) if has_weights else None
+        name = hf_model_name or trained_on or str(base)
+        spec, factors = from_hf(config, tensors, shapes, name, fingerprint)
+        write_adapter(out / "policy" / "weights", spec, factors)
+        _check_import(out, spec, factors)
+    return str(adapter_ckpt_path)
+
+
+def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(adapter_config.json's content, tensors) of an HF PEFT folder. Raises UserError where a file is missing or
+    damaged."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder} is no HF PEFT adapter folder: it holds no {ADAPTER_CONFIG}")
+    if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(f"{folder} holds adapter_model.bin; load it in peft and save it again as {ADAPTER_WEIGHTS}")
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
+    entries, _ = read_header(folder / ADAPTER_WEIGHTS)
+    return config, {name: read_tensor(entry) for name, entry in entries.items()}
+
+
+def _check_import(out: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> None:
+    read_spec, read_factors = read_adapter(weights_folder(out))
+    if read_spec != spec or fingerprint_adapter(read_factors) != fingerprint_adapter(factors):
+        raise RuntimeError(f"self-check failed: {out} does not hold the adapter given to it")

@@ -1,0 +1,40 @@
+"""Short names for weights: two folders or adapters with the same weights have the same fingerprint."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conversion.safetensors_io import SafetensorsFolder, read_sample
+
+DIGITS = 32
+
+
+def fingerprint_base(folder: Path | str) -> str:
+    """Of an HF folder's safetensors: names, dtypes, shapes and about 1 KiB sampled from each tensor.
+
+    Independent of how the tensors are spread over files; takes milliseconds a file. Raises UserError as
+    `SafetensorsFolder` does.
+    """
+    weights = SafetensorsFolder(Path(folder))
+    digest = hashlib.sha256()
+    for entry in sorted(weights, key=lambda entry: entry.name):
+        digest.update(f"{entry.name}|{entry.dtype}|{entry.shape}|".encode())
+        digest.update(read_sample(entry))
+    return digest.hexdigest()[:DIGITS]
+
+
+def fingerprint_adapter(tensors: Mapping[str, Tensor]) -> str:
+    """Of an adapter's tensors: names, dtypes, shapes and every byte. Any order."""
+    return fingerprint_stream((name, tensors[name]) for name in sorted(tensors))
+
+
+def fingerprint_stream(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """`fingerprint_adapter` of tensors that come one at a time, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:DIGITS]

@@ -1,0 +1,36 @@
+"""HF PEFT adapter -> adapter checkpoint.
+
+python conversion/import_hf_adapter.py --hf-adapter DIR --adapter-ckpt-path OUT
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from conversion.command_line import add_debug, run
+from conversion.export import import_hf_adapter
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-adapter", required=True, help="folder of adapter_config.json and its weights")
+    parser.add_argument("--adapter-ckpt-path", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--hf-model-name", help="base model: hub name or HF folder; default: the adapter's own")
+    parser.add_argument("--base-ckpt", help="the base's HF folder")
+    add_debug(parser)
+    return parser.parse_args(argv)
+
+
+def main(arguments: Namespace) -> None:
+    print(
+        import_hf_adapter(
+            hf_adapter=arguments.hf_adapter,
+            adapter_ckpt_path=arguments.adapter_ckpt_path,
+            hf_model_name=arguments.hf_model_name,
+            base_ckpt=arguments.base_ckpt,
+        )
+    )
+
+
+if __name__ == "__main__":
+    parsed = parse_args()
+    sys.exit(run(main, parsed))

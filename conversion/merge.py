@@ -1,0 +1,163 @@
+"""W + s B A over a base model's files, one tensor at a time."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from conversion.base_model import WEIGHT_ENDINGS, read_config
+from conversion.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, read_header, write_tensors
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import AdapterSpec, ModuleLayout
+from megatron_lora.lora.peft_format import block_of, hf_linears, segment_delta, segment_features
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class MergeReport:
+    """How much of each update s B A the target dtype lost: |round(W + d) - round(W) - d| / |d|, Frobenius norms.
+
+    0: nothing, 1: as if there were no update.
+    """
+
+    error_squares: dict[str, float] = field(default_factory=dict)
+    delta_squares: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, error: Tensor, delta: Tensor) -> None:
+        self.error_squares[name] = float(error.double().pow(2).sum())
+        self.delta_squares[name] = float(delta.double().pow(2).sum())
+
+    @property
+    def overall(self) -> float:
+        return _ratio(sum(self.error_squares.values()), sum(self.delta_squares.values()))
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """(HF linear, what it lost)."""
+        ratios = {name: _ratio(self.error_squares[name], self.delta_squares[name]) for name in self.error_squares}
+        name = max(ratios, key=lambda key: ratios[key])
+        return name, ratios[name]
+
+    def __str__(self) -> str:
+        name, lost = self.worst
+        return f"rounding cost {self.overall:.3%} of the update (relative norm), at worst {lost:.3%} in {name}"
+
+
+def _ratio(error_square: float, delta_square: float) -> float:
+    return math.sqrt(error_square / delta_square) if delta_square else 0.0
+
+
+class Merger:
+    """Merges an adapter into a base folder's tensors as they stream by.
+
+    dtype: of the written floating-point tensors; None keeps each tensor's own.
+    """
+
+    def __init__(
+        self, spec: AdapterSpec, factors: dict[str, Tensor], base: SafetensorsFolder, dtype: torch.dtype | None = None
+    ):
+        """Raises UserError where the base lacks an adapted weight or has it in another shape."""
+        self.spec, self.factors, self.base, self.dtype = spec, factors, base, dtype
+        self.report = MergeReport()
+        self.targets = self._find_targets()
+
+    def _find_targets(self) -> dict[str, tuple[ModuleLayout, str]]:
+        """HF weight name -> (module, segment)."""
+        layouts = {(module.kind, module.layer): module for module in self.spec.modules}
+        targets: dict[str, tuple[ModuleLayout, str]] = {}
+        for linear in hf_linears(self.spec.shapes).values():
+            module = layouts.get((linear.kind, linear.layer))
+            if module is None or block_of(module, linear.segment) is None:
+                continue
+            name = f"{linear.name}.weight"
+            inputs, outputs = segment_features(linear, self.spec.shapes)
+            if name not in self.base.entries:
+                raise UserError(f"{self.base.folder} lacks {name}, which the adapter adapts; is it the right base?")
+            if self.base.entries[name].shape != (outputs, inputs):
+                raise UserError(
+                    f"{name} in {self.base.folder} has shape {self.base.entries[name].shape}, "
+                    f"the adapter is for {(outputs, inputs)}"
+                )
+            targets[name] = (module, linear.segment)
+        return targets
+
+    def target_dtype(self, name: str) -> torch.dtype:
+        stored = self.base.entries[name].dtype
+        if name in self.targets and stored not in FLOATS:
+            raise UserError(f"{name} in {self.base.folder} is stored as {stored}; merge into an unquantized base")
+        return self.dtype if self.dtype is not None and stored in FLOATS else stored
+
+    def merged(self, name: str) -> Tensor:
+        """One tensor of the merged model. Raises UserError where it is not finite."""
+        weight = self.base.read(name)
+        dtype = self.target_dtype(name)
+        if name not in self.targets:
+            return weight.to(dtype)
+        module, segment = self.targets[name]
+        a, b = self.factors[f"{module.name}.lora_A"], self.factors[f"{module.name}.lora_B"]
+        delta = segment_delta(module, segment, a, b, self.spec.shapes)
+        assert delta is not None, f"{name} is a target without a block"
+        before = weight.to(dtype).float()
+        result = weight.float().add_(delta).to(dtype)
+        self.report.add(name.removesuffix(".weight"), result.float().sub_(before).sub_(delta), delta)
+        if not torch.isfinite(result).all():
+            raise UserError(f"merged {name} is not finite; the adapter or the base holds NaN or infinity in it")
+        return result
+
+    def write(self, out: Path, metadata: dict[str, str], *, show_progress: bool = True) -> None:
+        """Write all shards under the base's own file names, and the index if there are several files."""
+        total_bytes = 0
+        weight_map: dict[str, str] = {}
+        with _progress_bar(show_progress) as progress:
+            task = progress.add_task("merging", total=len(self.base.entries))
+            for shard, names in self.base.shards.items():
+                shapes = {name: (self.target_dtype(name), self.base.entries[name].shape) for name in names}
+
+                def stream(names: list[str] = names) -> Iterator[tuple[str, Tensor]]:
+                    for name in names:
+                        yield name, self.merged(name)
+                        progress.advance(task)
+
+                total_bytes += write_tensors(out / shard, shapes, stream(), metadata)
+                weight_map |= dict.fromkeys(names, shard)
+        if list(self.base.shards) != [SINGLE_FILE]:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def check_written(self, out: Path) -> None:
+        """Names, dtypes and shapes of what lies in `out` are the base's. Raises RuntimeError where they are not."""
+        found = {
+            entry.name: (entry.dtype, entry.shape) for shard in self.base.shards for entry in _entries(out / shard)
+        }
+        wanted = {name: (self.target_dtype(name), entry.shape) for name, entry in self.base.entries.items()}
+        if found != wanted:
+            names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            raise RuntimeError(f"self-check failed: {names[:3]} were not written as they should have been")
+
+
+def _entries(path: Path):
+    return read_header(path)[0].values()
+
+
+def copy_small_files(base: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """Config, generation config, tokenizer, license: every file of the base that is no weights."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS):
+            shutil.copyfile(path, out / path.name)
+    if dtype is not None:
+        config = read_config(base)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _progress_bar(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not show, transient=False)

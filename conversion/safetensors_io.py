@@ -1,0 +1,181 @@
+"""Safetensors read and written one tensor at a time, with the file's own bytes and nothing mapped into memory.
+
+The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, data_offsets), the data.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: start and stop are byte positions in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """(entries by name, metadata) of one file. Raises UserError where it is missing, truncated or no safetensors."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; the folder is incomplete, fetch it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES
+        if length >= MAX_HEADER_BYTES or 8 + length > size:
+            raise UserError(f"{path} is truncated or no safetensors file ({size} bytes); fetch it again")
+        raw = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} has an unreadable safetensors header ({error}); fetch it again") from error
+    wanted = max((entry.stop for entry in entries.values()), default=8 + length)
+    if size < wanted:
+        raise UserError(f"{path} is truncated: {size} bytes, its header names {wanted}; fetch it again")
+    return entries, metadata
+
+
+def _entry(name: str, value: Mapping[str, Any], path: Path, data_start: int) -> TensorEntry:
+    start, stop = value["data_offsets"]
+    return TensorEntry(name, DTYPES[value["dtype"]], tuple(value["shape"]), path, data_start + start, data_start + stop)
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """The tensor in memory of its own."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(_bytes_of(tensor)) != entry.stop - entry.start:
+            raise UserError(f"{entry.path} ended within {entry.name}; fetch it again")
+    return tensor
+
+
+def read_sample(entry: TensorEntry, pieces: int = 16, piece_bytes: int = 64) -> bytes:
+    """Evenly spaced bytes of the tensor: all of it where it is small."""
+    size = entry.stop - entry.start
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        if size <= pieces * piece_bytes:
+            return file.read(size)
+        sample = bytearray()
+        for piece in range(pieces):
+            file.seek(entry.start + piece * (size - piece_bytes) // (pieces - 1))
+            sample += file.read(piece_bytes)
+        return bytes(sample)
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a file from tensors that come one at a time, in the order of `shapes`; returns the bytes of data.
+
+    Raises ValueError where a tensor is not the announced one.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    wanted = iter(shapes.items())
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name, tensor in tensors:
+            if (name, (tensor.dtype, tuple(tensor.shape))) != next(wanted, None):
+                raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not what the header says comes next")
+            file.write(_bytes_of(tensor.contiguous()))
+        if next(wanted, None) is not None:
+            raise ValueError(f"{path} got fewer tensors than its header names")
+        file.flush()
+    return offset
+
+
+def write_tensor_dict(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors that are all there. Wider dtypes first, as the format's own writer does, for alignment."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    shapes = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in order}
+    write_tensors(path, shapes, ((name, tensors[name]) for name in order), metadata)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+class SafetensorsFolder:
+    """The weights of an HF folder, whether one file or several with an index.
+
+    entries: every tensor by name. shards: file name -> its tensors' names in the order they lie in the file.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises UserError where weights are missing, truncated, or not in safetensors."""
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a Hugging Face model folder")
+        self.folder = folder
+        self.entries: dict[str, TensorEntry] = {}
+        self.shards: dict[str, list[str]] = {}
+        for name in self._files():
+            entries, _ = read_header(folder / name)
+            self.shards[name] = sorted(entries, key=lambda tensor: entries[tensor].start)
+            self.entries |= entries
+
+    def _files(self) -> list[str]:
+        index = self.folder / INDEX_FILE
+        if (self.folder / SINGLE_FILE).is_file() and not index.is_file():
+            return [SINGLE_FILE]
+        if not index.is_file():
+            raise UserError(
+                f"{self.folder} holds no {SINGLE_FILE} and no {INDEX_FILE}; the base's weights must be in safetensors"
+            )
+        try:
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is damaged ({error}); fetch it again") from error
+        return sorted(set(weight_map.values()))
+
+    def read(self, name: str) -> Tensor:
+        return read_tensor(self.entries[name])
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        return iter(self.entries.values())
