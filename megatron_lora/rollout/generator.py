@@ -1,0 +1,172 @@
+"""What a trainer may ask of whoever generates rollouts. `vllm.py` and the native generator implement `Generator`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_lora.config.schema_generation import GenerationConfig
+from megatron_lora.policy.interface import AdapterTensors
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are drawn.
+
+    max_new_tokens: longest answer, in tokens. temperature: 0 takes the most likely token. top_k: -1 keeps all.
+    stop_strings, stop_token_ids: what ends an answer besides its length (the end-of-sequence token is one of the
+    stop_token_ids). seed: the same seed and prompts give the same answers.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+    @classmethod
+    def from_config(
+        cls,
+        config: GenerationConfig,
+        *,
+        max_total_sequence_length: int,
+        eos_token_ids: Sequence[int],
+        seed: int,
+        validation: bool = False,
+    ) -> "SamplingOptions":
+        """`policy.generation` as options; validation: with its `val_*` keys where they are set."""
+
+        def pick(name: str) -> float | int | None:
+            special = getattr(config, f"val_{name}") if validation else None
+            return special if special is not None else getattr(config, name)
+
+        top_k = pick("top_k")
+        return cls(
+            max_new_tokens=config.max_new_tokens or max_total_sequence_length,
+            temperature=float(pick("temperature") or 0.0),
+            top_p=float(pick("top_p") or 1.0),
+            top_k=int(top_k) if top_k is not None and top_k > 0 else -1,
+            stop_strings=tuple(config.stop_strings or ()),
+            stop_token_ids=tuple(sorted({*eos_token_ids, *(config.stop_token_ids or ())})),
+            seed=seed,
+        )
+
+
+@dataclass
+class Sample:
+    """One answer.
+
+    prompt_index: the prompt's place in the list given to `generate`. completion_ids: the tokens sampled, the stop
+    token included. logprobs: [completion] fp32 CPU, nats, each token's log-probability in the distribution it was
+    drawn from (after temperature, top-k and top-p; at temperature 0 the model's own). finish_reason: "stop" or
+    "length". text: the completion decoded without special tokens. adapter_version: of the weights that drew it.
+    """
+
+    prompt_index: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: Tensor
+    finish_reason: str
+    text: str
+    adapter_version: int
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a refit gave the engine: bytes, and the fingerprint that the engine must then hold."""
+
+    num_bytes: int
+    fingerprint: str
+
+
+class Decoder(Protocol):
+    """The part of a Hugging Face tokenizer that a generator uses."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+
+
+class Generator(ABC):
+    """Draws answers. Every method is collective: all ranks call it in the same order with the same arguments.
+
+    num_replicas: engines that answer different prompts at once. block_size: tokens in a block of the KV cache.
+    logprob_tolerance: how far its log-probabilities (nats) may be from the trainer's, for its arithmetic.
+    version: of the weights it holds, as given with them; -1 before the first refit.
+    """
+
+    num_replicas: int = 1
+    block_size: int = 1
+    logprob_tolerance: float = 1e-4
+    version: int = -1
+
+    @abstractmethod
+    def start(self) -> None:
+        """Build the engine and its memory. The trainer's random state is as before afterwards."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Take back the memory that `sleep` gave up. Weights are as they were; the KV cache is empty."""
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Give the device's memory to the trainer until `wake`."""
+
+    @abstractmethod
+    def load_adapter(self, adapter: AdapterTensors, version: int) -> Handover:
+        """Answer with the base plus this adapter from now on; the base's weights are not touched."""
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
+        """Answer with these full weights (Hugging Face names) from now on, and no adapter."""
+
+    @abstractmethod
+    def held_fingerprint(self) -> str:
+        """The fingerprint of what the engine holds, read back from it; the same on every rank.
+
+        Raises RolloutError where two replicas, or two ranks' copies of one tensor, differ.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
+        """num_samples answers to each prompt (token ids), sorted by prompt; all of them on every rank.
+
+        Raises UserError for a prompt that leaves no room for an answer, RolloutError where the engine fails.
+        """
+
+    @abstractmethod
+    def score_prompt(self, ids: Sequence[int]) -> Tensor:
+        """Each token's log-probability given those before it: [S] fp32 CPU, nats, [0] is 0; temperature 1.
+
+        Each replica scores with its own weights; every rank gets its own replica's numbers.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine and free its memory."""
+
+
+class RolloutError(RuntimeError):
+    """The rollout engine failed, or holds other weights than the trainer. The run ends with its message."""
+
+
+def rollout_logprob_error(trainer_logps: Sequence[Tensor], samples: Sequence[Sample]) -> float:
+    """Mean |trainer - rollout| log-probability over all completion tokens, nats.
+
+    trainer_logps: `Policy.score` of prompt + completion, each [S]. Raises ValueError where lengths differ.
+    """
+    total, count = 0.0, 0
+    for logps, sample in zip(trainer_logps, samples, strict=True):
+        size = len(sample.completion_ids)
+        if logps.numel() != len(sample.prompt_ids) + size:
+            raise ValueError(
+                f"the trainer scored {logps.numel()} tokens of a sample that has {len(sample.prompt_ids)} + {size}"
+            )
+        if size:
+            difference = logps[-size:].double() - sample.logprobs.double()
+            total += float(torch.sum(difference.abs()))
+            count += size
+    return total / max(count, 1)
