@@ -52,13 +52,13 @@ class RunConsole:
         self._last_line = 0.0
         self._live: Progress | None = None
         if self.console.is_terminal:
+            fixed = Column(no_wrap=True)  # only the bar gives way in a narrow terminal
             self._live = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-                MofNCompleteColumn(),
-                _MetricsColumn(table_column=Column(no_wrap=True)),
-                TextColumn("[dim]left[/]"),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("[bold]{task.description}", table_column=fixed.copy()),
+                BarColumn(None, complete_style="cyan", finished_style="green", table_column=Column(ratio=1)),
+                MofNCompleteColumn(table_column=fixed.copy()),
+                _MetricsColumn(table_column=fixed.copy()),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=fixed.copy()),
                 console=self.console,
                 expand=True,
                 refresh_per_second=4,
@@ -84,7 +84,7 @@ class RunConsole:
 
     def print(self, text: str, style: str = "") -> None:
         """One line of plain text, taken literally."""
-        self.console.print(Text(text, style=style), soft_wrap=not self.console.is_terminal)
+        self.console.print(Text(text, style=style), soft_wrap=True)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str | None = None
