@@ -84,6 +84,9 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, shapes: ModelS
     provider.tensor_model_parallel_size = megatron.tensor_model_parallel_size
     provider.pipeline_model_parallel_size = megatron.pipeline_model_parallel_size
     provider.virtual_pipeline_model_parallel_size = megatron.virtual_pipeline_model_parallel_size
+    if (megatron.virtual_pipeline_model_parallel_size or 1) > 1:
+        # With two stages, batched exchanges mix up what goes to the one peer in both directions.
+        provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
     provider.num_layers_in_first_pipeline_stage = megatron.num_layers_in_first_pipeline_stage
     provider.num_layers_in_last_pipeline_stage = megatron.num_layers_in_last_pipeline_stage
     provider.context_parallel_size = megatron.context_parallel_size
@@ -98,6 +101,7 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, shapes: ModelS
     provider.vocab_size = shapes.vocab_size
     # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
     provider.calculate_per_token_loss = True
+    provider.moe_token_dispatcher_type = "alltoall"
     provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
     provider.perform_initialization = False
     provider.hidden_dropout = provider.attention_dropout = 0.0
@@ -118,12 +122,20 @@ def _configure_kernels(provider: Any, policy: PolicyConfig, world: World) -> Non
     for name in FUSIONS:
         setattr(provider, name, False)
     provider.use_cpu_initialization = world.device.type == "cpu"
+    if getattr(provider.activation_func, "__name__", "") == "fast_gelu":
+        # The same function in PyTorch's own kernel; Megatron's is compiled at the first step (a minute on a CPU).
+        provider.activation_func = gelu_tanh
     provider.apply_rope_fusion = fused and policy.megatron_cfg.apply_rope_fusion and policy.precision == "bfloat16"
     provider.bias_activation_fusion = world.device.type == "cuda" and policy.megatron_cfg.bias_activation_fusion
     provider.bias_dropout_fusion = world.device.type == "cuda"
     if fused and policy.precision == "float32":
         # Transformer Engine's fused attention has no fp32; ours does.
         _use_native_attention(provider)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU with the tanh approximation (Hendrycks and Gimpel 2016), Gemma's activation."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _use_native_attention(provider: Any) -> None:

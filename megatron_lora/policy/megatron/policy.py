@@ -290,6 +290,7 @@ def _batching_options(policy: PolicyConfig, world: World, config: Any, pad_token
         row_multiple=row_multiple,
         total_multiple=total,
         micro_batch_multiple=world.pp if stages > 1 else 1,
+        equal_totals=stages > 1,
     )
 
 

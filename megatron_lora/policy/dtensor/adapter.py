@@ -1,0 +1,180 @@
+"""peft adapters in a transformers model: put in, filled, switched off, and read out as the fused adapter they are.
+
+peft gives each HF linear its own pair of factors. Here the linears that a fused Megatron linear covers share one A
+Parameter, so that the model is the same on both backends and one key swaps them with equal numbers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora import Linear as PeftLoraLinear
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_lora.config.schema_adapters import LoraConfig
+from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
+from megatron_lora.lora.init import init_factor
+from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.peft_format import PREFIX, from_hf, hf_name, to_hf
+from megatron_lora.policy.adapter_start import read_peft_folder
+from megatron_lora.policy.dtensor.targets import build_modules, select_linears
+
+ADAPTER_NAME = "default"
+_WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run adapts, and with which values. tensors: PEFT names -> whole factors on the CPU."""
+
+    spec: AdapterSpec
+    peft_config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    notices: list[str]
+
+
+def starting_adapter(config: LoraConfig, shapes: ModelShapes, model_name: str, seed: int) -> Start:
+    """The recipe's adapter, read from `init_adapter` or drawn from the seed as the Megatron backend draws it.
+
+    Raises UserError for a pattern that fits nothing, or a folder that does not fit the base.
+    """
+    settings = config.model_dump(mode="json", exclude={"enabled"})
+    if config.init_adapter is not None:
+        spec, fused = from_hf(*read_peft_folder(Path(config.init_adapter)), shapes, base_model_name=model_name)
+        spec.settings, notices = settings, []
+    else:
+        linears, notices = select_linears(config, shapes)
+        modules = build_modules(linears, config.dim, config.alpha, shapes)
+        spec = AdapterSpec(base_model_name=model_name, shapes=shapes, modules=modules, settings=settings)
+        fused = {
+            name: init_factor(config.lora_A_init if name.endswith("lora_A") else "zero", shape, seed, name)
+            for name, shape in spec.factor_shapes().items()
+        }
+        _zero_unused_rows(spec, fused)
+    peft_config, tensors = to_hf(spec, fused)
+    return Start(spec, peft_config, tensors, notices)
+
+
+def _zero_unused_rows(spec: AdapterSpec, fused: dict[str, Tensor]) -> None:
+    for module in spec.modules:
+        mask = module.b_mask(spec.shapes)
+        if mask is not None:
+            fused[f"{module.name}.lora_B"] *= mask
+
+
+class AdaptedLinear(PeftLoraLinear):
+    """peft's LoRA linear, with dropout before or after the factors, the same on every layout, and, where the weights
+    are whole, the fused product of `lora.arithmetic`.
+
+    Under tensor parallelism weights, inputs and outputs are DTensors and the layout follows from theirs.
+    """
+
+    dropout = 0.0
+    dropout_before = False
+    fused = False
+    tp_rank = 0
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
+        scale = self.scaling[ADAPTER_NAME]
+        drops = self.training and self.dropout > 0.0
+        if self.fused and not isinstance(x, DTensor):
+            base: Any = self.base_layer
+            masks: dict[str, Tensor] = {}
+            rows = x.flatten(0, -2)
+            if drops:
+                width = x.shape[-1] if self.dropout_before else base.weight.shape[0]
+                name = "input_mask" if self.dropout_before else "output_mask"
+                masks[name] = self._local_mask((rows.shape[0], width), x, False)
+            call = AdapterCall(parallel=_WHOLE, scale=scale, **masks)
+            out = column_parallel(rows, base.weight, base.bias, lora_a.weight, lora_b.weight, call)
+            return out.view(*x.shape[:-1], -1)
+        result = self.base_layer(x, *args, **kwargs)
+        inner = x * self._mask(x) if drops and self.dropout_before else x
+        update = lora_b(lora_a(inner.to(lora_a.weight.dtype)) * scale)
+        if drops and not self.dropout_before:
+            update = update * self._mask(update)
+        return result + update.to(result.dtype)
+
+    def _mask(self, like: Tensor) -> Tensor:
+        """A dropout mask in the layout of `like`, divided by the keep probability: slices differ between ranks, what
+        every rank holds (or adds up) is the same on all."""
+        if not isinstance(like, DTensor):
+            return self._local_mask(like.shape, like, False)
+        split = any(placement.is_shard() for placement in like.placements)
+        placements = [p if p.is_shard() else torch.distributed.tensor.Replicate() for p in like.placements]
+        local = self._local_mask(like.to_local().shape, like, split)
+        return DTensor.from_local(local, like.device_mesh, placements, run_check=False)
+
+    def _local_mask(self, shape: Any, like: Tensor, own: bool) -> Tensor:
+        # Seeded from the default generator, which recomputation restores; `own` is this rank's alone.
+        seed = int(torch.randint(1 << 62, (), dtype=torch.int64)) + (1 + self.tp_rank if own else 0)
+        generator = torch.Generator(like.device).manual_seed(seed)
+        keep = 1.0 - self.dropout
+        return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator).div_(keep)
+
+
+def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, tp_rank: int) -> None:
+    """Freeze the model and adapt the linears of `start`; the factors' values are put in later."""
+    wanted = peft.LoraConfig.__dataclass_fields__
+    settings = {key: value for key, value in start.peft_config.items() if key in wanted}
+    peft_config = peft.LoraConfig(**{**settings, "lora_dropout": 0.0, "inference_mode": False})
+    peft_config._register_custom_module({nn.Linear: AdaptedLinear})
+    model.requires_grad_(False)
+    peft.inject_adapter_in_model(peft_config, model, ADAPTER_NAME, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    for module in adapted_linears(model).values():
+        module.dropout, module.dropout_before = config.dropout, config.dropout_position == "pre"
+        module.fused, module.tp_rank = fused, tp_rank
+    tie_shared_factors(model, start.spec)
+
+
+def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """HF module name -> adapted linear."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
+    """One Parameter as A of the linears that a block serves."""
+    for module in spec.modules:
+        for block in module.blocks:
+            linears = [model.get_submodule(hf_name(segment, module.layer)) for segment in block.segments]
+            for linear in linears[1:]:
+                linear.lora_A[ADAPTER_NAME].weight = linears[0].lora_A[ADAPTER_NAME].weight  # type: ignore[index]
+
+
+def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(PEFT tensor name, parameter) of every factor; an A that linears share comes once for each."""
+    for name, linear in adapted_linears(model).items():
+        yield f"{PREFIX}{name}.lora_A.weight", linear.lora_A[ADAPTER_NAME].weight  # type: ignore[misc]
+        yield f"{PREFIX}{name}.lora_B.weight", linear.lora_B[ADAPTER_NAME].weight  # type: ignore[misc]
+
+
+def gather(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT names -> the whole factors on the CPU, on every rank."""
+    return {name: full_tensor(parameter).cpu() for name, parameter in peft_tensors(model)}
+
+
+def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
+    """PEFT tensors as the fused factors of `spec`."""
+    config, _ = to_hf(spec, {name: torch.empty(shape, device="meta") for name, shape in spec.factor_shapes().items()})
+    found, fused = from_hf(config, tensors, spec.shapes, base_model_name=spec.base_model_name)
+    assert [(m.name, len(m.blocks)) for m in found.modules] == [(m.name, len(m.blocks)) for m in spec.modules]
+    return fused
+
+
+def full_tensor(parameter: Tensor) -> Tensor:
+    """The whole of a parameter, detached, on this rank's device."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    # Not peft's own switch, which also changes what trains.
+    for linear in adapted_linears(model).values():
+        linear._disable_adapters = not enabled

@@ -1,0 +1,106 @@
+"""Attention over packed rows for transformers models: each row sees itself only, causally, within its window.
+
+Registered under `NAME` with transformers, whose models then build no mask of their own: nothing of size T x T exists.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "megatron_lora_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    bounds: list[int],
+    cu_seqlens: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, T, d], key and value [1, groups, T, d] -> [1, T, heads, d].
+
+    bounds: where rows begin and end, the numbers of `cu_seqlens` [rows + 1] int32. sliding_window: tokens that a token
+    sees, itself included. softcap: scores s become softcap * tanh(s / softcap) (Gemma 2).
+    """
+    if query.is_cuda and query.dtype == torch.bfloat16 and softcap is None and query.shape[-1] <= 256:
+        return _varlen(query, key, value, bounds, cu_seqlens, scaling, sliding_window), None
+    pieces = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        rows = slice(start, stop)
+        pieces.append(_row(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling, sliding_window, softcap))
+    out = torch.cat(pieces, dim=2)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: list[int],
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """All rows in one flash-attention kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    longest = max(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    left = -1 if sliding_window is None else sliding_window - 1
+    out = varlen_attn(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(left, 0),
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def _row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One row: [1, heads, S, d]."""
+    length = query.shape[2]
+    windowed = sliding_window is not None and sliding_window < length
+    if softcap is None and not windowed:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    age = torch.arange(length, device=query.device)
+    age = age[:, None] - age[None, :]
+    visible = age >= 0
+    if windowed:
+        visible &= age < sliding_window
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~visible, float("-inf"))
+    return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
+
+
+AttentionInterface.register(NAME, packed_attention)

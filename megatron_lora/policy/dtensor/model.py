@@ -1,0 +1,190 @@
+"""A transformers model of a Hugging Face base: adapted, split over tensor-parallel ranks, filled layer by layer from
+safetensors and sharded over data-parallel ranks (FSDP2) as it is filled, so that a whole model never exists."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Placement, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conversion.base_model import find_base
+from conversion.safetensors_io import SafetensorsFolder
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.peft_format import PREFIX
+from megatron_lora.policy.dtensor import adapter, attention
+from megatron_lora.policy.dtensor.logprobs import PolicyModule
+from megatron_lora.policy.dtensor.parallel import ParallelPlan, parallelize
+from megatron_lora.runtime.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class BaseModel:
+    """root: what is called, FSDP's root. hf: the transformers model in it. summed: parameters whose gradients are
+    partial sums over TP. start: the adapter, None in full fine-tuning."""
+
+    root: PolicyModule
+    hf: Any
+    shapes: ModelShapes
+    mesh: DeviceMesh
+    start: adapter.Start | None
+    summed: set[nn.Parameter]
+    notices: list[str] = field(default_factory=list)
+
+
+def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
+    """Build the recipe's model in its layout. Raises UserError for an unknown architecture, and for weights that are
+    missing, truncated or of other shapes."""
+    options = policy.dtensor_cfg
+    folder = find_base(None, policy.model_name, policy.model_name)
+    config, shapes = _read_config(folder)
+    weights = SafetensorsFolder(folder)
+    mesh = init_device_mesh(world.device.type, (world.dp, world.tp), mesh_dim_names=("dp", "tp"))
+    hf = _empty_model(config, policy)
+    start = None
+    notices: list[str] = []
+    if options.lora_cfg.enabled:
+        start = adapter.starting_adapter(options.lora_cfg, shapes, policy.model_name, seed)
+        fused = options.lora_cfg.use_triton and world.tp == 1 and not options.compile
+        notices = [*start.notices, *_fused_notices(policy, world)]
+        adapter.inject(hf, start, options.lora_cfg, fused=fused, tp_rank=world.tp_rank)
+    plan = ParallelPlan()
+    if world.tp > 1:
+        plan = parallelize(hf, mesh["tp"], sequence_parallel=options.sequence_parallel)
+    if options.activation_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    root = PolicyModule(hf, policy, mesh["tp"], shapes)
+    values = start.tensors if start is not None else {}
+    summed = _fill_and_shard(root, _Source(weights, values, policy, world), plan, mesh, policy)
+    return BaseModel(root, hf, shapes, mesh, start, summed, notices)
+
+
+def _fused_notices(policy: PolicyConfig, world: World) -> list[str]:
+    options = policy.dtensor_cfg
+    if not options.lora_cfg.use_triton:
+        return []
+    key = "policy.dtensor_cfg.lora_cfg.use_triton=true: the fused adapter is not used, "
+    if world.tp > 1:
+        return [f"{key}it works on whole matrices and tensor_parallel_size={world.tp}"]
+    return [f"{key}compile=true fuses it"] if options.compile else []
+
+
+def _read_config(folder: Path) -> tuple[Any, ModelShapes]:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}") from error
+    return config, ModelShapes.from_hf_config(config.to_dict())
+
+
+def _empty_model(config: Any, policy: PolicyConfig) -> Any:
+    """The model with parameters on the meta device and real buffers (rotary frequencies are in no checkpoint)."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[policy.precision], attn_implementation=attention.NAME
+        )
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a parameter's whole value comes from: the base's files, or the starting adapter."""
+
+    weights: SafetensorsFolder
+    factors: Mapping[str, Tensor]
+    policy: PolicyConfig
+    world: World
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """The value of the transformers model's parameter `name`, on this rank's device."""
+        full = name.replace(f".{adapter.ADAPTER_NAME}.", ".")
+        if f"{PREFIX}{full}" in self.factors:
+            # Factors train: fp32, whatever the base is in.
+            return self.factors[f"{PREFIX}{full}"].to(self.world.device, torch.float32)
+        stored = name.replace(".base_layer.", ".")
+        if stored not in self.weights.entries:
+            raise UserError(
+                f"{self.weights.folder} lacks the tensor {stored}; are these the weights of {self.policy.model_name}?"
+            )
+        value = self.weights.read(stored)
+        if value.shape != shape:
+            raise UserError(
+                f"{stored} in {self.weights.folder} has shape {tuple(value.shape)}, config.json wants {tuple(shape)}"
+            )
+        # In full fine-tuning FSDP keeps the weights in fp32 and casts what it gathers.
+        dtype = DTYPES[self.policy.precision] if self.factors else torch.float32
+        return value.to(self.world.device, dtype)
+
+
+def _fill_and_shard(
+    root: PolicyModule, source: _Source, plan: ParallelPlan, mesh: DeviceMesh, policy: PolicyConfig
+) -> set[nn.Parameter]:
+    """Values for every parameter, layer by layer. Returns the final parameters of `plan.summed`."""
+    dtype = DTYPES[policy.precision]
+    fsdp: dict[str, Any] = {
+        "mesh": mesh["dp"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if dtype != torch.float32
+        else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=source.world.device.type == "cuda")
+        if policy.dtensor_cfg.cpu_offload
+        else OffloadPolicy(),
+    }
+    hf = root.model
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for index, layer in enumerate(hf.model.layers):
+        _fill(layer, f"model.layers.{index}.", source, plan, mesh["tp"], filled)
+        _buffers_to(layer, source.world.device)
+        if policy.dtensor_cfg.compile:
+            layer.forward = torch.compile(layer.forward)
+        fully_shard(layer, **fsdp)
+    _fill(hf, "", source, plan, mesh["tp"], filled)
+    _buffers_to(hf, source.world.device)
+    fully_shard(root, **fsdp)
+    return {parameter for name, parameter in hf.named_parameters(remove_duplicate=False) if name in plan.summed}
+
+
+def _fill(
+    module: nn.Module,
+    prefix: str,
+    source: _Source,
+    plan: ParallelPlan,
+    mesh: DeviceMesh,
+    filled: dict[nn.Parameter, nn.Parameter],
+) -> None:
+    """Replace the meta parameters below `module` by real ones, this TP rank's part of each; shared ones stay shared."""
+    for path, owner in module.named_modules():
+        for key, empty in list(owner.named_parameters(recurse=False)):
+            if not empty.is_meta:
+                continue
+            if empty not in filled:
+                name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                value = source.read(name, empty.shape)
+                placement = plan.placements.get(name)
+                if placement is not None:
+                    value = _distribute(value, mesh, placement)
+                filled[empty] = nn.Parameter(value, requires_grad=empty.requires_grad)
+            setattr(owner, key, filled[empty])
+
+
+def _distribute(value: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
+    # Every rank has the whole value: no communication.
+    return distribute_tensor(value, mesh, [placement], src_data_rank=None)
+
+
+def _buffers_to(module: nn.Module, device: torch.device) -> None:
+    for owner in module.modules():
+        for key, buffer in list(owner.named_buffers(recurse=False)):
+            owner._buffers[key] = buffer.to(device)
