@@ -6,6 +6,9 @@ On disk `torch_dist` is a plain torch distributed checkpoint: `.metadata` (a chu
 
 import json
 import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -64,8 +67,8 @@ def read_adapter(checkpoint: Path | str) -> tuple[AdapterSpec, dict[str, Tensor]
         )
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     try:
-        # A copy: what is loaded in place must not be reflattened by torch.
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        with _one_process():
+            dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     except (dcp.CheckpointException, RuntimeError, OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise UserError(f"{folder} could not be read; a file of it is damaged ({_first_line(error)})") from error
     for name in tensors:
@@ -81,14 +84,21 @@ def write_adapter(folder: Path | str, spec: AdapterSpec, tensors: dict[str, Tens
     check_tensors(spec, tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dcp.save(
-        {**tensors, COMMON_STATE: [{}]},
-        storage_writer=dcp.FileSystemWriter(folder),
-        planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=True,
-    )
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with _one_process():
+        dcp.save(
+            {**tensors, COMMON_STATE: [{}]}, storage_writer=dcp.FileSystemWriter(folder), planner=planner, no_dist=True
+        )
     (folder / BACKEND_FILE).write_text(json.dumps(BACKEND))
     spec.save(folder / ADAPTER_FILE)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """torch warns that it runs in a single process; that is what is wanted here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _read_metadata(folder: Path) -> Metadata:

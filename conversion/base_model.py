@@ -16,6 +16,8 @@ from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 logger = logging.getLogger(__name__)
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+# Some hub repositories hold their weights a second time in their authors' own format.
+SECOND_COPIES = ["original/*", "consolidated*"]
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -42,7 +44,8 @@ def find_base(base_ckpt: str | None, hf_model_name: str | None, trained_on: str,
             raise UserError(f"{name} is no Hugging Face model folder (no config.json)")
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *(["*.safetensors"] if weights else [])]))
+        wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=SECOND_COPIES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -15,8 +15,10 @@ from conversion.base_model import WEIGHT_ENDINGS, read_config
 from conversion.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, read_header, write_tensors
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModuleLayout
-from megatron_lora.lora.peft_format import block_of, hf_linears, segment_delta, segment_features
+from megatron_lora.lora.peft_format import block_of, hf_linears, segment_factors, segment_features
 
+# Rows of a weight are merged in pieces of about this many elements, so that the fp32 temporaries stay small.
+CHUNK_ELEMENTS = 1 << 20
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -31,8 +33,9 @@ class MergeReport:
     delta_squares: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, error: Tensor, delta: Tensor) -> None:
-        self.error_squares[name] = float(error.double().pow(2).sum())
-        self.delta_squares[name] = float(delta.double().pow(2).sum())
+        """Some rows of one linear."""
+        self.error_squares[name] = self.error_squares.get(name, 0.0) + float(error.norm()) ** 2
+        self.delta_squares[name] = self.delta_squares.get(name, 0.0) + float(delta.norm()) ** 2
 
     @property
     def overall(self) -> float:
@@ -102,11 +105,16 @@ class Merger:
             return weight.to(dtype)
         module, segment = self.targets[name]
         a, b = self.factors[f"{module.name}.lora_A"], self.factors[f"{module.name}.lora_B"]
-        delta = segment_delta(module, segment, a, b, self.spec.shapes)
-        assert delta is not None, f"{name} is a target without a block"
-        before = weight.to(dtype).float()
-        result = weight.float().add_(delta).to(dtype)
-        self.report.add(name.removesuffix(".weight"), result.float().sub_(before).sub_(delta), delta)
+        update = segment_factors(module, segment, a, b, self.spec.shapes)
+        assert update is not None, f"{name} is a target without a block"
+        result = torch.empty(weight.shape, dtype=dtype)
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
+        for start in range(0, weight.shape[0], rows):
+            chunk = slice(start, start + rows)
+            delta = update[0][chunk] @ update[1]
+            result[chunk] = weight[chunk].float() + delta
+            error = (result[chunk].float() - weight[chunk].to(dtype).float()).sub_(delta)
+            self.report.add(name.removesuffix(".weight"), error, delta)
         if not torch.isfinite(result).all():
             raise UserError(f"merged {name} is not finite; the adapter or the base holds NaN or infinity in it")
         return result

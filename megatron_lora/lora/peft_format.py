@@ -69,14 +69,25 @@ def segment_features(linear: HFLinear, shapes: ModelShapes) -> tuple[int, int]:
     return features(linear.kind, shapes)[0], segment_rows(linear.kind, shapes, linear.segment).numel()
 
 
-def segment_delta(module: ModuleLayout, segment: str, a: Tensor, b: Tensor, shapes: ModelShapes) -> Tensor | None:
-    """[out of the HF linear, in] fp32: s B A of one segment, from the fused factors; None where no block serves it."""
+def segment_factors(
+    module: ModuleLayout, segment: str, a: Tensor, b: Tensor, shapes: ModelShapes
+) -> tuple[Tensor, Tensor] | None:
+    """(s B [out of the HF linear, r], A [r, in]) in fp32: their product is the update of one segment's weight.
+
+    a, b: the fused factors. None where no block serves the segment.
+    """
     block = block_of(module, segment)
     if block is None:
         return None
     rows = segment_rows(module.kind, shapes, segment).to(b.device)
     b_segment = b[rows, block.start : block.stop].float()
-    return (b_segment * block.scale) @ a[block.start : block.stop].float()
+    return b_segment * block.scale, a[block.start : block.stop].float()
+
+
+def segment_delta(module: ModuleLayout, segment: str, a: Tensor, b: Tensor, shapes: ModelShapes) -> Tensor | None:
+    """[out of the HF linear, in] fp32: s B A of one segment, from the fused factors; None where no block serves it."""
+    factors = segment_factors(module, segment, a, b, shapes)
+    return None if factors is None else factors[0] @ factors[1]
 
 
 def block_of(module: ModuleLayout, segment: str) -> Block | None:

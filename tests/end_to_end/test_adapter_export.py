@@ -1,0 +1,315 @@
+"""The conversion tools from the outside: files in, files out, judged by transformers and peft."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conversion.adapter_checkpoint import write_adapter
+from conversion.export import export_lora_adapter_to_hf, import_hf_adapter, merge_lora_to_hf
+from conversion.fingerprint import fingerprint_base
+from conversion.safetensors_io import write_tensors
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
+from megatron_lora.lora.peft_format import hf_linears, segment_features
+
+ROOT = Path(__file__).parents[2]
+TOKENS = torch.arange(3, 35)[None]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def write_base(folder: Path, family: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=101,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.generation_config.top_k = 7
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "tokenizer_config.json").write_text('{"made": "up"}')
+    return folder
+
+
+def write_step(folder: Path, base: Path, output_layer: bool = False) -> Path:
+    """A step folder with a fused adapter (one shared A each) on every linear, as a run on `base` writes it."""
+    shapes = ModelShapes.from_hf_config(json.loads((base / "config.json").read_text()))
+    names = [module_name(kind, layer) for layer in range(3) for kind in KINDS[:-1]]
+    names += ["output_layer"] if output_layer else []
+    modules = [build_layout(name, 4, 6, shapes) for name in names]
+    spec = AdapterSpec(str(base), shapes, modules, fingerprint_base(base), {"dropout": 0.0})
+    torch.manual_seed(1)
+    tensors = {name: torch.randn(shape) * 0.2 for name, shape in spec.factor_shapes().items()}
+    write_adapter(folder / "policy" / "weights", spec, tensors)
+    return folder
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits[0]
+
+
+FAMILIES = [("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", True), ("qwen3", False), ("gemma2", True)]
+
+
+@pytest.mark.parametrize("family, tied", FAMILIES)
+def test_both_modes_give_one_model(family, tied, tmp_path):
+    base = write_base(tmp_path / "base", family, tied)
+    step = write_step(tmp_path / "step_1", base, output_layer=not tied)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    export_lora_adapter_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(adapter), check_logits=True)
+    merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(merged), check_logits=True, show_progress=False)
+
+    model, loading = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    with_adapter = logits(PeftModel.from_pretrained(load(base), adapter))
+    torch.testing.assert_close(logits(model.eval()), with_adapter, atol=1e-4, rtol=1e-4)
+    assert (with_adapter - logits(load(base))).abs().max() > 0.1, "the adapter must show"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == LINEARS + ([] if tied else ["lm_head"])
+    assert config["base_model_name_or_path"] == str(base)
+    assert (merged / "model.safetensors.index.json").is_file()
+    assert json.loads((merged / "generation_config.json").read_text())["top_k"] == 7
+    assert (merged / "tokenizer_config.json").read_text() == '{"made": "up"}'
+
+
+def test_a_merge_in_bf16_reports_what_rounding_costs(tmp_path, caplog):
+    base = write_base(tmp_path / "base", dtype=torch.bfloat16)
+    step = write_step(tmp_path / "step_1", base)
+    with caplog.at_level("INFO", logger="conversion"):
+        merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(tmp_path / "merged"), show_progress=False)
+    lost = [float(number) for number in re.findall(r"([\d.]+)%", caplog.text)]
+    assert len(lost) == 2 and 0 < lost[0] <= lost[1] < 5, caplog.text
+
+    wide = tmp_path / "wide"
+    merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(wide), dtype="float32", show_progress=False)
+    assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
+    weights = {name: tensor for path in wide.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    name = "model.layers.1.self_attn.k_proj.weight"
+    before = load(base).state_dict()[name]
+    rounded = {n: t for path in (tmp_path / "merged").glob("*.safetensors") for n, t in load_file(path).items()}[name]
+    delta = weights[name] - before
+    assert rounded.dtype == torch.bfloat16
+    error = float((rounded.float() - before - delta).norm() / delta.norm())
+    assert 0 < error < lost[1] / 100 + 1e-4
+
+
+def test_any_hf_adapter_goes_in_and_comes_out_bit_for_bit(tmp_path):
+    base = write_base(tmp_path / "base", "qwen3")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "up_proj", "down_proj"],
+        rank_pattern={"v_proj": 3},
+        alpha_pattern={"layers.1.*up_proj": 5},
+        layers_to_transform=[0, 1],
+    )
+    model = get_peft_model(load(base), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "hf")
+    expected = logits(model)
+
+    names = {"hf_model_name": str(base)}
+    import_hf_adapter(hf_adapter=str(tmp_path / "hf"), adapter_ckpt_path=str(tmp_path / "step"), **names)
+    for folder, uniform in (("again", False), ("uniform", True)):
+        out = tmp_path / folder
+        export_lora_adapter_to_hf(adapter_ckpt=str(tmp_path / "step"), hf_ckpt_path=str(out), uniform_scale=uniform)
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(load(base), out)), expected, atol=1e-5, rtol=1e-4)
+    before = load_file(tmp_path / "hf" / "adapter_model.safetensors")
+    after = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    merge_lora_to_hf(
+        adapter_ckpt=str(tmp_path / "step"),
+        hf_ckpt_path=str(tmp_path / "merged"),
+        check_logits=True,
+        show_progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("ready")
+    base = write_base(folder / "base")
+    return base, write_step(folder / "step_1", base)
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"conversion/{name}.py", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_the_tools_run_from_the_command_line(ready, tmp_path):
+    base, step = ready
+    result = run_tool(
+        *("convert_lora_to_hf", "--base-ckpt", base, "--lora-ckpt", step, "--hf-model-name", "some/name"),
+        *("--hf-ckpt-path", tmp_path / "a", "--adapter-only"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/name"
+    result = run_tool(
+        *("import_hf_adapter", "--hf-adapter", tmp_path / "a", "--hf-model-name", base),
+        *("--adapter-ckpt-path", tmp_path / "step"),
+    )
+    assert result.returncode == 0, result.stderr
+    result = run_tool(
+        *("convert_lora_to_hf", "--mode", "merged", "--adapter-ckpt", tmp_path / "step"),
+        *("--hf-ckpt-path", tmp_path / "m", "--base-ckpt", base),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "merging" in result.stdout and "rounding cost" in result.stderr and "WARNING" not in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "m", "step"]
+
+
+def test_a_mistake_ends_with_status_2_and_one_message(ready, tmp_path):
+    _, step = ready
+    arguments = ("--mode", "adapter", "--adapter-ckpt", step, "--hf-ckpt-path", tmp_path)
+    result = run_tool("convert_lora_to_hf", *arguments)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "exists already" in result.stderr
+    assert "Traceback" in run_tool("convert_lora_to_hf", *arguments, "--debug").stderr
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_left(ready, tmp_path, monkeypatch):
+    base, step = ready
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    other = write_base(tmp_path / "other", "qwen2")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in base.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    shard = next(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    (tmp_path / "megatron").mkdir()
+    cases = [
+        (dict(base_ckpt=str(other)), "model_type=qwen2 .llama."),
+        (dict(base_ckpt=str(damaged)), "is truncated"),
+        (dict(base_ckpt=str(tmp_path / "megatron")), "is no Hugging Face folder"),
+        (dict(hf_model_name="no-one/no-such-model"), "no-one/no-such-model is neither a folder"),
+        (dict(dtype="int4"), "dtype='int4'"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(UserError, match=message):
+            merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(tmp_path / "out"), **arguments)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "megatron", "other"]
+
+
+def test_another_base_of_the_same_shape_is_warned_of(ready, tmp_path, caplog):
+    base, step = ready
+    model = load(base)
+    model.lm_head.weight.data.add_(1.0)
+    model.save_pretrained(tmp_path / "tuned")
+    out = str(tmp_path / "out")
+    merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=out, base_ckpt=str(tmp_path / "tuned"), show_progress=False)
+    assert "are not those that the adapter was trained on" in caplog.text
+
+
+def test_nan_in_the_adapter_is_refused(ready, tmp_path):
+    base, _ = ready
+    shapes = ModelShapes.from_hf_config(json.loads((base / "config.json").read_text()))
+    spec = AdapterSpec(str(base), shapes, [build_layout("decoder.layers.2.mlp.linear_fc2", 2, 4, shapes)])
+    tensors = {name: torch.full(shape, float("nan")) for name, shape in spec.factor_shapes().items()}
+    write_adapter(tmp_path / "step" / "policy" / "weights", spec, tensors)
+    step, out = str(tmp_path / "step"), str(tmp_path / "out")
+    with pytest.raises(UserError, match="layers.2.mlp.down_proj.lora_A.weight holds NaN"):
+        export_lora_adapter_to_hf(adapter_ckpt=step, hf_ckpt_path=out)
+    with pytest.raises(UserError, match="merged model.layers.2.mlp.down_proj.weight is not finite"):
+        merge_lora_to_hf(adapter_ckpt=step, hf_ckpt_path=out, show_progress=False)
+    assert not Path(out).exists()
+
+
+MEASURE = """
+import json, sys, time
+from conversion import export
+def kib(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+before, start = kib("VmRSS"), time.perf_counter()
+getattr(export, sys.argv[1])(**json.loads(sys.argv[2]))
+print(json.dumps({"bytes": (kib("VmHWM") - before) * 1024, "seconds": time.perf_counter() - start,
+                  "bridge": "megatron.bridge" in sys.modules}))
+"""
+
+
+def measure(function: str, **arguments: object) -> dict:
+    """Peak memory over what importing takes, and time, of one call in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, function, json.dumps(arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def write_plain_adapter(step: Path, name: str, shapes: ModelShapes) -> int:
+    """A rank-8 bf16 adapter on every linear of the layers; returns its bytes."""
+    names = [module_name(kind, layer) for layer in range(shapes.num_layers) for kind in KINDS[:-1]]
+    spec = AdapterSpec(name, shapes, [build_layout(name, 8, 16, shapes) for name in names])
+    tensors = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in spec.factor_shapes().items()}
+    write_adapter(step / "policy" / "weights", spec, tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def test_a_70b_shape_is_exported_in_seconds_and_little_memory(tmp_path):
+    shapes = ModelShapes("llama", 8192, 28672, 80, 64, 8, 128, 128256, False)
+    size = write_plain_adapter(tmp_path / "step", "meta-llama/Llama-3.1-70B", shapes)
+    measured = measure(
+        "export_lora_adapter_to_hf", adapter_ckpt=str(tmp_path / "step"), hf_ckpt_path=str(tmp_path / "out")
+    )
+    print({**measured, "adapter_bytes": size})
+    assert measured["bytes"] < 4 * size and measured["seconds"] < 60 and not measured["bridge"]
+
+
+def test_a_merge_holds_a_tensor_or_two_and_not_the_model(tmp_path):
+    shapes = ModelShapes("llama", 2048, 4096, 8, 16, 4, 128, 1000, False)
+    write_plain_adapter(tmp_path / "step", str(tmp_path / "base"), shapes)
+    (tmp_path / "base").mkdir()
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=2048,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=1000,
+        tie_word_embeddings=False,
+    )
+    config.save_pretrained(tmp_path / "base")
+    entries = {f"{linear.name}.weight": segment_features(linear, shapes) for linear in hf_linears(shapes).values()}
+    described = {name: (torch.bfloat16, (outputs, inputs)) for name, (inputs, outputs) in entries.items()}
+    zeros = ((name, torch.zeros(shape, dtype=dtype)) for name, (dtype, shape) in described.items())
+    size = write_tensors(tmp_path / "base" / "model.safetensors", described, zeros)
+    measured = measure(
+        "merge_lora_to_hf", adapter_ckpt=str(tmp_path / "step"), hf_ckpt_path=str(tmp_path / "out"), show_progress=False
+    )
+    print({**measured, "model_bytes": size})
+    assert measured["bytes"] < size / 3
