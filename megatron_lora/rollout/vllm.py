@@ -1,0 +1,275 @@
+"""Rollouts by vLLM, colocated: each of torchrun's processes holds its part of an engine beside its part of the trainer.
+
+With vLLM TP=n over a world of N processes there are N / n engines (replicas), which share the prompts out. The same
+class runs vLLM's CPU and GPU builds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.lora.peft_config import read_patterns
+from megatron_lora.policy.interface import AdapterTensors
+from megatron_lora.rollout import vllm_engine, vllm_worker
+from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.vllm_fingerprint import checksum, digest, join_ranks, to_numbers
+from megatron_lora.runtime.cpu import device_names_as_given
+from megatron_lora.runtime.world import World
+
+# |trainer - vLLM| on the probe, mean over its tokens, in nats. float32: both compute the same sums in another order.
+# bfloat16: logits of size 16 to 32 are rounded to 0.125, and the two engines' kernels round in different places.
+LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+SEED_STRIDE = 1_000_003
+
+
+class VllmGenerator(Generator):
+    """A vLLM engine per `policy.generation.vllm_cfg.tensor_parallel_size` ranks.
+
+    tokenizer: decodes answers (None: their text is empty). adapter: what will be refitted, for the shapes of vLLM's
+    adapter slots; None: merged weights only. Raises UserError where vLLM is missing or cannot serve the request.
+    """
+
+    def __init__(self, policy: PolicyConfig, world: World, tokenizer: Decoder | None, adapter: AdapterTensors | None):
+        vllm_engine.check_installed(world.device)
+        self.policy, self.world, self.tokenizer = policy, world, tokenizer
+        self.model_config = vllm_engine.base_config(policy)
+        self.adapter_rank = None if adapter is None else _largest_rank(adapter)
+        self.adapted = [] if adapter is None else sorted({name.rsplit(".", 1)[1] for name in _linears(adapter)})
+        vllm_engine.check_request(policy, world, self.model_config, self.adapter_rank)
+        size = policy.generation.vllm_cfg.tensor_parallel_size
+        self.num_replicas = world.size // size
+        self.replica = world.rank // size
+        self.leads_replica = world.rank % size == 0
+        self._llm: Any = None
+        self._mode = "base"
+        self._asleep = False
+        self._failure: str | None = None
+
+    def start(self) -> None:
+        if self._llm is not None:
+            return
+        arguments = vllm_engine.engine_arguments(
+            self.policy, self.world, self.adapter_rank, self.adapted, self.model_config
+        )
+        with self._reporting("start"):
+            self._llm = vllm_engine.build_engine(arguments, self.world)
+        config = self._llm.llm_engine.vllm_config
+        self.block_size = config.cache_config.block_size
+        self.max_model_len = config.model_config.max_model_len
+        self.dtype: torch.dtype = config.model_config.dtype
+        self.logprob_tolerance = LOGPROB_TOLERANCE[self.dtype]
+
+    def wake(self) -> None:
+        if self._asleep:
+            with self._reporting("wake up"):
+                self._llm.wake_up()
+            self._asleep = False
+
+    def sleep(self) -> None:
+        """On a GPU: weights go to host memory, the KV cache is dropped. On a CPU there is nothing to give up."""
+        if self.world.device.type == "cuda" and not self._asleep:
+            with self._reporting("sleep"):
+                self._llm.sleep(level=1)
+            self._asleep = True
+
+    def load_adapter(self, adapter: AdapterTensors, version: int) -> Handover:
+        if self.adapter_rank is None:
+            raise ValueError("the engine was built without adapter slots; give VllmGenerator the adapter")
+        if self._mode == "merge":
+            # The adapter goes on the base, not on merged weights.
+            self._worker(vllm_worker.reload_weights, None)
+        factors = _scaled_factors(adapter, self.dtype, self.world.device)
+        with torch.no_grad():
+            self._worker(vllm_worker.swap_adapter, factors)
+        self._mode, self.version = "adapter", version
+        self._forget_cache()
+        pieces = {}
+        for name, (a, b) in factors.items():
+            pieces[f"{vllm_worker.PREFIX}{name}.lora_A.weight", 0, 0] = checksum(a)
+            pieces[f"{vllm_worker.PREFIX}{name}.lora_B.weight", 0, 0] = checksum(b)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for pair in factors.values() for tensor in pair)
+        return Handover(num_bytes, digest("adapter", join_ranks([to_numbers(pieces)])))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
+        sent = _SentWeights(weights, self.dtype, self.world.device, self.model_config.num_hidden_layers)
+        with torch.no_grad():
+            self._worker(vllm_worker.remove_adapter)
+            self._worker(vllm_worker.reload_weights, iter(sent))
+        self._mode, self.version = "merge", version
+        self._forget_cache()
+        return Handover(sent.num_bytes, digest("merge", join_ranks([to_numbers(sent.pieces)])))
+
+    def held_fingerprint(self) -> str:
+        kind = "adapter" if self._mode == "adapter" else "merge"
+        read = vllm_worker.adapter_pieces if kind == "adapter" else vllm_worker.weight_pieces
+        with torch.no_grad():
+            mine = to_numbers(self._worker(read))
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, mine)
+        size = self.world.size // self.num_replicas
+        held = [digest(kind, join_ranks(everyone[first : first + size])) for first in range(0, self.world.size, size)]
+        if len(set(held)) > 1:
+            raise RolloutError(f"vLLM's replicas hold different weights: {', '.join(held)}")
+        return held[0]
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
+        self._check_lengths(prompts)
+        mine = [index for index in range(len(prompts)) if index % self.num_replicas == self.replica]
+        samples = self._generate(prompts, mine, num_samples, options) if mine else []
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, samples if self.leads_replica else [])
+        return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.prompt_index)
+
+    def score_prompt(self, ids: Sequence[int]) -> Tensor:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        output = self._run([list(ids)], [params], seed=0)[0]
+        entries = output.prompt_logprobs or []
+        scores = [0.0] + [entry[token].logprob for entry, token in zip(entries[1:], list(ids)[1:], strict=True)]
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def close(self) -> None:
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            vllm_engine.free_engine(llm)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.max_model_len:
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_model_len - 1}, so that an answer "
+                    "fits into policy.generation.vllm_cfg.max_model_len"
+                )
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], mine: list[int], num_samples: int, options: SamplingOptions
+    ) -> list[Sample]:
+        params = [self._sampling_params(index, len(prompts[index]), num_samples, options) for index in mine]
+        outputs = self._run([list(prompts[index]) for index in mine], params, options.seed + self.replica)
+        samples: list[Sample] = []
+        for index, output in zip(mine, outputs, strict=True):
+            # vLLM draws the most likely answer once; asked for several, they are the same.
+            answers = output.outputs * (num_samples if options.temperature == 0 else 1)
+            for answer in answers:
+                ids = list(answer.token_ids)
+                logprobs = [entry[token].logprob for entry, token in zip(answer.logprobs, ids, strict=True)]
+                samples.append(
+                    Sample(
+                        prompt_index=index,
+                        prompt_ids=list(prompts[index]),
+                        completion_ids=ids,
+                        logprobs=torch.tensor(logprobs, dtype=torch.float32),
+                        finish_reason=answer.finish_reason or "stop",
+                        text=self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else "",
+                        adapter_version=self.version,
+                    )
+                )
+        return samples
+
+    def _sampling_params(self, index: int, prompt_length: int, num_samples: int, options: SamplingOptions) -> Any:
+        from vllm import SamplingParams
+
+        greedy = options.temperature == 0
+        # On a CPU each answer has its own random stream, so it depends on nothing but its seed. On a GPU that would
+        # cost a kernel launch an answer and token; there the batch draws from one stream (see `_run`).
+        own_seed = (
+            None if greedy or self.world.device.type == "cuda" else options.seed * SEED_STRIDE + index * num_samples
+        )
+        return SamplingParams(
+            n=1 if greedy else num_samples,
+            temperature=options.temperature,
+            top_p=1.0 if greedy else options.top_p,
+            top_k=-1 if greedy else options.top_k,
+            seed=own_seed,
+            stop=list(options.stop_strings) or None,
+            stop_token_ids=list(options.stop_token_ids),
+            # What ends an answer is in stop_token_ids, whether or not vLLM has a tokenizer.
+            ignore_eos=True,
+            max_tokens=min(options.max_new_tokens, self.max_model_len - prompt_length),
+            logprobs=0,
+            detokenize=bool(options.stop_strings),
+        )
+
+    def _run(self, prompts: list[list[int]], params: list[Any], seed: int) -> list[Any]:
+        request = vllm_engine.adapter_request(self.version) if self._mode == "adapter" else None
+        state = vllm_engine.own_random_state(self.world.device, seed)
+        with self._reporting("generate"), state, device_names_as_given():
+            return self._llm.generate(
+                [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=request, use_tqdm=False
+            )
+
+    def _forget_cache(self) -> None:
+        """Keys and values of other weights must not serve the next prompt."""
+        with self._reporting("reset the prefix cache"):
+            if not self._llm.reset_prefix_cache():
+                raise RolloutError("vLLM did not reset its prefix cache: requests are still running")
+
+    def _worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self._reporting(function.__name__):
+            return self._llm.collective_rpc(function, args=arguments)[0]
+
+    @contextmanager
+    def _reporting(self, what: str) -> Iterator[None]:
+        """Any failure of the engine ends as a RolloutError with its reason; a failed engine is not used again."""
+        if self._failure is not None:
+            raise RolloutError(f"the rollout engine failed before: {self._failure}")
+        try:
+            yield
+        except (UserError, RolloutError):
+            raise
+        except Exception as error:
+            self._failure = f"vLLM failed to {what} on rank {self.world.rank}: {type(error).__name__}: {error}"
+            raise RolloutError(self._failure) from error
+
+
+class _SentWeights:
+    """Passes weights on in the engine's dtype, and keeps count of bytes and the checksums of what is read back."""
+
+    def __init__(
+        self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device, num_layers: int
+    ):
+        self.weights, self.dtype, self.device = weights, dtype, device
+        self.layers = {f"model.layers.{layer}." for layer in vllm_worker.sampled_layers(num_layers)}
+        self.pieces: dict[tuple[str, int, int], Tensor] = {}
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.weights:
+            tensor = tensor.to(device=self.device, dtype=self.dtype)
+            self.num_bytes += tensor.numel() * tensor.element_size()
+            if name.startswith(tuple(self.layers)) and name.endswith("_proj.weight"):
+                for column in vllm_worker.sampled_columns(tensor.shape[1]):
+                    self.pieces[name, 0, column] = checksum(tensor[:, column, None] + 0.0, 0, column)
+            yield name, tensor
+
+
+def _linears(adapter: AdapterTensors) -> list[str]:
+    """The HF linears that an adapter is on."""
+    ending = ".lora_A.weight"
+    return [name[len(vllm_worker.PREFIX) : -len(ending)] for name in adapter.tensors if name.endswith(ending)]
+
+
+def _largest_rank(adapter: AdapterTensors) -> int:
+    return max(adapter.tensors[f"{vllm_worker.PREFIX}{name}.lora_A.weight"].shape[0] for name in _linears(adapter))
+
+
+def _scaled_factors(
+    adapter: AdapterTensors, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """HF linear -> (A, scale * B) in the engine's dtype; each linear's own scale, multiplied in float32."""
+    patterns = read_patterns(adapter.config)
+    result = {}
+    for name in _linears(adapter):
+        a = adapter.tensors[f"{vllm_worker.PREFIX}{name}.lora_A.weight"]
+        b = adapter.tensors[f"{vllm_worker.PREFIX}{name}.lora_B.weight"]
+        rank, alpha = patterns.rank_and_alpha(name)
+        scale = alpha / rank**0.5 if patterns.use_rslora else alpha / rank
+        result[name] = (a.to(device, dtype), (b.to(device).float() * scale).to(dtype))
+    return result

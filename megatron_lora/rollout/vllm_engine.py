@@ -1,0 +1,240 @@
+"""Starting vLLM inside a trainer's process: what it is asked for, what is refused, what stays as it was."""
+
+import gc
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.rollout.vllm_worker import ADAPTER_ID
+from megatron_lora.runtime.world import World
+
+# What vLLM's LoRAConfig takes as max_lora_rank, and what its CPU attention takes as head_dim (vLLM 0.26).
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_WORKER = "megatron_lora.rollout.vllm_cpu_worker.RolloutCPUWorker"
+# On a CPU: a cache for this many full-length answers at once, between these bounds.
+CPU_ANSWERS_AT_ONCE = 32
+CPU_CACHE_BYTES = (64 << 20, 2 << 30)
+# vLLM reads these when it is imported or started; a value that the user has set stays.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+# vLLM overwrites these; child processes of the trainer (rewards) are to see them as they were.
+RESTORED = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "TORCHDYNAMO_DISABLE")
+SHM_PREFIX = "megatron-lora-"
+SHM_IDENTIFIER = "MEGATRON_LORA_SHM_IDENTIFIER"
+
+
+def check_installed(device: torch.device) -> None:
+    """Raise UserError with the command that installs vLLM where it is not there."""
+    if importlib.util.find_spec("vllm") is None:
+        extra = "rollout-gpu" if device.type == "cuda" else "rollout-cpu"
+        raise UserError(
+            "policy.generation.backend=vllm, but vLLM is not installed; install it with "
+            f"`make install EXTRAS={extra}`, or set policy.generation.backend=megatron"
+        )
+
+
+def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: int | None) -> None:
+    """Raise UserError for what vLLM could not serve. model: the base's HF config. adapter_rank: None: no adapter."""
+    generation = policy.generation
+    size = generation.vllm_cfg.tensor_parallel_size
+    key = f"policy.generation.vllm_cfg.tensor_parallel_size={size}"
+    if world.size % size:
+        fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise UserError(f"{key} does not divide the {world.size} processes; use one of {fits}")
+    if model.num_attention_heads % size:
+        raise UserError(f"{key} does not divide the model's {model.num_attention_heads} attention heads")
+    if adapter_rank is not None:
+        _check_rank(adapter_rank, max_lora_rank(policy, adapter_rank))
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    if world.device.type == "cpu" and head_dim not in CPU_HEAD_DIMS:
+        raise UserError(
+            f"vLLM's CPU attention cannot run {policy.model_name}: its head_dim is {head_dim}, wanted one of "
+            f"{list(CPU_HEAD_DIMS)}; set policy.generation.backend=megatron"
+        )
+
+
+def max_lora_rank(policy: PolicyConfig, adapter_rank: int) -> int:
+    """The rank of vLLM's adapter slots: the one given, or the smallest of vLLM's that holds the adapter."""
+    given = policy.generation.vllm_kwargs.get("max_lora_rank")
+    if given is not None:
+        return int(given)
+    return next((rank for rank in LORA_RANKS if rank >= adapter_rank), LORA_RANKS[-1])
+
+
+def _check_rank(rank: int, largest: int) -> None:
+    if rank > largest:
+        raise UserError(
+            f"the adapter's rank {rank} is above vLLM's max_lora_rank {largest}; "
+            + (
+                "raise policy.generation.vllm_kwargs.max_lora_rank"
+                if rank <= LORA_RANKS[-1]
+                else f"vLLM serves adapters up to rank {LORA_RANKS[-1]}: set policy.generation.refit=merge"
+            )
+        )
+
+
+def base_config(policy: PolicyConfig) -> Any:
+    """The base model's HF config (its text part). Raises UserError where there is none."""
+    try:
+        config = AutoConfig.from_pretrained(policy.model_name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.model_name={policy.model_name}: no readable config.json ({error})") from error
+    return config.get_text_config()
+
+
+def engine_arguments(
+    policy: PolicyConfig, world: World, adapter_rank: int | None, adapted: list[str], model: Any
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`; `policy.generation.vllm_kwargs` comes last and wins.
+
+    adapted: the last name of each adapted linear (`q_proj`, ...): vLLM wraps only those.
+    """
+    generation = policy.generation
+    on_gpu = world.device.type == "cuda"
+    dtype = generation.vllm_cfg.precision or policy.precision
+    max_model_len = generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
+    arguments: dict[str, Any] = {
+        "model": policy.model_name,
+        "dtype": dtype,
+        "tensor_parallel_size": generation.vllm_cfg.tensor_parallel_size,
+        "distributed_executor_backend": "external_launcher",
+        "max_model_len": max_model_len,
+        "enforce_eager": generation.vllm_cfg.enforce_eager or not on_gpu,
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        "use_tqdm_on_load": False,
+        # Sampling parameters are the recipe's, never the model folder's generation_config.json.
+        "generation_config": "vllm",
+        "seed": 0,
+    }
+    if generation.stop_strings:
+        arguments["tokenizer"] = policy.tokenizer.name
+    else:
+        arguments["skip_tokenizer_init"] = True
+    if on_gpu:
+        arguments["gpu_memory_utilization"] = generation.vllm_cfg.gpu_memory_utilization
+        arguments["enable_sleep_mode"] = True
+    else:
+        arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, max_model_len, dtype)
+        arguments["worker_cls"] = CPU_WORKER
+    if adapter_rank is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_cpu_loras": 1,
+            "max_lora_rank": max_lora_rank(policy, adapter_rank),
+            "lora_target_modules": adapted,
+        }
+    return arguments | generation.vllm_kwargs
+
+
+def _cpu_cache_bytes(model: Any, max_model_len: int, dtype: str) -> int:
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    width = 4 if dtype == "float32" else 2
+    a_token = 2 * model.num_hidden_layers * model.num_key_value_heads * head_dim * width
+    smallest, largest = CPU_CACHE_BYTES
+    return min(largest, max(smallest, a_token * max_model_len * CPU_ANSWERS_AT_ONCE))
+
+
+def build_engine(arguments: dict[str, Any], world: World) -> Any:
+    """A `vllm.LLM` over torchrun's processes; random states, thread count and environment as before afterwards."""
+    _prepare_environment(world)
+    before = {name: os.environ.get(name) for name in RESTORED}
+    set_num_threads = torch.set_num_threads
+    with own_random_state(world.device):
+        try:
+            if world.device.type == "cpu":
+                os.environ.update(CPU_ENVIRONMENT)
+            from vllm import LLM
+
+            return LLM(**arguments)
+        finally:
+            torch.set_num_threads = set_num_threads
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _remove_leftovers() -> None:
+    """Shared memory of killed runs: its name says which process made it."""
+    for path in Path("/dev/shm").glob(f"{SHM_PREFIX}*-cpushm*"):
+        process = path.name.removeprefix(SHM_PREFIX).split("-")[0]
+        if process.isdigit() and not Path("/proc", process).exists():
+            path.unlink(missing_ok=True)
+
+
+def _prepare_environment(world: World) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # external_launcher reads torchrun's variables also where there is one process and no torchrun.
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))
+    # A name of this run for the CPU engine's shared memory: leftovers of a killed run and neighbours do no harm.
+    if world.local_rank == 0:
+        _remove_leftovers()
+    box = [f"{SHM_PREFIX}{os.getpid()}-{random.SystemRandom().getrandbits(32):x}"]
+    dist.broadcast_object_list(box, src=0, device=world.device if world.device.type == "cuda" else None)
+    os.environ[SHM_IDENTIFIER] = str(box[0])
+
+
+@contextmanager
+def own_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Whatever the engine draws or seeds in here, the trainer's random states are as before afterwards."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+def free_engine(llm: Any) -> None:
+    """End the engine and vLLM's process groups. torch.distributed stays as it is, which vLLM's own shutdown would end
+    with the trainer still in it."""
+    from vllm.distributed import parallel_state
+
+    core = llm.llm_engine.engine_core.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
+    parallel_state.destroy_model_parallel()
+    state: Any = parallel_state
+    if state._WORLD is not None:
+        state._WORLD.destroy()
+        state._WORLD = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def adapter_request(version: int) -> Any:
+    """Names the adapter that the worker holds. Its version is in the name, which is part of the prefix cache's key."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(f"version-{version}", ADAPTER_ID, "held-in-memory")
