@@ -38,7 +38,7 @@ class BaseModel:
     shapes: ModelShapes
     mesh: DeviceMesh
     start: adapter.Start | None
-    summed: set[nn.Parameter]
+    summed: list[nn.Parameter]
     notices: list[str] = field(default_factory=list)
 
 
@@ -130,7 +130,7 @@ class _Source:
 
 def _fill_and_shard(
     root: PolicyModule, source: _Source, plan: ParallelPlan, mesh: DeviceMesh, policy: PolicyConfig
-) -> set[nn.Parameter]:
+) -> list[nn.Parameter]:
     """Values for every parameter, layer by layer. Returns the final parameters of `plan.summed`."""
     dtype = DTYPES[policy.precision]
     fsdp: dict[str, Any] = {
@@ -153,7 +153,7 @@ def _fill_and_shard(
     _fill(hf, "", source, plan, mesh["tp"], filled)
     _buffers_to(hf, source.world.device)
     fully_shard(root, **fsdp)
-    return {parameter for name, parameter in hf.named_parameters(remove_duplicate=False) if name in plan.summed}
+    return [parameter for name, parameter in hf.named_parameters() if name in plan.summed]
 
 
 def _fill(

@@ -1,0 +1,219 @@
+"""What a run saves on this backend. Adapters are written as the Megatron backend writes them (docs/architecture.md,
+"Adapter checkpoint"); whole models and the optimizer's state as torch distributed checkpoints, which load on any
+layout. The optimizer's moments are under its parameters' HF names.
+"""
+
+import logging
+import pickle
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from conversion.adapter_checkpoint import read_adapter, write_adapter
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
+from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.policy.dtensor import adapter
+from megatron_lora.policy.dtensor.optim import Schedule
+from megatron_lora.runtime.world import World
+
+logger = logging.getLogger(__name__)
+
+_STATE, _COMMON, _RANDOM = "state", "common", "random"
+_READ_ERRORS = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+
+
+def save_adapter(model: nn.Module, spec: AdapterSpec, folder: Path, world: World) -> None:
+    fused = adapter.fuse(adapter.gather(model), spec)
+    if world.is_main:
+        write_adapter(folder, spec, fused)
+    dist.barrier()
+
+
+def load_adapter(model: nn.Module, spec: AdapterSpec, folder: Path) -> None:
+    """Raises UserError where the folder holds an adapter of another model or of other shapes."""
+    found, fused = read_adapter(folder)
+    check_same_adapter(spec, found, folder)
+    _, tensors = to_hf(spec, fused)
+    with torch.no_grad():
+        for name, parameter in adapter.peft_tensors(model):
+            _put(parameter, tensors[name])
+
+
+def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
+    """Raises UserError where `found`, in `folder`, is not the adapter of this run."""
+    if wanted.shapes != found.shapes:
+        raise UserError(
+            f"{folder} was trained on another model ({found.base_model_name}: {found.shapes}), this run's is "
+            f"{wanted.base_model_name}: {wanted.shapes}; choose another checkpointing.checkpoint_dir"
+        )
+    if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
+        raise UserError(
+            f"{folder} holds other adapters ({len(found.modules)} fused linears, rank {_ranks(found)}) than this run's "
+            f"({len(wanted.modules)}, rank {_ranks(wanted)}); restore the recipe's lora_cfg or choose another "
+            "checkpointing.checkpoint_dir"
+        )
+
+
+def _ranks(spec: AdapterSpec) -> list[int]:
+    return sorted({module.rank for module in spec.modules})
+
+
+def save_model(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    dcp.save({name: parameter.detach() for name, parameter in parameters.items()}, checkpoint_id=folder)
+
+
+def load_model(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Raises UserError where the folder holds no full weights of this model."""
+    if (folder / ADAPTER_FILE).is_file():
+        raise UserError(f"{folder} holds an adapter, and this run trains the whole model; enable lora_cfg")
+    state: dict[str, Any] = {name: parameter.detach() for name, parameter in parameters.items()}
+    _load(state, folder)
+
+
+def save_optimizer(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, names: Mapping[nn.Parameter, str], folder: Path, world: World
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Any] = {}
+    common: dict[str, Any] = {"schedule": schedule.state_dict(), "values": {}}
+    for parameter, fields in optimizer.state.items():
+        for key, value in fields.items():
+            name = f"{_STATE}.{names[parameter]}.{key}"
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = value
+            else:
+                common["values"][name] = value.cpu() if isinstance(value, Tensor) else value
+    common["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state[_COMMON] = _to_bytes(common)
+    state[_random_key(world)] = _to_bytes(_random_state())
+    dcp.save(state, checkpoint_id=folder)
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, names: Mapping[nn.Parameter, str], folder: Path, world: World
+) -> None:
+    """Restore moments, schedule and, on the same layout, random states. An optimizer of the Megatron backend gives the
+    schedule's position only."""
+    stored = _stored(folder)
+    if _COMMON not in stored:
+        _load_foreign(schedule, folder)
+        return
+    common_bytes = torch.empty(stored[_COMMON].size, dtype=torch.uint8)
+    by_name = {name: parameter for parameter, name in names.items()}
+    state: dict[str, Any] = {_COMMON: common_bytes}
+    for key, entry in stored.items():
+        if key.startswith(f"{_STATE}."):
+            parameter = by_name.get(key.removeprefix(f"{_STATE}.").rpartition(".")[0])
+            if parameter is None or tuple(entry.size) != tuple(parameter.shape):
+                raise UserError(f"{folder} holds the optimizer of another model or adapter ({key})")
+            state[key] = torch.zeros_like(parameter.detach(), dtype=entry.properties.dtype)
+    if _random_key(world) in stored:
+        state[_random_key(world)] = torch.empty(stored[_random_key(world)].size, dtype=torch.uint8)
+    _load(state, folder)
+    _put_optimizer_state(optimizer, schedule, names, state, pickle.loads(common_bytes.numpy().tobytes()))
+    if _random_key(world) in state:
+        _set_random_state(pickle.loads(state[_random_key(world)].numpy().tobytes()))
+
+
+def _put_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    names: Mapping[nn.Parameter, str],
+    state: dict[str, Any],
+    common: dict[str, Any],
+) -> None:
+    fields: dict[str, dict[str, Any]] = {}
+    for key, value in {**state, **common["values"]}.items():
+        if key.startswith(f"{_STATE}."):
+            name, _, field = key.removeprefix(f"{_STATE}.").rpartition(".")
+            fields.setdefault(name, {})[field] = value
+    content = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    content["state"] = {
+        index: fields[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in fields
+    }
+    for group, saved in zip(content["param_groups"], common["groups"], strict=True):
+        group.update(saved)
+    optimizer.load_state_dict(content)
+    schedule.load_state_dict(common["schedule"])
+
+
+def _load_foreign(schedule: Schedule, folder: Path) -> None:
+    file = folder / "common.pt"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no optimizer state; the checkpoint was cut short")
+    logger.warning("%s is of the Megatron backend: the schedule goes on, the optimizer's moments start anew", folder)
+    schedule.load_state_dict(torch.load(file, weights_only=False)["scheduler"])
+
+
+def _put(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copy a whole value, which every rank has, into this rank's part of a parameter."""
+    value = value.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if mesh.ndim == 1:
+        local = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    else:
+        # FSDP shards what TP has split already: TP's slice first.
+        split = distribute_tensor(value, mesh["tp"], [_tp_placement(parameter)], src_data_rank=None).to_local()
+        local = distribute_tensor(split, mesh["dp"], [torch.distributed.tensor.Shard(0)], src_data_rank=None)
+    parameter.to_local().copy_(local.to_local())
+
+
+def _tp_placement(parameter: DTensor) -> Any:
+    return parameter.placements[1]
+
+
+def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+    try:
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise UserError(f"{folder} holds no readable checkpoint ({error}); it was cut short") from error
+    return {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+
+
+def _load(state: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except _READ_ERRORS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{folder} does not fit this run, or is damaged: {reason}") from error
+
+
+def _to_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _random_key(world: World) -> str:
+    return f"{_RANDOM}.tp{world.tp}.dp{world.dp}.{world.rank}"
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,162 @@
+"""Optimizer, schedule and gradient norm over FSDP's sharded parameters."""
+
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.config.schema_dtensor import TorchSchedulerConfig
+from megatron_lora.errors import UserError
+
+
+class Schedule(Protocol):
+    def step(self, increment: int = 1) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class TorchSchedule:
+    """torch schedulers one after the other, with Megatron's way of stepping."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, entries: Sequence[TorchSchedulerConfig]):
+        named = [entry for entry in entries if entry.name is not None]
+        schedulers = [_build(entry.name, "scheduler", optimizer, **entry.kwargs) for entry in named]
+        milestones = next((entry.milestones for entry in entries if entry.milestones is not None), [])
+        if len(schedulers) == 1:
+            self.scheduler = schedulers[0]
+        else:
+            self.scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, milestones)
+
+    def step(self, increment: int = 1) -> None:
+        for _ in range(increment):
+            self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state_dict)
+
+
+class ConstantSchedule:
+    def step(self, increment: int = 1) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], policy: PolicyConfig) -> torch.optim.Optimizer:
+    """`policy.optimizer`, or the AdamW of `policy.megatron_cfg.optimizer`. Only matrices decay, as on Megatron.
+
+    Raises UserError for a class that cannot be imported or does not take its keyword arguments.
+    """
+    named = policy.optimizer
+    if named is not None:
+        decay = float(named.kwargs.get("weight_decay", 0.0))
+        return _build(named.name, "optimizer", _groups(parameters, decay), **named.kwargs)
+    options = policy.megatron_cfg.optimizer
+    return torch.optim.AdamW(
+        _groups(parameters, options.weight_decay),
+        lr=options.lr,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups by decay and device mesh: one kernel does not take DTensors of different meshes."""
+    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        decays = parameter.dim() > 1
+        meshes = parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0
+        groups.setdefault((decays, meshes), []).append(parameter)
+    return [
+        # wd_mult and lr_mult are what Megatron's schedule reads.
+        {"params": members, "weight_decay": weight_decay * decays, "wd_mult": float(decays), "lr_mult": 1.0}
+        for (decays, _), members in groups.items()
+    ]
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, policy: PolicyConfig, num_steps: int) -> Schedule:
+    """`policy.scheduler`, a constant rate where only `policy.optimizer` is set, else Megatron's own schedule."""
+    if policy.scheduler is not None:
+        return TorchSchedule(optimizer, policy.scheduler)
+    if policy.optimizer is not None:
+        return ConstantSchedule()
+    from megatron_lora.policy.megatron.optim import build_scheduler
+
+    return build_scheduler(optimizer, policy, num_steps)
+
+
+def clip_norm(policy: PolicyConfig) -> float:
+    """The largest gradient norm; 0 means no clipping."""
+    follows_megatron = policy.optimizer is None and policy.megatron_cfg.optimizer.clip_grad is not None
+    return float((policy.megatron_cfg.optimizer.clip_grad if follows_megatron else policy.max_grad_norm) or 0.0)
+
+
+def sum_gradients_over_tp(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Add the gradients of `parameters` over TP ranks: each rank saw some heads, or some tokens, only."""
+    if mesh.size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local = _local(parameter.grad)
+            dist.all_reduce(local, group=mesh.get_group())
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], mesh: DeviceMesh, device: torch.device) -> float:
+    """The 2-norm over all of them, each element counted once. mesh: (dp, tp)."""
+    first = mesh.get_local_rank("tp") == 0
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for parameter in parameters:
+        if parameter.grad is not None and (first or _split_over_tp(parameter)):
+            squares += torch.linalg.vector_norm(_local(parameter.grad).float()).double().square().to(device)
+    dist.all_reduce(squares)
+    return math.sqrt(squares.item()) if math.isfinite(squares.item()) else float("nan")
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: float) -> None:
+    factor = max_norm / (norm + 1.0e-6)
+    if max_norm > 0.0 and factor < 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(factor)
+
+
+def _split_over_tp(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2 and parameter.placements[1].is_shard()
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _build(path: str | None, section: str, *args: Any, **kwargs: Any) -> Any:
+    """An object of the class at an import path."""
+    assert path is not None
+    module, _, name = path.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"policy.{section}.name={path!r} cannot be imported: {error}; give a path such as torch.optim.AdamW"
+        ) from error
+    try:
+        return made(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"policy.{section}: {path} does not take kwargs {kwargs}: {error}") from error

@@ -1,0 +1,230 @@
+"""The DTensor backend behind `Policy`: transformers + peft + FSDP2, with tensor parallelism."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.data.batch import MicroBatch, Row
+from megatron_lora.data.packing import split_by_row
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.objectives.base import Objective
+from megatron_lora.policy.adapter_start import describe_modules
+from megatron_lora.policy.batching import BatchingOptions, Groups, divide
+from megatron_lora.policy.dtensor import adapter, checkpoint, optim
+from megatron_lora.policy.dtensor.model import build_model
+from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
+from megatron_lora.runtime.world import World
+
+
+class DTensorPolicy(Policy):
+    """A transformers model in the recipe's layout, its adapters (or all of it), and a torch optimizer.
+
+    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. notices: what the
+    user should know of how the recipe was read.
+    """
+
+    def __init__(self, policy: PolicyConfig, world: World, *, pad_token_id: int, seed: int, num_steps: int):
+        self.config = policy
+        self.world = world
+        self.base = build_model(policy, world, seed)
+        self.root = self.base.root
+        self.mesh = self.base.mesh
+        self.spec: AdapterSpec | None = self.base.start.spec if self.base.start is not None else None
+        self.notices = self.base.notices
+        self.names: dict[nn.Parameter, str] = {p: name for name, p in self.base.hf.named_parameters()}
+        self.trained = [parameter for parameter in self.names if parameter.requires_grad]
+        self.optimizer = optim.build_optimizer(self.trained, policy)
+        self.scheduler = optim.build_schedule(self.optimizer, policy, num_steps)
+        multiple = world.tp if self.root.tp.sequence_parallel else 1
+        self.batching = BatchingOptions(
+            pad_token_id=pad_token_id,
+            total_multiple=math.lcm(policy.make_sequence_length_divisible_by, multiple),
+        )
+        self._gradients_checked = self.spec is None
+
+    def train_step(self, groups: Groups, objective: Objective) -> StepResult:
+        rows = [row for group in groups for row in group]
+        share = self._divide(groups, training=True)
+        self.root.train()
+        self.optimizer.zero_grad()
+        loss, metrics = self._run(share.batches, objective, objective.count(rows), training=True)
+        optim.sum_gradients_over_tp(self.base.summed, self.mesh["tp"])
+        if not self._gradients_checked:
+            self._check_gradients()
+        learning_rate = max((group["lr"] for group in self.optimizer.param_groups), default=0.0)
+        norm = optim.gradient_norm(self.trained, self.mesh, self.world.device)
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise NonFiniteLoss(norm, sorted({row.index for row in rows}), what="gradient norm")
+        optim.clip_gradients(self.trained, norm, optim.clip_norm(self.config))
+        self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return StepResult(
+            loss=loss,
+            metrics=metrics,
+            grad_norm=norm,
+            learning_rate=float(learning_rate),
+            num_target_tokens=sum(row.num_targets for row in rows),
+            num_tokens=sum(len(row) for row in rows),
+        )
+
+    def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
+        share = self._divide(groups, training=False)
+        rows = [row for group in groups for row in group]
+        with self._evaluating():
+            return self._run(share.batches, objective, objective.count(rows), training=False)
+
+    def score(self, rows: Sequence[Row]) -> list[Tensor]:
+        share = self._divide([[row] for row in rows], training=False)
+        mine: dict[int, Tensor] = {}
+        with self._evaluating():
+            for batch, members in zip(share.batches, share.groups, strict=True):
+                logps = self.root(batch.to(self.world.device)).cpu()
+                logps = torch.where(torch.isfinite(logps), logps, torch.zeros(()))
+                mine |= dict(zip(members, split_by_row(logps, batch), strict=True))
+        if self.world.dp > 1:
+            everyone: list[Any] = [None] * self.world.dp
+            dist.all_gather_object(everyone, mine, group=self.mesh["dp"].get_group())
+            mine = {position: piece for part in everyone for position, piece in part.items()}
+        return [mine[position] for position in range(len(rows))]
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        if self.spec is None:
+            raise ValueError("full fine-tuning has no adapters to disable")
+        try:
+            adapter.set_enabled(self.base.hf, False)
+            yield
+        finally:
+            adapter.set_enabled(self.base.hf, True)
+
+    @contextmanager
+    def temperature(self, value: float) -> Iterator[None]:
+        before = self.root.head.temperature
+        try:
+            self.root.set_temperature(value)
+            yield
+        finally:
+            self.root.set_temperature(before)
+
+    def adapter(self) -> AdapterTensors:
+        if self.spec is None:
+            raise ValueError("full fine-tuning has no adapter")
+        config, tensors = to_hf(self.spec, adapter.fuse(adapter.gather(self.base.hf), self.spec))
+        return AdapterTensors(config=config, tensors=tensors)
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        adapted = adapter.adapted_linears(self.base.hf)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.precision]
+        for parameter, name in self.names.items():
+            if ".lora_A." in name or ".lora_B." in name:
+                continue
+            value = adapter.full_tensor(parameter)
+            owner = name.removesuffix(".base_layer.weight")
+            if owner in adapted:
+                linear = adapted[owner]
+                a, b = (adapter.full_tensor(f[adapter.ADAPTER_NAME].weight) for f in (linear.lora_A, linear.lora_B))
+                value = value.float() + (b.float() * linear.scaling[adapter.ADAPTER_NAME]) @ a.float()
+            yield name.replace(".base_layer.", "."), value.to(dtype)
+
+    def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
+        # Written when this returns, whether asked for in the background or not: adapters are small.
+        if self.spec is not None:
+            checkpoint.save_adapter(self.base.hf, self.spec, weights, self.world)
+        else:
+            checkpoint.save_model(self._parameters(), weights)
+        if optimizer is not None:
+            checkpoint.save_optimizer(self.optimizer, self.scheduler, self.names, optimizer, self.world)
+        dist.barrier()
+        return None
+
+    def load(self, weights: Path, optimizer: Path | None) -> None:
+        if self.spec is not None:
+            checkpoint.load_adapter(self.base.hf, self.spec, weights)
+        else:
+            checkpoint.load_model(self._parameters(), weights)
+        if optimizer is not None:
+            checkpoint.load_optimizer(self.optimizer, self.scheduler, self.names, optimizer, self.world)
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        return sum(p.numel() for p in self.trained), sum(p.numel() for p in self.names)
+
+    def describe_adapters(self) -> list[tuple[str, ...]]:
+        return describe_modules(self.spec) if self.spec is not None else []
+
+    def _run(
+        self, batches: Sequence[MicroBatch], objective: Objective, count: float, *, training: bool
+    ) -> tuple[float, dict[str, float]]:
+        """This rank's micro-batches, backward too in training. Returns loss and metrics over the global batch."""
+        results: list[dict[str, Tensor]] = []
+        for batch in batches:
+            batch = batch.to(self.world.device)
+            result = objective(self.root(batch), batch)
+            if training:
+                # FSDP takes the mean over data-parallel ranks; the loss is a sum over them.
+                (result.loss * (self.world.dp / count)).backward()
+            results.append({"loss": result.loss.detach(), **{k: v.detach() for k, v in result.metrics.items()}})
+        names = list(results[0])
+        sums = torch.stack([torch.stack([result[name].double() for name in names]) for result in results]).sum(0)
+        dist.all_reduce(sums, group=self.mesh["dp"].get_group())
+        values = dict(zip(names, (sums / count).tolist(), strict=True))
+        loss = values.pop("loss")
+        if not math.isfinite(loss):
+            self.optimizer.zero_grad()
+            raise NonFiniteLoss(loss, self._rows_of_non_finite(results, batches))
+        return loss, values
+
+    def _rows_of_non_finite(self, results: list[dict[str, Tensor]], batches: Sequence[MicroBatch]) -> list[int]:
+        pairs = zip(results, batches, strict=True)
+        mine = [row for result, batch in pairs if not math.isfinite(float(result["loss"])) for row in batch.row_indices]
+        everyone: list[list[int]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(everyone, mine)
+        return sorted({row for rows in everyone for row in rows if row >= 0})
+
+    def _divide(self, groups: Groups, *, training: bool) -> Any:
+        return divide(
+            groups, self.config, self.batching, dp_size=self.world.dp, dp_rank=self.world.dp_rank, training=training
+        )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.root.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.root.train()
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for parameter, name in self.names.items()}
+
+    def _check_gradients(self) -> None:
+        """After the first backward every adapter must have had a gradient somewhere; name those that had none."""
+        self._gradients_checked = True
+        linears = adapter.adapted_linears(self.base.hf)
+        flags = torch.tensor([float(_has_gradient(linear)) for linear in linears.values()], device=self.world.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        without = [name for name, flag in zip(linears, flags.tolist(), strict=True) if not flag]
+        if without:
+            raise UserError(
+                f"after the first step {len(without)} adapters had no gradient: {', '.join(without[:8])}"
+                f"{', ...' if len(without) > 8 else ''}; with both factors at zero nothing trains: "
+                "set lora_A_init to xavier"
+            )
+
+
+def _has_gradient(linear: adapter.AdaptedLinear) -> bool:
+    return any(
+        parameter.grad is not None and bool(parameter.grad.to_local().any())
+        for name, parameter in linear.named_parameters()
+        if "lora_" in name
+    )
