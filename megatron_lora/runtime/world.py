@@ -1,7 +1,7 @@
 """torchrun's environment and Megatron's process groups, as one frozen `World`."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -107,3 +107,18 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
         cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
+
+
+def init_dtensor_world(policy: PolicyConfig, seed: int) -> World:
+    """The ranks of `policy.dtensor_cfg`'s layout: TP ranks next to each other, FSDP over the rest. Raises UserError."""
+    world = init_distributed()
+    tp = policy.dtensor_cfg.tensor_parallel_size
+    if world.size % tp:
+        raise UserError(
+            f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {world.size} ranks; start a multiple of "
+            f"{tp} ranks (torchrun --nproc-per-node) or lower it"
+        )
+    dp_rank = world.rank // tp
+    # Dropout: tensor-parallel peers draw the same numbers, data-parallel ranks different ones.
+    torch.manual_seed(seed + dp_rank)
+    return replace(world, tp=tp, dp=world.size // tp, tp_rank=world.rank % tp, dp_rank=dp_rank)
