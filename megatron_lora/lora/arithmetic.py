@@ -7,8 +7,8 @@ is applied to the rank-r activation, so the adapter adds no pass over a full-wid
 Collectives (see docs/architecture.md for where the factors live): column-parallel adds none. Under sequence parallelism
 the rank-r gradient dh rides in the same reduce-scatter as dx, so A's gradient is taken on this rank's shard of the
 sequence and the gathered input need not be kept. Row-parallel adds none: the partial B h rides in the base's own
-reduction. With `all_to_all` (row-parallel under sequence parallelism) B is split over TP: two rank-r all-reduces and one
-all-to-all replace B's replicated product.
+reduction. With `all_to_all` (row-parallel under sequence parallelism) B is split over TP: two rank-r all-reduces and
+one all-to-all replace B's replicated product.
 
 All tensors here are [tokens, features].
 """

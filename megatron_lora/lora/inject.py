@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.init import init_factor
-from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, ModuleLayout, ModelShapes
+from megatron_lora.lora.layout import COLUMN_PARALLEL, PARENTS, AdapterSpec, ModelShapes, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
 from megatron_lora.lora.sharding import shard
 
@@ -73,7 +73,10 @@ def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
     """(full name with the global layer number, parent module, attribute) of each linear that can be adapted."""
     for layer in chunk.decoder.layers:
         prefix = f"decoder.layers.{layer.layer_number - 1}"
-        for parent_name, attributes in (("self_attention", ("linear_qkv", "linear_proj")), ("mlp", ("linear_fc1", "linear_fc2"))):
+        for parent_name, attributes in (
+            ("self_attention", ("linear_qkv", "linear_proj")),
+            ("mlp", ("linear_fc1", "linear_fc2")),
+        ):
             parent = getattr(layer, parent_name)
             for attribute in attributes:
                 if hasattr(parent, attribute):

@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel, row_parallel
-from megatron_lora.lora.layout import ModuleLayout, ModelShapes
+from megatron_lora.lora.layout import ModelShapes, ModuleLayout
 from megatron_lora.runtime.native_layers import apply_norm
 
 
@@ -203,9 +203,7 @@ class LoRARowParallelLinear(LoRALinear):
         if self.enabled:
             # Each rank sees other columns of the input, so its mask is its own; the partial outputs are summed, so
             # their mask is the same, unless all-to-all gives each rank its own columns.
-            call = self._call(
-                x.shape[0] * x.shape[1], same_input_mask=False, same_output_mask=not self.all_to_all, x=x
-            )
+            call = self._call(x.shape[0] * x.shape[1], same_input_mask=False, same_output_mask=not self.all_to_all, x=x)
             out = row_parallel(x.flatten(0, 1), self.weight, self.lora_A, self.lora_B, call)
             out = out.view(-1, x.shape[1], out.shape[-1])
         else:

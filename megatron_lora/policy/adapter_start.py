@@ -1,7 +1,7 @@
 """The adapter a run starts with: drawn from a seed, or read from an HF PEFT folder."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes, build_layout
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.targets import select_targets
+from megatron_lora.policy.weights_check import local_fingerprint
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,51 @@ class StartingAdapter:
 
 
 def starting_adapter(peft: PeftConfig, shapes: ModelShapes, model_name: str) -> StartingAdapter:
-    """The recipe's adapter. Raises UserError for a pattern that fits nothing, or a folder that does not fit the base."""
+    """The recipe's adapter. Raises UserError for a pattern that fits nothing, or a folder that does not fit."""
+    fingerprint = local_fingerprint(model_name)
     settings = peft.model_dump(mode="json", exclude={"enabled"})
     if peft.init_adapter is not None:
         config, tensors = read_peft_folder(Path(peft.init_adapter))
-        spec, fused = from_hf(config, tensors, shapes, base_model_name=model_name)
+        spec, fused = from_hf(config, tensors, shapes, base_model_name=model_name, base_fingerprint=fingerprint)
         spec.settings = settings | {"init_adapter": peft.init_adapter}
         return StartingAdapter(spec, fused)
     names = select_targets(shapes, peft.target_modules, peft.exclude_modules)
     modules = [build_layout(name, peft.dim, peft.alpha, shapes) for name in names]
-    spec = AdapterSpec(base_model_name=model_name, shapes=shapes, modules=modules, settings=settings)
+    spec = AdapterSpec(model_name, shapes, modules, base_fingerprint=fingerprint, settings=settings)
     return StartingAdapter(spec, None)
+
+
+def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
+    """Linears of the same kind and shape in one row: (linear, layers, rank, alpha, A, B, parameters)."""
+    rows: dict[tuple[str, ...], list[int | None]] = {}
+    shapes = spec.factor_shapes()
+    for module in spec.modules:
+        a, b = shapes[f"{module.name}.lora_A"], shapes[f"{module.name}.lora_B"]
+        alphas = sorted({block.alpha for block in module.blocks})
+        alpha = ", ".join(f"{value:g}" for value in alphas)
+        key = (module.kind, str(module.rank), alpha, f"{a[0]} x {a[1]}", f"{b[0]} x {b[1]}")
+        rows.setdefault(key, []).append(module.layer)
+    table = []
+    for (kind, rank, alpha, a_shape, b_shape), layers in rows.items():
+        rows_a, columns_a = map(int, a_shape.split(" x "))
+        rows_b, columns_b = map(int, b_shape.split(" x "))
+        parameters = len(layers) * (rows_a * columns_a + rows_b * columns_b)
+        table.append((kind, _ranges(layers), rank, alpha, a_shape, b_shape, f"{parameters:,}"))
+    return table
+
+
+def _ranges(layers: Sequence[int | None]) -> str:
+    """[0, 1, 2, 5] as `0-2, 5`."""
+    numbers = sorted(layer for layer in layers if layer is not None)
+    if not numbers:
+        return "-"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:

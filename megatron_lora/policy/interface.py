@@ -1,7 +1,7 @@
 """What a trainer may ask of a backend. Both backends (Megatron-Core; transformers + FSDP2) implement `Policy`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,9 @@ class AdapterTensors:
     tensors: dict[str, Tensor]
 
 
+PendingSave = Callable[[bool], bool]
+
+
 class Policy(ABC):
     """A model split over ranks, its adapters and its optimizer. Every method is collective: all ranks call it with
     the same rows; the backend gives each rank its part."""
@@ -57,6 +60,18 @@ class Policy(ABC):
         """Within it the model is the frozen base (the reference policy); restored also on an exception."""
 
     @abstractmethod
+    def temperature(self, value: float) -> AbstractContextManager[None]:
+        """Within it log-probabilities are those of the distribution sampled at this temperature."""
+
+    @abstractmethod
+    def trainable_parameters(self) -> tuple[int, int]:
+        """(parameters that train, all parameters) of the whole model, each counted once."""
+
+    @abstractmethod
+    def describe_adapters(self) -> list[tuple[str, ...]]:
+        """Rows (linear, layers, rank, alpha, A, B, parameters) of the table shown at start; empty without adapters."""
+
+    @abstractmethod
     def adapter(self) -> AdapterTensors:
         """The whole adapter under HF names, gathered over TP and PP; on every rank."""
 
@@ -65,8 +80,9 @@ class Policy(ABC):
         """Full weights under HF names, adapters merged in fp32, one tensor at a time; on every rank."""
 
     @abstractmethod
-    def save(self, weights: Path, optimizer: Path | None) -> None:
-        """Write the trainable weights and, if asked, optimizer, scheduler and RNG state, into empty folders."""
+    def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
+        """Write the trainable weights and, if asked, optimizer, scheduler and RNG state, into empty folders. None when
+        all is written; else what tells (and, blocking, waits) whether the writing in the background is done."""
 
     @abstractmethod
     def load(self, weights: Path, optimizer: Path | None) -> None:

@@ -13,12 +13,12 @@ import peft
 import torch
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
 from megatron_lora.lora.init import init_factor
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import AdapterSpec, ModelShapes, segment_rows
 from megatron_lora.lora.peft_format import PREFIX, from_hf, hf_name, to_hf
 from megatron_lora.policy.adapter_start import read_peft_folder
 from megatron_lora.policy.dtensor.targets import build_modules, select_linears
@@ -78,29 +78,36 @@ class AdaptedLinear(PeftLoraLinear):
     fused = False
     tp_rank = 0
 
+    @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [R, in] and B [out, R]."""
+        return self.lora_A[ADAPTER_NAME].weight, self.lora_B[ADAPTER_NAME].weight  # type: ignore[return-value]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
         scale = self.scaling[ADAPTER_NAME]
         drops = self.training and self.dropout > 0.0
-        if self.fused and not isinstance(x, DTensor):
-            base: Any = self.base_layer
-            masks: dict[str, Tensor] = {}
-            rows = x.flatten(0, -2)
-            if drops:
-                width = x.shape[-1] if self.dropout_before else base.weight.shape[0]
-                name = "input_mask" if self.dropout_before else "output_mask"
-                masks[name] = self._local_mask((rows.shape[0], width), x, False)
-            call = AdapterCall(parallel=_WHOLE, scale=scale, **masks)
-            out = column_parallel(rows, base.weight, base.bias, lora_a.weight, lora_b.weight, call)
-            return out.view(*x.shape[:-1], -1)
+        if self.fused:
+            return self._fused_forward(x, scale, drops)
         result = self.base_layer(x, *args, **kwargs)
         inner = x * self._mask(x) if drops and self.dropout_before else x
-        update = lora_b(lora_a(inner.to(lora_a.weight.dtype)) * scale)
+        update = lora_b(lora_a(inner.to(self.factors[0].dtype)) * scale)
         if drops and not self.dropout_before:
             update = update * self._mask(update)
         return result + update.to(result.dtype)
+
+    def _fused_forward(self, x: Tensor, scale: float, drops: bool) -> Tensor:
+        base: Any = self.base_layer
+        rows = x.flatten(0, -2)
+        masks: dict[str, Tensor] = {}
+        if drops:
+            width = x.shape[-1] if self.dropout_before else base.weight.shape[0]
+            name = "input_mask" if self.dropout_before else "output_mask"
+            masks[name] = self._local_mask((rows.shape[0], width), x, False)
+        call = AdapterCall(_WHOLE, scale, input_mask=masks.get("input_mask"), output_mask=masks.get("output_mask"))
+        return column_parallel(rows, base.weight, base.bias, *self.factors, call).view(*x.shape[:-1], -1)
 
     def _mask(self, like: Tensor) -> Tensor:
         """A dropout mask in the layout of `like`, divided by the keep probability: slices differ between ranks, what
@@ -108,7 +115,7 @@ class AdaptedLinear(PeftLoraLinear):
         if not isinstance(like, DTensor):
             return self._local_mask(like.shape, like, False)
         split = any(placement.is_shard() for placement in like.placements)
-        placements = [p if p.is_shard() else torch.distributed.tensor.Replicate() for p in like.placements]
+        placements = [p if p.is_shard() else Replicate() for p in like.placements]
         local = self._local_mask(like.to_local().shape, like, split)
         return DTensor.from_local(local, like.device_mesh, placements, run_check=False)
 
@@ -151,8 +158,8 @@ def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
 def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(PEFT tensor name, parameter) of every factor; an A that linears share comes once for each."""
     for name, linear in adapted_linears(model).items():
-        yield f"{PREFIX}{name}.lora_A.weight", linear.lora_A[ADAPTER_NAME].weight  # type: ignore[misc]
-        yield f"{PREFIX}{name}.lora_B.weight", linear.lora_B[ADAPTER_NAME].weight  # type: ignore[misc]
+        for factor, parameter in zip("AB", linear.factors, strict=True):
+            yield f"{PREFIX}{name}.lora_{factor}.weight", parameter
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
@@ -162,9 +169,18 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
 
 def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
     """PEFT tensors as the fused factors of `spec`."""
-    config, _ = to_hf(spec, {name: torch.empty(shape, device="meta") for name, shape in spec.factor_shapes().items()})
-    found, fused = from_hf(config, tensors, spec.shapes, base_model_name=spec.base_model_name)
-    assert [(m.name, len(m.blocks)) for m in found.modules] == [(m.name, len(m.blocks)) for m in spec.modules]
+    fused: dict[str, Tensor] = {}
+    for module in spec.modules:
+        names = {segment: f"{PREFIX}{hf_name(segment, module.layer)}" for b in module.blocks for segment in b.segments}
+        fused[f"{module.name}.lora_A"] = torch.cat(
+            [tensors[f"{names[block.segments[0]]}.lora_A.weight"] for block in module.blocks]
+        )
+        out = torch.zeros(module.out_features(spec.shapes), module.rank)
+        for block in module.blocks:
+            for segment in block.segments:
+                rows = segment_rows(module.kind, spec.shapes, segment)
+                out[rows, block.start : block.stop] = tensors[f"{names[segment]}.lora_B.weight"]
+        fused[f"{module.name}.lora_B"] = out
     return fused
 
 

@@ -3,6 +3,7 @@
 Registered under `NAME` with transformers, whose models then build no mask of their own: nothing of size T x T exists.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from transformers import AttentionInterface
 NAME = "megatron_lora_packed"
 
 
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where rows begin and end, on the CPU and as [rows + 1] int32. An object and no list, so that a compiled layer
+    does not depend on its numbers."""
+
+    bounds: list[int]
+    cu_seqlens: Tensor
+
+
+@torch.compiler.disable
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -20,8 +31,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    bounds: list[int],
-    cu_seqlens: Tensor,
+    packing: Packing,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -29,26 +39,24 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, d], key and value [1, groups, T, d] -> [1, T, heads, d].
 
-    bounds: where rows begin and end, the numbers of `cu_seqlens` [rows + 1] int32. sliding_window: tokens that a token
-    sees, itself included. softcap: scores s become softcap * tanh(s / softcap) (Gemma 2).
+    sliding_window: tokens that a token sees, itself included. softcap: scores s become softcap * tanh(s / softcap)
+    (Gemma 2).
     """
     if query.is_cuda and query.dtype == torch.bfloat16 and softcap is None and query.shape[-1] <= 256:
-        return _varlen(query, key, value, bounds, cu_seqlens, scaling, sliding_window), None
+        return _varlen(query, key, value, packing, scaling, sliding_window), None
     pieces = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in zip(packing.bounds[:-1], packing.bounds[1:], strict=True):
         rows = slice(start, stop)
         pieces.append(_row(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling, sliding_window, softcap))
     out = torch.cat(pieces, dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 
-@torch.compiler.disable
 def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bounds: list[int],
-    cu_seqlens: Tensor,
+    packing: Packing,
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
@@ -59,14 +67,14 @@ def _varlen(
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    longest = max(stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    longest = max(stop - start for start, stop in zip(packing.bounds[:-1], packing.bounds[1:], strict=True))
     left = -1 if sliding_window is None else sliding_window - 1
     out = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        cu_seqlens,
-        cu_seqlens,
+        packing.cu_seqlens,
+        packing.cu_seqlens,
         longest,
         longest,
         scale=scaling,
@@ -93,6 +101,7 @@ def _row(
     age = age[:, None] - age[None, :]
     visible = age >= 0
     if windowed:
+        assert sliding_window is not None
         visible &= age < sliding_window
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)

@@ -8,7 +8,7 @@ import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from conversion.adapter_checkpoint import read_adapter, write_adapter
 from megatron_lora.errors import UserError
@@ -89,7 +89,7 @@ def save_optimizer(
     common: dict[str, Any] = {"schedule": schedule.state_dict(), "values": {}}
     for parameter, fields in optimizer.state.items():
         for key, value in fields.items():
-            name = f"{_STATE}.{names[parameter]}.{key}"
+            name = f"{_STATE}.{names[cast(nn.Parameter, parameter)]}.{key}"
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = value
             else:
@@ -168,13 +168,9 @@ def _put(parameter: nn.Parameter, value: Tensor) -> None:
         local = distribute_tensor(value, mesh, placements, src_data_rank=None)
     else:
         # FSDP shards what TP has split already: TP's slice first.
-        split = distribute_tensor(value, mesh["tp"], [_tp_placement(parameter)], src_data_rank=None).to_local()
-        local = distribute_tensor(split, mesh["dp"], [torch.distributed.tensor.Shard(0)], src_data_rank=None)
+        split = distribute_tensor(value, mesh["tp"], [parameter.placements[1]], src_data_rank=None).to_local()
+        local = distribute_tensor(split, mesh["dp"], [Shard(0)], src_data_rank=None)
     parameter.to_local().copy_(local.to_local())
-
-
-def _tp_placement(parameter: DTensor) -> Any:
-    return parameter.placements[1]
 
 
 def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:

@@ -20,6 +20,7 @@ from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelShapes
 from megatron_lora.policy.dtensor.adapter import AdaptedLinear
+from megatron_lora.policy.dtensor.attention import Packing
 from megatron_lora.policy.megatron.logprobs import HeadOptions, _FrozenHead
 
 
@@ -51,8 +52,7 @@ class PolicyModule(nn.Module):
             input_ids=batch.tokens.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
-            bounds=batch.cu_seqlens.tolist(),
-            cu_seqlens=batch.cu_seqlens,
+            packing=Packing(batch.cu_seqlens.tolist(), batch.cu_seqlens),
         ).last_hidden_state
         head = self.model.lm_head
         adapted = isinstance(head, AdaptedLinear) and not head.disable_adapters
@@ -85,7 +85,7 @@ class PolicyModule(nn.Module):
 
 
 def _weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
-    base = head.base_layer if isinstance(head, AdaptedLinear) else head
+    base: Any = head.base_layer if isinstance(head, AdaptedLinear) else head
     return base.weight, base.bias
 
 

@@ -17,7 +17,7 @@ from megatron_lora.errors import UserError
 
 
 class Schedule(Protocol):
-    def step(self, increment: int = 1) -> None: ...
+    def step(self, increment: int) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -115,7 +115,7 @@ def sum_gradients_over_tp(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) 
         return
     for parameter in parameters:
         if parameter.grad is not None:
-            local = _local(parameter.grad)
+            local = local_part(parameter.grad)
             dist.all_reduce(local, group=mesh.get_group())
 
 
@@ -125,7 +125,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter], mesh: DeviceMesh, device: 
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for parameter in parameters:
         if parameter.grad is not None and (first or _split_over_tp(parameter)):
-            squares += torch.linalg.vector_norm(_local(parameter.grad).float()).double().square().to(device)
+            squares += torch.linalg.vector_norm(local_part(parameter.grad).float()).double().square().to(device)
     dist.all_reduce(squares)
     return math.sqrt(squares.item()) if math.isfinite(squares.item()) else float("nan")
 
@@ -135,14 +135,15 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: fl
     if max_norm > 0.0 and factor < 1.0:
         for parameter in parameters:
             if parameter.grad is not None:
-                _local(parameter.grad).mul_(factor)
+                local_part(parameter.grad).mul_(factor)
 
 
 def _split_over_tp(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2 and parameter.placements[1].is_shard()
 
 
-def _local(value: Tensor) -> Tensor:
+def local_part(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 

@@ -133,11 +133,9 @@ def _as_dtensor(value: Tensor, mesh: DeviceMesh, layout: Placement) -> DTensor:
     return DTensor.from_local(value, mesh, [layout], run_check=False)
 
 
-def _to_local(value: Tensor, mesh: DeviceMesh, layout: Placement) -> Tensor:
+def _to_local(value: Any, mesh: DeviceMesh, layout: Placement) -> Tensor:
     if not isinstance(value, DTensor):
         return value
     if layout.is_shard():
         layout = Shard(layout.dim % value.dim())  # type: ignore[attr-defined]
     return value.redistribute(mesh, [layout]).to_local()
-
-

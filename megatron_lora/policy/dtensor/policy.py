@@ -132,7 +132,7 @@ class DTensorPolicy(Policy):
             owner = name.removesuffix(".base_layer.weight")
             if owner in adapted:
                 linear = adapted[owner]
-                a, b = (adapter.full_tensor(f[adapter.ADAPTER_NAME].weight) for f in (linear.lora_A, linear.lora_B))
+                a, b = (adapter.full_tensor(factor) for factor in linear.factors)
                 value = value.float() + (b.float() * linear.scaling[adapter.ADAPTER_NAME]) @ a.float()
             yield name.replace(".base_layer.", "."), value.to(dtype)
 
@@ -224,7 +224,5 @@ class DTensorPolicy(Policy):
 
 def _has_gradient(linear: adapter.AdaptedLinear) -> bool:
     return any(
-        parameter.grad is not None and bool(parameter.grad.to_local().any())
-        for name, parameter in linear.named_parameters()
-        if "lora_" in name
+        parameter.grad is not None and bool(optim.local_part(parameter.grad).any()) for parameter in linear.factors
     )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -21,6 +22,7 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.policy.interface import PendingSave
 from megatron_lora.runtime.world import World
 
 METADATA_OF_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -75,9 +77,7 @@ def optimizer_state(optimizer: Any, scheduler: Any, weights: dict[str, Any], wor
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata()),
         "scheduler": scheduler.state_dict(),
     }
-    state["rng"] = ShardedObject(
-        f"rng.{_layout(world)}", random_state(), (world.size,), (world.rank,), replica_id=0
-    )
+    state["rng"] = ShardedObject(f"rng.{_layout(world)}", random_state(), (world.size,), (world.rank,), replica_id=0)
     return state
 
 
@@ -87,6 +87,19 @@ def save_state(state: dict[str, Any], folder: Path, *, asynchronous: bool = Fals
     return dist_checkpointing.save(
         state, str(folder), validate_access_integrity=True, async_sharded_save=asynchronous, async_strategy="mcore"
     )
+
+
+def schedule_requests(requests: Sequence[Any]) -> PendingSave:
+    """Start Megatron's background writers; the answer polls them, or waits. Collective."""
+    queue = AsyncCallsQueue()
+    for request in requests:
+        queue.schedule_async_request(request)
+
+    def poll(blocking: bool) -> bool:
+        queue.maybe_finalize_async_calls(blocking=blocking)
+        return queue.get_num_unfinalized_calls() == 0
+
+    return poll
 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:

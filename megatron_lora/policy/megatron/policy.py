@@ -21,9 +21,9 @@ from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
-from megatron_lora.policy.adapter_start import starting_adapter
+from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
-from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, Policy, StepResult
+from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
 from megatron_lora.policy.megatron import checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.logprobs import HeadOptions
@@ -161,16 +161,18 @@ class MegatronPolicy(Policy):
 
         return merged_hf_weights(self)
 
-    def save(self, weights: Path, optimizer: Path | None) -> None:
-        checkpoint.save_state(self._weights_state(), weights)
+    def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
+        state = self._weights_state()
+        requests = [checkpoint.save_state(state, weights, asynchronous=asynchronous)]
         if self.spec is not None and self.world.is_main:
             self.spec.save(weights / ADAPTER_FILE)
         if optimizer is not None:
             state = checkpoint.optimizer_state(
                 self.optimizer, self.scheduler, self._weights_state(), self.world, loading=False
             )
-            checkpoint.save_state(state, optimizer)
+            requests.append(checkpoint.save_state(state, optimizer, asynchronous=asynchronous))
         dist.barrier()
+        return checkpoint.schedule_requests(requests) if asynchronous else None
 
     def load(self, weights: Path, optimizer: Path | None) -> None:
         if self.spec is not None:
@@ -183,25 +185,25 @@ class MegatronPolicy(Policy):
             self.optimizer.reload_model_params()
 
     def trainable_parameters(self) -> tuple[int, int]:
-        """(parameters that train, all parameters) of the whole model, each counted once."""
-        spec, shapes = self.spec, self.base.shapes
-        mine = torch.zeros((), dtype=torch.float64)
         adapters = {id(p) for linear in self.adapted for p in (linear.lora_A, linear.lora_B)}
+        count = 0
         for chunk in self.base.chunks:
             for parameter in chunk.parameters():
-                if id(parameter) in adapters or (getattr(parameter, "shared", False)):
-                    continue
+                # Tied embeddings are held by the first and the last stage.
+                copy = getattr(parameter, "shared", False) and not chunk.pre_process
                 split = getattr(parameter, "tensor_model_parallel", False)
-                if split or self.world.tp_rank == 0:
-                    mine += parameter.numel()
-        total = mine.to(self.world.device)
+                if id(parameter) not in adapters and not copy and (split or self.world.tp_rank == 0):
+                    count += parameter.numel()
+        total = torch.tensor(count, dtype=torch.int64, device=self.world.device)
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-        base = int(total.item())
-        if spec is None:
+        base = int(total)
+        if self.spec is None:
             return base, base
-        trainable = sum(rows * columns for rows, columns in spec.factor_shapes().values())
-        del shapes
+        trainable = sum(rows * columns for rows, columns in self.spec.factor_shapes().values())
         return trainable, base + trainable
+
+    def describe_adapters(self) -> list[tuple[str, ...]]:
+        return describe_modules(self.spec) if self.spec is not None else []
 
     def _divide(self, groups: Groups, *, training: bool) -> Any:
         return divide(

@@ -1,0 +1,17 @@
+"""Peak memory of this process: the GPU's where there is one, else the process's own."""
+
+import resource
+
+import torch
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Since the last reset on a GPU; since the process began on a CPU (the kernel keeps one mark)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,82 @@
+"""Entry point: torchrun --nproc-per-node N -m megatron_lora.train RECIPE.yaml [dotted.key=value ...]."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
+from megatron_lora.errors import UserError
+
+USER_ERROR_STATUS = 2
+FAILURE_STATUS = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a recipe; returns the exit status (0 done, 2 a user's mistake, 1 anything else)."""
+    options = _parse(arguments)
+    try:
+        loaded = load_recipe(options.recipe, options.overrides)
+        if options.print_config:
+            _print_once(dump_recipe(loaded.recipe))
+            return 0
+        return _run(loaded, dry_run=options.dry_run)
+    except UserError as error:
+        if options.debug:
+            traceback.print_exc()
+        _print_once(f"error: {error}", sys.stderr)
+        return USER_ERROR_STATUS
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron_lora.train", description="Run a recipe.")
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace the recipe's")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check all that can be without loading weights, and exit"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
+    return parser.parse_args(arguments)
+
+
+def _run(loaded: LoadedRecipe, *, dry_run: bool) -> int:
+    # Imported here: a recipe is parsed and printed without waiting for torch.
+    from megatron_lora.runtime.quiet import quiet_libraries
+
+    quiet_libraries(int(os.environ.get("RANK", "0")) == 0)
+    from megatron_lora.trainers.run import check_only, run_recipe
+
+    if dry_run:
+        check_only(loaded)
+        _print_once("the recipe is valid: layout, data, tokenizer and weights' files were checked; nothing was trained")
+        return 0
+    return run_recipe(loaded)
+
+
+def _print_once(text: str, stream: object = None) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=stream or sys.stdout, flush=True)  # type: ignore[arg-type]
+
+
+def _leave(status: int) -> None:
+    """Threads of process groups and rollout engines may still run; everything is written, so leave at once."""
+    if "torch" in sys.modules:
+        from megatron_lora.runtime.quiet import end_children
+
+        end_children()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        exit_status = main()
+    except BaseException:
+        traceback.print_exc()
+        exit_status = FAILURE_STATUS
+    _leave(exit_status)

@@ -1,0 +1,140 @@
+"""One recipe from start to end on this rank: prepare, resume, train, report."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_lora.config.loader import LoadedRecipe, dump_recipe, to_dict
+from megatron_lora.errors import UserError
+from megatron_lora.metrics import RunReporter
+from megatron_lora.policy.interface import NonFiniteLoss, Policy
+from megatron_lora.runtime.world import World, environment_world
+from megatron_lora.trainers.interrupt import Interrupt
+from megatron_lora.trainers.run_folder import RunFolder
+from megatron_lora.trainers.session import Session, check_checkpoint_kind
+from megatron_lora.trainers.setup import Prepared, build_loaders, build_policy, build_world, count_steps, prepare
+
+FAILURE_STATUS = 1
+
+
+def check_only(loaded: LoadedRecipe) -> None:
+    """--dry-run. Raises UserError."""
+    prepare(loaded.recipe, environment_world())
+    RunFolder(Path(loaded.recipe.checkpointing.checkpoint_dir)).check(loaded.recipe.checkpointing.resume)
+
+
+def run_recipe(loaded: LoadedRecipe) -> int:
+    """Returns the exit status: 0 done or stopped by a signal, 1 where the numbers broke. Raises UserError, on every
+    rank alike, for a mistake found on any."""
+    recipe = loaded.recipe
+    interrupt = Interrupt()
+    interrupt.install()
+    # Every rank reads the same files and finds the same mistakes, so none waits for another here.
+    prepared = prepare(recipe, environment_world())
+    folder = RunFolder(Path(recipe.checkpointing.checkpoint_dir))
+    folder.check(recipe.checkpointing.resume)
+    world = build_world(recipe)
+    with _same_on_every_rank(world):
+        if world.is_main:
+            folder.prepare()
+    found, skipped = folder.latest()
+    if found is not None:
+        check_checkpoint_kind(found, recipe.policy.adapter.enabled)
+    loader, validation = build_loaders(prepared)
+    total_steps = count_steps(recipe, len(loader))
+    reporter = RunReporter(
+        folder.path,
+        total_steps,
+        logger=recipe.logger,
+        config=to_dict(recipe),
+        resume_step=found.number if found else 0,
+        title=recipe.algorithm,
+        enabled=world.is_main,
+    )
+    with reporter:
+        for notice in [*loaded.notices, *skipped]:
+            reporter.message(notice)
+        _describe_data(reporter, prepared)
+        policy = build_policy(recipe, world, prepared.tokenizer, total_steps)
+        _describe_policy(reporter, policy)
+        session = Session(
+            recipe=recipe,
+            world=world,
+            tokenizer=prepared.tokenizer,
+            policy=policy,
+            folder=folder,
+            reporter=reporter,
+            loader=loader,
+            total_steps=total_steps,
+            interrupt=interrupt,
+        )
+        session.resume(found)
+        if world.is_main:
+            (folder.path / "config.yaml").write_text(dump_recipe(recipe))
+        return _train(session, lambda: _loop(session, loader, validation))
+
+
+def _loop(session: Session, loader: Any, validation: Any) -> None:
+    if session.recipe.algorithm == "sft":
+        from megatron_lora.trainers.sft import train_sft
+
+        train_sft(session, loader, validation)
+    else:
+        raise UserError(f"the algorithm {session.recipe.algorithm} cannot be run")
+
+
+def _train(session: Session, loop: Callable[[], None]) -> int:
+    try:
+        loop()
+    except NonFiniteLoss as error:
+        latest = session.folder.path / "latest_step.txt"
+        kept = f"step_{latest.read_text().strip()}" if latest.exists() else "none was written yet"
+        if session.world.is_main:
+            print(
+                f"stopped at step {session.step + 1}: {error}. No weight was updated; the last good checkpoint is "
+                f"kept ({kept}).",
+                file=sys.stderr,
+                flush=True,
+            )
+        return FAILURE_STATUS
+    return 0
+
+
+@contextmanager
+def _same_on_every_rank(world: World) -> Iterator[None]:
+    """A UserError that one rank meets inside is raised on all of them."""
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages: list[Any] = [None] * world.size
+    dist.all_gather_object(messages, message)
+    for found in messages:
+        if found is not None:
+            raise UserError(found)
+
+
+def _describe_data(reporter: RunReporter, prepared: Prepared) -> None:
+    reporter.message(f"train: {prepared.train.stats.describe()}")
+    if prepared.validation is not None:
+        reporter.message(f"validation: {prepared.validation.stats.describe()}")
+
+
+def _describe_policy(reporter: RunReporter, policy: Policy) -> None:
+    """The table of adapted linears, and how much of the model trains."""
+    trainable, total = policy.trainable_parameters()
+    rows = policy.describe_adapters()
+    if rows:
+        reporter.table(
+            "adapters",
+            ("linear", "layers", "rank", "alpha", "A", "B", "parameters"),
+            rows,
+            caption=f"trainable {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        )
+    else:
+        reporter.message(f"full fine-tuning: {trainable:,} parameters")

@@ -1,0 +1,186 @@
+"""What the training loops share: the run's folder, reports, validation times, checkpoints, resume and interruption."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from megatron_lora.config.loader import dump_recipe
+from megatron_lora.config.schema import Recipe
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import ADAPTER_FILE
+from megatron_lora.metrics import RunReporter
+from megatron_lora.policy.interface import Policy, StepResult
+from megatron_lora.runtime.memory import peak_memory_bytes, reset_peak_memory
+from megatron_lora.runtime.world import World
+from megatron_lora.trainers.interrupt import Interrupt
+from megatron_lora.trainers.run_folder import RunFolder, Step
+
+
+class Resumable(Protocol):
+    """Something whose position is part of a checkpoint: a data loader."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Session:
+    """One run on one rank.
+
+    step: optimizer steps done. total_steps: of the whole run. loader: the training data's position. metrics: the newest
+    values by (kind, name), for `checkpointing.metric_name`.
+    """
+
+    recipe: Recipe
+    world: World
+    tokenizer: Any
+    policy: Policy
+    folder: RunFolder
+    reporter: RunReporter
+    loader: Resumable
+    total_steps: int
+    interrupt: Interrupt
+    step: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[tuple[str, str], float] = field(default_factory=dict)
+    _saved_step: int = -1
+    _pending: Callable[[bool], bool] | None = None
+
+    def resume(self, found: Step | None) -> None:
+        """Restore policy, optimizer, random states and data position from a complete checkpoint."""
+        if found is None:
+            return
+        self.policy.load(found.weights, found.optimizer)
+        self.loader.load_state_dict(dict(found.info["loader"]))
+        self.step = self._saved_step = found.number
+        self.state = dict(found.info.get("state", {}))
+        note = "" if found.optimizer else "; it has no optimizer state, so the optimizer starts anew"
+        self.reporter.message(f"resumed from {found.path}{note}")
+
+    def log_train(self, result: StepResult, seconds: float, extra: Mapping[str, Any] | None = None) -> None:
+        """One line of metrics.jsonl under the contract's names."""
+        values: dict[str, Any] = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.learning_rate,
+            "num_target_tokens": result.num_target_tokens,
+            "num_tokens": result.num_tokens,
+            "step_time_seconds": seconds,
+            "tokens_per_second": result.num_tokens / seconds,
+            "peak_memory_gib": self._peak_memory(),
+            **result.metrics,
+            **(extra or {}),
+        }
+        self._log("train", values)
+
+    def log_validation(self, values: Mapping[str, Any]) -> None:
+        self._log("validation", values)
+
+    def _log(self, kind: str, values: Mapping[str, Any]) -> None:
+        self.reporter.log(kind, self.step, values)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.metrics[kind, name] = float(value)
+
+    def _peak_memory(self) -> float:
+        """The largest of all ranks, GiB."""
+        peak = torch.tensor(peak_memory_bytes(self.world.device), dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        reset_peak_memory(self.world.device)
+        return float(peak) / 2**30
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked this run to end. Collective."""
+        return self.interrupt.agreed(self.world)
+
+    def save_if_due(self, *, force: bool = False) -> None:
+        """Write a checkpoint every `save_period` steps, and where forced, once a step. Collective."""
+        checkpointing = self.recipe.checkpointing
+        self._poll(blocking=False)
+        if not checkpointing.enabled or self.step == self._saved_step:
+            return
+        if force or self.step % checkpointing.save_period == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write `step_N/`, whole or not at all. Collective."""
+        self._poll(blocking=True)
+        number, checkpointing = self.step, self.recipe.checkpointing
+        partial = self.folder.partial(number)
+        if self.world.is_main:
+            partial.mkdir(parents=True, exist_ok=False)
+        dist.barrier()
+        optimizer = partial / "policy" / "optimizer" if checkpointing.save_optimizer else None
+        pending = self.policy.save(
+            partial / "policy" / "weights",
+            optimizer,
+            asynchronous=self.recipe.policy.megatron_cfg.checkpoint.async_save,
+        )
+        info = self._info()
+        if self.recipe.policy.adapter.enabled:
+            adapter = self.policy.adapter()
+            if self.world.is_main:
+                write_peft_folder(partial / "hf_adapter", adapter.config, adapter.tensors)
+        if self.world.is_main:
+            self.tokenizer.save_pretrained(partial / "policy" / "tokenizer")
+            (partial / "config.yaml").write_text(dump_recipe(self.recipe))
+        self._saved_step = number
+
+        def poll(blocking: bool) -> bool:
+            if pending is not None and not pending(blocking):
+                return False
+            if self.world.is_main:
+                self.folder.finish(number, info, checkpointing.keep_top_k, checkpointing.higher_is_better)
+            dist.barrier()
+            return True
+
+        self._pending = poll
+        self._poll(blocking=pending is None)
+
+    def _poll(self, *, blocking: bool) -> None:
+        if self._pending is not None and self._pending(blocking):
+            self._pending = None
+
+    def _info(self) -> dict[str, Any]:
+        metric = self.recipe.checkpointing.metric
+        return {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "state": self.state,
+            "metric_name": self.recipe.checkpointing.metric_name,
+            "metric": self.metrics.get(metric) if metric is not None else None,
+            "layout": {name: getattr(self.world, name) for name in ("tp", "pp", "cp", "dp")},
+            "time": time.time(),
+        }
+
+    def finish(self) -> None:
+        """Save what is not saved yet and wait for it. Collective."""
+        self.save_if_due(force=True)
+        self._poll(blocking=True)
+
+
+def write_peft_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """adapter_config.json and adapter_model.safetensors, as peft and vLLM load them."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def check_checkpoint_kind(found: Step, adapters: bool) -> None:
+    """An adapter's checkpoint cannot go on as full fine-tuning, nor the other way round. Raises UserError."""
+    has_adapter = (found.weights / ADAPTER_FILE).is_file()
+    if has_adapter != adapters:
+        kinds = {True: "an adapter", False: "a whole model"}
+        raise UserError(
+            f"{found.path} holds {kinds[has_adapter]}, this run trains {kinds[adapters]}; choose another "
+            "checkpointing.checkpoint_dir"
+        )
