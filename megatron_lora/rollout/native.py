@@ -1,0 +1,169 @@
+"""Rollouts by the training model itself: no second copy of the weights, no other engine, nothing to install.
+
+The default where nothing else is asked for, and slower than vLLM: a forward pass of the training model a token. Import
+after `init_megatron_world`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+from megatron_lora.policy.interface import AdapterTensors, Policy
+from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.native_answers import Answer, complete, prompt_step
+from megatron_lora.rollout.native_cache import cached_attention
+from megatron_lora.rollout.native_forward import LaneRunner, generating, num_lanes
+from megatron_lora.rollout.sampling import StopRule, random_stream
+from megatron_lora.rollout.vllm_fingerprint import checksum, digest
+
+# |trainer - generator| in nats. float32: the same sums in another order. bfloat16: decoding attends with another
+# kernel than training, and logits of size 16 to 32 are rounded to 0.125.
+LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+class NativeGenerator(Generator):
+    """The Megatron policy as a generator. Data- and context-parallel ranks answer different prompts.
+
+    tokenizer: decodes answers (None: their text is empty, and stop strings cannot be used). Raises UserError for
+    another backend's policy, and with expert parallelism.
+    """
+
+    def __init__(self, policy: Policy, tokenizer: Decoder | None):
+        if not isinstance(policy, MegatronPolicy):
+            raise UserError(
+                "policy.generation.backend=megatron generates with the Megatron model, but policy.megatron_cfg.enabled "
+                "is false; set policy.generation.backend=vllm or policy.megatron_cfg.enabled=true"
+            )
+        experts = policy.config.megatron_cfg.expert_model_parallel_size
+        if experts > 1:
+            # Ranks that hold different experts would have to answer in lockstep.
+            raise UserError(
+                f"policy.generation.backend=megatron has no expert parallelism, but policy.megatron_cfg."
+                f"expert_model_parallel_size={experts}; set policy.generation.backend=vllm or the size to 1"
+            )
+        self.policy, self.tokenizer = policy, tokenizer
+        self.max_length = policy.config.max_total_sequence_length
+        self.group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.num_replicas = self.group.size()
+        self.logprob_tolerance = LOGPROB_TOLERANCE[policy.config.precision]
+        self._kind = "merge" if policy.spec is None else "adapter"
+
+    def start(self) -> None:
+        """Nothing to build: the trainer holds the model."""
+
+    def wake(self) -> None:
+        """Nothing to take back: caches are made for each call."""
+
+    def sleep(self) -> None:
+        """Nothing to give up: caches are freed after each call."""
+
+    def load_adapter(self, adapter: AdapterTensors, version: int) -> Handover:
+        """Nothing is copied, the model is the trainer's; the fingerprint is of the adapter given."""
+        self._kind, self.version = "adapter", version
+        return Handover(num_bytes=0, fingerprint=self._fingerprint("adapter", adapter.tensors.items()))
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
+        """Nothing is copied, the model is the trainer's; the fingerprint is of the weights given."""
+        self._kind, self.version = "merge", version
+        return Handover(num_bytes=0, fingerprint=self._fingerprint("merge", weights))
+
+    def held_fingerprint(self) -> str:
+        if self._kind == "adapter":
+            mine = self._fingerprint("adapter", self.policy.adapter().tensors.items())
+        else:
+            mine = self._fingerprint("merge", self.policy.hf_weights())
+        everyone: list[Any] = [None] * self.policy.world.size
+        dist.all_gather_object(everyone, mine)
+        if len(set(everyone)) > 1:
+            raise RolloutError(f"the ranks' copies of the model differ: {', '.join(sorted(set(everyone)))}")
+        return mine
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
+        self._check_lengths(prompts)
+        rule = StopRule(options, self.tokenizer)
+        # The most likely answer is the same each time it is drawn.
+        draws = num_samples if options.temperature else min(1, num_samples)
+        answers = [
+            Answer(
+                prompt_index=index,
+                prompt=list(prompt),
+                limit=min(options.max_new_tokens, self.max_length - len(prompt)),
+                stream=random_stream(options.seed, index, sample),
+            )
+            for index, prompt in enumerate(prompts)
+            for sample in range(draws)
+        ]
+        mine = answers[self.group.rank() :: self.num_replicas]
+        if mine:
+            capacity = max(len(answer.prompt) + answer.limit for answer in mine)
+            with self._runner(self._slots(len(mine)), capacity) as runner:
+                complete(runner, mine, options, rule)
+        samples = [sample for answer in mine for sample in self._samples(answer, num_samples // draws if draws else 0)]
+        everyone: list[Any] = [None] * self.num_replicas
+        dist.all_gather_object(everyone, samples, group=self.group)
+        return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.prompt_index)
+
+    def score_prompt(self, ids: Sequence[int]) -> Tensor:
+        tokens = list(ids)
+        with self._runner(1, len(tokens)) as runner:
+            step = prompt_step(runner, tokens)
+            logps = runner.target_logprobs(step, step.tokens.roll(-1))
+        return torch.cat([torch.zeros(1), logps[: len(tokens) - 1].cpu()])
+
+    def close(self) -> None:
+        """Nothing to end: the model stays the trainer's."""
+
+    @contextmanager
+    def _runner(self, num_slots: int, capacity: int) -> Iterator[LaneRunner]:
+        engine, chunks = self.policy.engine, self.policy.base.chunks
+        caches = cached_attention(chunks, num_slots=num_slots, capacity=capacity, max_position=self.max_length)
+        try:
+            with generating(engine, chunks), caches as session:
+                yield LaneRunner(engine, chunks, session)
+        except torch.OutOfMemoryError as error:
+            raise RolloutError(
+                f"rank {self.policy.world.rank} ran out of memory with {num_slots} answers of up to {capacity} tokens "
+                "at once; lower policy.generation_batch_size or policy.generation.max_new_tokens"
+            ) from error
+
+    def _slots(self, num_answers: int) -> int:
+        """Rows a lane."""
+        at_once = min(self.policy.config.generation_batch_size, num_answers)
+        return -(-at_once // num_lanes(self.policy.engine))
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.max_length:
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_length - 1}, so that an answer "
+                    "fits into policy.max_total_sequence_length"
+                )
+
+    def _samples(self, answer: Answer, copies: int) -> list[Sample]:
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True) if self.tokenizer else ""
+        return [
+            Sample(
+                prompt_index=answer.prompt_index,
+                prompt_ids=list(answer.prompt),
+                completion_ids=list(answer.ids),
+                logprobs=torch.tensor(answer.logprobs, dtype=torch.float32),
+                finish_reason=answer.reason,
+                text=text,
+                adapter_version=self.version,
+            )
+            for _ in range(copies)
+        ]
+
+    def _fingerprint(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+        totals = {}
+        for name, tensor in tensors:
+            matrix = tensor.detach().to(self.policy.world.device)
+            totals[name] = int(checksum(matrix.reshape(-1, matrix.shape[-1])))
+        return digest(kind, totals)

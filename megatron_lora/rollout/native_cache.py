@@ -1,0 +1,182 @@
+"""A KV cache around the training model's own attention layers.
+
+While `cached_attention` is open, every layer's core attention is a `CachedAttention` and rotary embeddings follow each
+token's own position. The model is then called with new tokens only, as one flat sequence [T, 1, hidden] in which any
+token may belong to any row: nothing but the core attention knows about rows, so sequence parallelism, pipeline stages
+and adapters work as in training, and prompts of different lengths need no padding.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_lora.runtime.native_layers import NativeAttention
+
+
+@dataclass(frozen=True)
+class LaneStep:
+    """New tokens of one lane (the rows that pass the pipeline together).
+
+    tokens, positions: [T] int64, padded at the end. lengths: new tokens of each row; the rows are the lane's slots
+    first_slot, first_slot + 1, ... decoding: one token a row, behind what is cached; else whole prompts.
+    """
+
+    lane: int
+    tokens: Tensor
+    positions: Tensor
+    first_slot: int
+    lengths: list[int]
+    decoding: bool
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each row's tokens end in the flat sequence."""
+        return list(accumulate(self.lengths))
+
+
+class CacheSession:
+    """The caches of all layers of this rank. step: what the model is being called with."""
+
+    def __init__(self, num_slots: int, capacity: int, max_position: int):
+        self.num_slots = num_slots
+        self.capacity = capacity
+        self.max_position = max_position
+        self.layers: list[CachedAttention] = []
+        self.step: LaneStep | None = None
+
+    def move(self, lane: int, source: int, target: int) -> None:
+        """Put a row's keys and values into another slot."""
+        for layer in self.layers:
+            for tensor in layer.lanes[lane]:
+                tensor[target] = tensor[source]
+
+
+class CachedAttention(torch.nn.Module):
+    """Core attention that keeps each row's keys and values.
+
+    attention: holds the layer's scale, window and softcap, and attends within whole prompts. lanes: lane number ->
+    (keys, values), each [slots, groups, capacity, d], with rotary positions applied.
+    """
+
+    def __init__(self, attention: NativeAttention, session: CacheSession):
+        super().__init__()
+        self.attention = attention
+        self.session = session
+        self.lanes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """query [T, 1, heads, d], key, value [T, 1, groups, d] of the session's step -> [T, 1, heads * d]."""
+        step = self.session.step
+        assert step is not None
+        out = query.new_zeros(query.shape[0], 1, query.shape[2] * value.shape[3])
+        if step.lengths:
+            keys, values = self._lane(step.lane, key, value)
+            attend = self._decode if step.decoding else self._prefill
+            attend(step, query, key, value, keys, values, out)
+        return out
+
+    def _lane(self, lane: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if lane not in self.lanes:
+            slots, capacity = self.session.num_slots, self.session.capacity
+            # Zeros, because a masked weight of zero times a NaN left in memory would be NaN.
+            self.lanes[lane] = (
+                key.new_zeros(slots, key.shape[2], capacity, key.shape[3]),
+                value.new_zeros(slots, value.shape[2], capacity, value.shape[3]),
+            )
+        return self.lanes[lane]
+
+    def _prefill(
+        self, step: LaneStep, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> None:
+        for row, (length, end) in enumerate(zip(step.lengths, step.ends, strict=True)):
+            part = slice(end - length, end)
+            slot = step.first_slot + row
+            keys[slot, :, :length] = key[part, 0].transpose(0, 1)
+            values[slot, :, :length] = value[part, 0].transpose(0, 1)
+            out[part] = self.attention(query[part], key[part], value[part])
+
+    def _decode(
+        self, step: LaneStep, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    ) -> None:
+        rows = len(step.lengths)
+        slots = torch.arange(step.first_slot, step.first_slot + rows, device=key.device)
+        positions = step.positions[:rows]
+        keys[slots, :, positions] = key[:rows, 0]
+        values[slots, :, positions] = value[:rows, 0]
+        present = slice(step.first_slot, step.first_slot + rows)
+        longest = int(positions.max()) + 1
+        attended = self._attend(query[:rows, 0], keys[present, :, :longest], values[present, :, :longest], positions)
+        out[:rows, 0] = attended
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """query [n, heads, d], keys, values [n, groups, L, d], positions [n] -> [n, heads * d]."""
+        attention = self.attention
+        distance = positions[:, None] - torch.arange(keys.shape[2], device=positions.device)
+        visible = distance >= 0
+        if attention.window is not None:
+            visible &= distance < attention.window
+        visible = visible[:, None, None, :]
+        # A group's query heads take the place of query positions: its keys are then read once, not once a head.
+        query = query.unflatten(1, (keys.shape[1], -1))
+        scale = attention.scale if attention.scale is not None else query.shape[-1] ** -0.5
+        if attention.softcap:
+            scores = query @ keys.transpose(-1, -2) * scale
+            scores = attention.softcap * torch.tanh(scores / attention.softcap)
+            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(values.dtype)
+            return (weights @ values).flatten(1)
+        mask = visible.expand(-1, -1, query.shape[2], -1)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).flatten(1)
+
+
+@contextmanager
+def cached_attention(
+    chunks: Sequence[GPTModel], *, num_slots: int, capacity: int, max_position: int
+) -> Iterator[CacheSession]:
+    """Put KV caches around the layers of these chunks; the layers are as before, and the caches gone, afterwards.
+
+    num_slots: rows a lane. capacity: tokens a row. max_position: a bound on positions that stays the same from call to
+    call (rotary tables are kept per bound).
+    """
+    session = CacheSession(num_slots, capacity, max_position)
+    with ExitStack() as restore:
+        for chunk in chunks:
+            rotary: Any = chunk.rotary_pos_emb
+            rotary.forward = partial(_rotary_at_positions, rotary.forward, session)
+            restore.callback(delattr, rotary, "forward")
+            for layer in chunk.decoder.layers:
+                attention: Any = layer.self_attention
+                original = attention.core_attention
+                cached = CachedAttention(_native(attention), session)
+                session.layers.append(cached)
+                restore.callback(setattr, attention, "core_attention", original)
+                attention.core_attention = cached
+        yield session
+
+
+def _native(attention: Any) -> NativeAttention:
+    """A layer's core attention in plain PyTorch: itself, or with the settings of Transformer Engine's."""
+    core = attention.core_attention
+    if isinstance(core, NativeAttention):
+        return core
+    native = NativeAttention(
+        core.config,
+        attention.layer_number,
+        attention.attn_mask_type,
+        attention.attention_type,
+        softmax_scale=attention.config.softmax_scale,
+    )
+    return native.eval()
+
+
+def _rotary_at_positions(table: Callable[..., Tensor], session: CacheSession, *_: Any, **__: Any) -> Tensor:
+    """Rotary angles [..., T, 1, 1, d] of the step's positions, in place of those of 0 to T - 1."""
+    assert session.step is not None
+    return table(session.max_position, packed_seq=True).index_select(-4, session.step.positions)

@@ -1,0 +1,162 @@
+"""New tokens through the training model: lanes as micro-batches of Megatron's own pipeline schedules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_lora.lora.arithmetic import TensorParallel, column_parallel
+from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
+from megatron_lora.policy.megatron.schedule import Engine
+from megatron_lora.rollout.native_cache import CacheSession, LaneStep
+
+# (hidden states [t, 1, h] (this rank's part), output layer, its weight if shared, the step) -> what to keep.
+Head = Callable[[Tensor, Any, Tensor | None, LaneStep], Tensor]
+
+
+@dataclass
+class LaneRunner:
+    """The model with caches around its attention. chunks: this rank's stages, not wrapped for data parallelism."""
+
+    engine: Engine
+    chunks: Sequence[GPTModel]
+    session: CacheSession
+
+    @property
+    def num_lanes(self) -> int:
+        return num_lanes(self.engine)
+
+    def next_token_logits(self, steps: Sequence[LaneStep]) -> list[Tensor]:
+        """Logits [rows, vocabulary] fp32 behind each row's newest token, lane by lane; [] but on the last stage."""
+        return self._run(steps, partial(_next_token_logits, engine=self.engine))
+
+    def target_logprobs(self, step: LaneStep, targets: Tensor) -> Tensor:
+        """Log-probability of targets [T] at temperature 1: [T] fp32, nats, on every stage."""
+        options = replace(self.engine.head, temperature=1.0)
+        head = partial(_target_logprobs, targets=targets, tp=self.engine.tp, options=options)
+        steps = [replace(step, lane=lane) for lane in range(self.num_lanes)]
+        results = self._run(steps, head)
+        return self.from_last_stage(results[0] if results else None, targets.shape, torch.float32)
+
+    def from_last_stage(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What the last stage's first tensor-parallel rank holds, on every rank of this model copy."""
+        world = self.engine.world
+        if value is None:
+            value = torch.empty(*shape, dtype=dtype, device=world.device)
+        if world.tp > 1 and world.pp_rank == world.pp - 1:
+            dist.broadcast(value, group_src=0, group=self.engine.tp.group)
+        if world.pp > 1:
+            group: Any = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(value, group_src=world.pp - 1, group=group)
+        return value
+
+    def padded(self, num_tokens: int) -> int:
+        """The length a step of so many tokens is padded to: sequence parallelism splits it evenly."""
+        multiple = self.engine.tp.size if self.engine.tp.sequence_parallel else 1
+        return -(-num_tokens // multiple) * multiple
+
+    def _run(self, steps: Sequence[LaneStep], head: Head) -> list[Tensor]:
+        iterators = [iter(steps) for _ in self.chunks]
+        single = len(self.chunks) == 1
+        schedule = get_forward_backward_func()
+        return schedule(
+            forward_step_func=partial(self._forward_step, head=head),
+            data_iterator=iterators[0] if single else iterators,
+            model=self.chunks[0] if single else list(self.chunks),
+            num_microbatches=len(steps),
+            seq_length=steps[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+    def _forward_step(self, iterator: Iterator[LaneStep], model: GPTModel, head: Head) -> tuple[Tensor, Any]:
+        step = next(iterator)
+        self.session.step = step
+
+        def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+            return head(hidden_states, output_layer, output_weight, step)
+
+        output = model(
+            input_ids=step.tokens.unsqueeze(0),
+            position_ids=step.positions.unsqueeze(0),
+            attention_mask=None,  # type: ignore[arg-type]
+            output_processor=processor,
+        )
+        return output, _keep
+
+
+def num_lanes(engine: Engine) -> int:
+    """One lane a pipeline stage, so that stages work on different rows at the same time."""
+    return engine.world.pp
+
+
+@contextmanager
+def generating(engine: Engine, chunks: Sequence[GPTModel]) -> Iterator[None]:
+    """No gradients, no dropout, steps of equal length; every module's mode is as before afterwards."""
+    modules = [module for chunk in chunks for module in chunk.modules()]
+    modes = [module.training for module in modules]
+    variable = engine.config.variable_seq_lengths
+    try:
+        engine.config.variable_seq_lengths = False
+        for chunk in chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        engine.config.variable_seq_lengths = variable
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def _keep(output: Tensor, non_loss_data: bool) -> Tensor:
+    # A new tensor: schedules of virtual stages empty the one they were given.
+    return output.detach()
+
+
+def _next_token_logits(
+    hidden: Tensor, output_layer: Any, weight: Tensor | None, step: LaneStep, *, engine: Engine
+) -> Tensor:
+    tp = engine.tp
+    hidden = hidden.squeeze(1)
+    if tp.sequence_parallel:
+        hidden = tp.all_gather(hidden)
+    last = torch.tensor(step.ends, dtype=torch.int64, device=hidden.device) - 1
+    logits = _local_logits(hidden[last], output_layer, weight, tp).float()
+    if tp.size > 1:
+        logits = tp.all_gather(logits.t()).t()
+    # The columns behind the vocabulary are padding: never sampled.
+    return logits[:, : engine.head.vocab_size]
+
+
+def _local_logits(hidden: Tensor, output_layer: Any, weight: Tensor | None, tp: TensorParallel) -> Tensor:
+    """hidden [n, h], the same on every rank -> [n, vocabulary / tp], without communication."""
+    head: Tensor = output_layer.weight if weight is None else weight
+    bias = getattr(output_layer, "bias", None)
+    if isinstance(output_layer, LoRALinear) and output_layer.enabled:
+        call = replace(output_layer.draw_call(hidden), parallel=TensorParallel(tp.group, 1, 0, False))
+        return column_parallel(hidden, head, bias, output_layer.lora_A, output_layer.lora_B, call)
+    return F.linear(hidden, head, bias)
+
+
+def _target_logprobs(
+    hidden: Tensor,
+    output_layer: Any,
+    weight: Tensor | None,
+    step: LaneStep,
+    *,
+    targets: Tensor,
+    tp: TensorParallel,
+    options: HeadOptions,
+) -> Tensor:
+    return target_logprobs(hidden, output_layer, weight, targets, tp, options)

@@ -1,0 +1,73 @@
+"""From logits to tokens: temperature, top-k, top-p, draws that depend on nothing but their seed, and stopping."""
+
+from collections.abc import Sequence
+
+import numpy
+import torch
+from torch import Tensor
+
+from megatron_lora.rollout.generator import Decoder, SamplingOptions
+
+# Tokens beyond a stop string's bytes that are decoded with it: some tokens decode to nothing (special tokens).
+STOP_SLACK = 8
+
+
+def processed_logprobs(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Log-probabilities [n, vocabulary] (fp32, nats) of the distribution that is sampled from; -inf where cut off.
+
+    logits: [n, vocabulary]. Temperature first, then the top_k most likely tokens (ties with the last are kept), then
+    the smallest set of the rest with probability top_p (Holtzman et al. 2019, section 3.1), as vLLM's
+    `processed_logprobs`. At temperature 0 the model's own distribution.
+    """
+    logits = logits.float()
+    if options.temperature == 0:
+        return logits.log_softmax(-1)
+    logits = logits / options.temperature
+    if 0 < options.top_k < logits.shape[-1]:
+        least = logits.topk(options.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if options.top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        likelier = probabilities.cumsum(-1) - probabilities
+        cut = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, likelier >= options.top_p)
+        logits = logits.masked_fill(cut, float("-inf"))
+    return logits.log_softmax(-1)
+
+
+def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [n] from log-probabilities [n, vocabulary] and numbers in [0, 1) [n], by inversion in fp64."""
+    cumulative = logprobs.double().exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total, so that the token found has a probability above zero.
+    point = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    return tokens.clamp(max=logprobs.shape[-1] - 1)
+
+
+def random_stream(seed: int, prompt_index: int, sample_index: int) -> numpy.random.Generator:
+    """One answer's random numbers: the same whatever batch, rank or layout draws it."""
+    return numpy.random.default_rng([seed % (1 << 63), prompt_index, sample_index])
+
+
+class StopRule:
+    """What ends an answer besides its length. decoder: needed for stop strings only; raises ValueError without it."""
+
+    def __init__(self, options: SamplingOptions, decoder: Decoder | None):
+        if options.stop_strings and decoder is None:
+            raise ValueError("stop strings are looked for in decoded text; give the generator a tokenizer")
+        self.token_ids = frozenset(options.stop_token_ids)
+        self.strings = options.stop_strings
+        self.decoder = decoder
+        # A token holds at least one byte of the text it stands for, so a string never spans more than these.
+        self.window = STOP_SLACK + max((len(string.encode()) for string in self.strings), default=0)
+
+    def met(self, completion: Sequence[int]) -> bool:
+        """Whether the answer ends with its newest token; called after each one."""
+        if completion[-1] in self.token_ids:
+            return True
+        if not self.strings:
+            return False
+        assert self.decoder is not None
+        text = self.decoder.decode(list(completion[-self.window :]), skip_special_tokens=True)
+        return any(string in text for string in self.strings)

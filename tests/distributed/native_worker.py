@@ -1,0 +1,145 @@
+"""Under torchrun: generate with the Megatron policy in several layouts and save what came out.
+
+Arguments: a JSON file (see `test_rollout_native.py`) with `cases`, and the folder for the results.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.data.batch import Row
+from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.rollout.generator import Sample, SamplingOptions
+from megatron_lora.runtime.world import init_megatron_world
+
+LENGTHS = (1, 5, 17, 2, 30)
+
+
+def prompts(vocab_size: int = 101) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def tokenizer(vocab_size: int = 101) -> PreTrainedTokenizerFast:
+    """A real tokenizer whose token n reads `<n>`; text spans tokens without gaps."""
+    inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(vocab_size)}, unk_token="<0>"))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def policy_config(case: dict[str, Any]) -> PolicyConfig:
+    return PolicyConfig.model_validate(
+        {
+            "model_name": case["model"],
+            "precision": "float32",
+            "train_global_batch_size": 4,
+            "train_micro_batch_size": 2,
+            "max_total_sequence_length": 64,
+            "generation_batch_size": case.get("batch", 3),
+            "megatron_cfg": {
+                "enabled": True,
+                "peft": {"enabled": True, "init_adapter": case["adapter"], "dropout": 0.3, **case.get("peft", {})},
+                **case["layout"],
+            },
+        }
+    )
+
+
+def rows_of(samples: list[Sample]) -> list[Row]:
+    ids = [torch.tensor(sample.prompt_ids + sample.completion_ids) for sample in samples]
+    masks = [torch.arange(len(row)) >= len(sample.prompt_ids) for row, sample in zip(ids, samples, strict=True)]
+    return [Row(input_ids=row, target_mask=mask) for row, mask in zip(ids, masks, strict=True)]
+
+
+def plain(samples: list[Sample]) -> list[dict[str, Any]]:
+    return [vars(sample) for sample in samples]
+
+
+def state_of(policy: Any) -> dict[str, Any]:
+    """All that generation must leave as it was."""
+    return {
+        "modes": [module.training for chunk in policy.chunks for module in chunk.modules()],
+        "modules": [name for chunk in policy.chunks for name, _ in chunk.named_modules()],
+        "replaced": [name for chunk in policy.chunks for name, m in chunk.named_modules() if "forward" in vars(m)],
+        "variable": policy.engine.config.variable_seq_lengths,
+        "grad": torch.is_grad_enabled(),
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        # Megatron's choice of kernels for the model before, of which one process usually has one only.
+        del os.environ[name]
+    config = policy_config(case)
+    world = init_megatron_world(config, 0)
+    from megatron_lora.policy.megatron.policy import MegatronPolicy
+    from megatron_lora.rollout.native import NativeGenerator
+
+    policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=4)
+    generator = NativeGenerator(policy, tokenizer())
+    generator.start()
+    handover = generator.load_adapter(policy.adapter(), 3)
+    before = state_of(policy)
+    greedy = generator.generate(prompts(), 1, SamplingOptions(max_new_tokens=12, temperature=0.0))
+    sampled = generator.generate(prompts(), 3, SamplingOptions(max_new_tokens=12, temperature=0.7, seed=5))
+    after = state_of(policy)
+    with policy.temperature(0.7):
+        trainer = policy.score(rows_of(sampled))
+    probe = prompts()[-1]
+    result = {
+        "greedy": plain(greedy),
+        "sampled": plain(sampled),
+        "trainer": trainer,
+        "probe": generator.score_prompt(probe),
+        "trainer_probe": policy.score([Row(torch.tensor(probe), torch.ones(len(probe), dtype=torch.bool))])[0],
+        "fingerprints": [handover.fingerprint, generator.held_fingerprint()],
+        "state_kept": before == after,
+        "replicas": generator.num_replicas,
+    }
+    if case.get("stops"):
+        result["stopped"] = plain(generator.generate(prompts(), 1, stop_options(greedy)))
+        with policy.adapters_disabled():
+            result["base"] = plain(
+                generator.generate(prompts(), 1, SamplingOptions(max_new_tokens=12, temperature=0.0))
+            )
+    if case.get("trains"):
+        stale = policy.adapter()
+        policy.train_step([[row] for row in rows_of(sampled)[:4]], SFTObjective())
+        result["stale"] = [generator.load_adapter(stale, 4).fingerprint, generator.held_fingerprint()]
+        result["trained"] = plain(generator.generate(prompts(), 2, SamplingOptions(max_new_tokens=12, seed=6)))
+        result["trained_trainer"] = policy.score(rows_of(generator_samples(result["trained"])))
+    return result
+
+
+def generator_samples(values: list[dict[str, Any]]) -> list[Sample]:
+    return [Sample(**value) for value in values]
+
+
+def stop_options(greedy: list[Sample]) -> SamplingOptions:
+    """A stop string across the border of two greedy tokens of prompt 2, and a stop token of prompt 4."""
+    first, second = greedy[2].completion_ids[4:6]
+    return SamplingOptions(
+        max_new_tokens=12,
+        temperature=0.0,
+        stop_strings=(f"{str(first)[-1]}><{str(second)[0]}",),
+        stop_token_ids=(greedy[4].completion_ids[6],),
+    )
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    for name, case in cases.items():
+        result = run_case(case)
+        torch.save(result, Path(sys.argv[2]) / f"{name}.{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
