@@ -1,0 +1,271 @@
+"""One rank of the DTensor backend's tests: runs every case of its world size in one process group.
+
+torchrun --nproc-per-node N -m tests.distributed.dtensor_worker FOLDER
+"""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.data.batch import Row
+from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.dtensor.policy import DTensorPolicy
+from megatron_lora.runtime.world import init_distributed, init_dtensor_world
+from tests.support.reference import make_rows
+
+NUM_STEPS = 10
+TP2: dict[str, Any] = {"tensor_parallel_size": 2}
+SP2 = TP2 | {"sequence_parallel": True}
+DROPS = {"init_adapter": None, "dropout": 0.3}
+
+# name -> (world size, family, dtensor_cfg, what to do)
+TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "one": (1, "llama3", {}),
+    "one_peft_forward": (1, "llama3", {"lora_cfg": {"use_triton": False}}),
+    "one_packed": (1, "qwen3", {"packed": True}),
+    "one_recompute": (1, "qwen3", {"activation_checkpointing": True}),
+    "one_offload": (1, "qwen3", {"cpu_offload": True}),
+    "one_gemma": (1, "gemma3", {"packed": True}),
+    "one_head": (1, "llama3_head", {}),
+    "one_full": (1, "qwen2", {"full": True}),
+    "dp": (2, "llama3", {}),
+    "dp_full": (2, "qwen3", {"full": True}),
+    "tp": (2, "qwen3", TP2),
+    "tp_packed": (2, "gemma3", TP2 | {"packed": True}),
+    "tp_recompute": (2, "qwen3", TP2 | {"activation_checkpointing": True}),
+    "tp_head": (2, "llama3_head", TP2),
+    "tp_tied": (2, "qwen2", TP2),
+    "tp_full": (2, "qwen3", TP2 | {"full": True}),
+    "tp_tied_full": (2, "qwen2", TP2 | {"full": True}),
+    "sp": (2, "qwen3", SP2),
+    "sp_tied": (2, "qwen2", SP2),
+    "sp_gemma": (2, "gemma3", SP2 | {"packed": True}),
+    "sp_head": (2, "llama3_head", SP2),
+    "sp_full": (2, "qwen3", SP2 | {"full": True}),
+    "sp_tied_full": (2, "qwen2", SP2 | {"full": True}),
+    "tp_dp": (4, "qwen3", TP2),
+    "sp_dp_packed": (4, "llama3", SP2 | {"packed": True}),
+    "tp_dp_full": (4, "qwen3", TP2 | {"full": True}),
+    "dp4": (4, "qwen2", {}),
+}
+
+
+def make_policy(folder: Path, family: str, options: dict[str, Any], **changes: Any) -> DTensorPolicy:
+    """options: `policy.dtensor_cfg`, plus `packed` and `full`."""
+    options = dict(options)
+    full, packed = options.pop("full", False), options.pop("packed", False)
+    lora = {"enabled": not full, "init_adapter": None if full else str(folder / f"{family}_adapter")}
+    lora |= options.pop("lora_cfg", {})
+    settings: dict[str, Any] = {
+        "model_name": str(folder / family.removesuffix("_head")),
+        "precision": "float32",
+        "train_global_batch_size": 6,
+        "train_micro_batch_size": 2,
+        "max_total_sequence_length": 64,
+        "sequence_packing": {"enabled": packed, "train_mb_tokens": 64},
+        "dtensor_cfg": options | {"lora_cfg": lora},
+        "megatron_cfg": {
+            # Chunks that do not divide the tokens.
+            "fused_linear_logprobs_chunk_size": 24,
+            "optimizer": {"lr": learning_rate(full), "weight_decay": 0.1, "adam_beta2": 0.98, "adam_eps": 1e-8},
+            "scheduler": {"lr_decay_style": "constant"},
+        },
+    }
+    config = PolicyConfig(**settings | changes)
+    return DTensorPolicy(config, init_dtensor_world(config, 0), pad_token_id=0, seed=0, num_steps=NUM_STEPS)
+
+
+def learning_rate(full: bool) -> float:
+    return 1e-3 if full else 1e-2
+
+
+def steps() -> list[list[Row]]:
+    return [make_rows(6, 101, seed=seed) for seed in range(NUM_STEPS)]
+
+
+def train(policy: DTensorPolicy, batches: list[list[Row]]) -> dict[str, Any]:
+    results = [policy.train_step([[row] for row in rows], SFTObjective()) for rows in batches]
+    return {
+        "losses": [result.loss for result in results],
+        "grad_norms": [result.grad_norm for result in results],
+        "learning_rates": [result.learning_rate for result in results],
+        "weights": policy.adapter().tensors if policy.spec is not None else dict(policy.hf_weights()),
+    }
+
+
+def resume(folder: Path, name: str, family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Six steps in one go; and three, saved, loaded by a new policy, three more."""
+    batches = steps()
+    straight = train(make_policy(folder, family, options), batches[:6])
+    first = make_policy(folder, family, options)
+    train(first, batches[:3])
+    weights, optimizer = folder / "saved" / name / "weights", folder / "saved" / name / "optimizer"
+    first.save(weights, optimizer)
+    saved = first.adapter().tensors if first.spec is not None else dict(first.hf_weights())
+    second = make_policy(folder, family, options)
+    second.load(weights, optimizer)
+    return {"straight": straight, "resumed": train(second, batches[3:6]), "saved": saved}
+
+
+def other_layout(folder: Path, name: str, family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Three more steps from the checkpoint that the resume case `name` left on another layout."""
+    policy = make_policy(folder, family, options)
+    policy.load(folder / "saved" / name / "weights", folder / "saved" / name / "optimizer")
+    return train(policy, steps()[3:6])
+
+
+def scores(folder: Path, family: str, options: dict[str, Any]) -> dict[str, Any]:
+    policy = make_policy(folder, family, options)
+    rows = make_rows(5, 101, seed=8)
+    adapted = policy.score(rows)
+    with policy.adapters_disabled():
+        base = policy.score(rows)
+    with policy.temperature(0.5):
+        sharp = policy.score(rows)
+    loss, _ = policy.evaluate([[row] for row in rows], SFTObjective())
+    merged = dict(policy.hf_weights())
+    again = policy.score(rows)
+    return {"adapted": adapted, "base": base, "sharp": sharp, "again": again, "loss": loss, "merged": merged}
+
+
+def dropout(folder: Path, options: dict[str, Any], position: str) -> dict[str, Any]:
+    """The same three steps, kept and recomputed; the loss without dropout."""
+    lora = {"lora_cfg": DROPS | {"dropout_position": position} | options.get("lora_cfg", {})}
+    kept = make_policy(folder, "qwen3", options | lora)
+    recomputed = make_policy(folder, "qwen3", options | lora | {"activation_checkpointing": True})
+    batches = steps()
+    result = {}
+    for name, policy in (("kept", kept), ("recomputed", recomputed)):
+        torch.manual_seed(5 + policy.world.dp_rank)
+        result[name] = train(policy, batches[:3])
+    groups = [[row] for row in batches[3]]
+    result["evaluated"] = [kept.evaluate(groups, SFTObjective())[0] for _ in range(2)]
+    result["trained"] = [kept.train_step(groups, SFTObjective()).loss]
+    return result
+
+
+def compiled(folder: Path) -> dict[str, Any]:
+    return train(make_policy(folder, "qwen3", {"compile": True}), steps()[:3])
+
+
+def bfloat16(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    policy = make_policy(folder, "qwen3", options, precision="bfloat16")
+    result = train(policy, steps())
+    result["dtypes"] = sorted({str(parameter.dtype) for parameter in policy.trained})
+    return result
+
+
+def named_optimizer(folder: Path) -> dict[str, Any]:
+    """`policy.optimizer` and `policy.scheduler` in NeMo RL's shape."""
+    policy = make_policy(
+        folder,
+        "llama3",
+        {},
+        optimizer={"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.98]}},
+        scheduler=[
+            {"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"start_factor": 0.1, "total_iters": 4}},
+            {"name": "torch.optim.lr_scheduler.ConstantLR", "kwargs": {"factor": 1.0, "total_iters": 100}},
+            {"milestones": [4]},
+        ],
+    )
+    return train(policy, steps()[:6])
+
+
+def exchange(folder: Path) -> dict[str, Any]:
+    """The Megatron backend beside this one: the same start from a seed, the same steps, each other's checkpoints."""
+    from megatron_lora.policy.megatron.policy import MegatronPolicy
+    from megatron_lora.runtime.world import init_megatron_world
+
+    changes: dict[str, Any] = {
+        "megatron_cfg": {
+            "peft": {"enabled": True, "dim": 4, "alpha": 8},
+            "optimizer": {"lr": 1e-2, "min_lr": 1e-4, "weight_decay": 0.1},
+            "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 3},
+        }
+    }
+    options = {"lora_cfg": {"init_adapter": None, "dim": 4, "alpha": 8}}
+    batches = steps()
+    ours = make_policy(folder, "qwen3", options, **changes)
+    megatron_changes = {**changes["megatron_cfg"], "enabled": True}
+    config = ours.config.model_copy(
+        update={"megatron_cfg": type(ours.config.megatron_cfg)(**megatron_changes)}, deep=True
+    )
+    theirs = MegatronPolicy(config, init_megatron_world(config, 0), pad_token_id=0, seed=0, num_steps=NUM_STEPS)
+    result: dict[str, Any] = {"starts": (ours.adapter(), theirs.adapter())}
+    result["ours"] = train(ours, batches[:6])
+    result["theirs"] = train(theirs, batches[:6])  # type: ignore[arg-type]
+    theirs.save(folder / "saved" / "megatron" / "weights", folder / "saved" / "megatron" / "optimizer")
+    ours.save(folder / "saved" / "dtensor" / "weights", None)
+    groups = [[row] for row in batches[6]]
+    result["saved"] = (ours.evaluate(groups, SFTObjective())[0], theirs.evaluate(groups, SFTObjective())[0])
+    from_megatron = make_policy(folder, "qwen3", options, **changes)
+    from_megatron.load(folder / "saved" / "megatron" / "weights", folder / "saved" / "megatron" / "optimizer")
+    theirs.load(folder / "saved" / "dtensor" / "weights", None)
+    result["loaded"] = (theirs.evaluate(groups, SFTObjective())[0], from_megatron.evaluate(groups, SFTObjective())[0])
+    result["rates"] = (theirs.train_step(groups, SFTObjective()), from_megatron.train_step(groups, SFTObjective()))
+    return result
+
+
+OTHERS: dict[str, tuple[int, Any]] = {
+    "resume_one": (1, lambda f: resume(f, "one", "qwen3", {"lora_cfg": DROPS})),
+    "resume_full": (1, lambda f: resume(f, "full", "qwen2", {"full": True})),
+    "scores_one": (1, lambda f: scores(f, "llama3", {})),
+    "scores_unlike": (1, lambda f: scores(f, "llama3", {"lora_cfg": {"init_adapter": str(f / "unlike_adapter")}})),
+    "dropout_pre": (1, lambda f: dropout(f, {}, "pre")),
+    "dropout_post": (1, lambda f: dropout(f, {}, "post")),
+    "dropout_peft_forward": (1, lambda f: dropout(f, {"lora_cfg": {"use_triton": False}}, "post")),
+    "compiled": (1, compiled),
+    "bfloat16": (1, lambda f: bfloat16(f, {})),
+    "bfloat16_full": (1, lambda f: bfloat16(f, {"full": True})),
+    "named_optimizer": (1, named_optimizer),
+    # Last of its world size: it installs Megatron's stand-ins for CUDA.
+    "exchange": (1, exchange),
+    "resume_tp": (2, lambda f: resume(f, "tp", "qwen3", TP2)),
+    "resume_dp_full": (2, lambda f: resume(f, "dp_full", "qwen2", {"full": True})),
+    "tp_to_dp": (2, lambda f: other_layout(f, "tp", "qwen3", {})),
+    "dp_full_to_tp": (2, lambda f: other_layout(f, "dp_full", "qwen2", TP2 | {"full": True})),
+    "scores_tp": (2, lambda f: scores(f, "llama3", TP2)),
+    "scores_unlike_tp": (
+        2,
+        lambda f: scores(f, "llama3", TP2 | {"lora_cfg": {"init_adapter": str(f / "unlike_adapter")}}),
+    ),
+    "dropout_tp_pre": (2, lambda f: dropout(f, TP2, "pre")),
+    "dropout_tp_post": (2, lambda f: dropout(f, SP2, "post")),
+    "bfloat16_tp": (2, lambda f: bfloat16(f, TP2)),
+    "resume_tp_dp": (4, lambda f: resume(f, "tp_dp", "qwen3", TP2 | {"full": True})),
+}
+
+
+def run_case(folder: Path, name: str) -> dict[str, Any]:
+    if name in TRAIN:
+        _, family, options = TRAIN[name]
+        return train(make_policy(folder, family, options), steps())
+    return OTHERS[name][1](folder)
+
+
+def main(folder: Path, wanted: list[str]) -> None:
+    world = init_distributed()
+    cases = {name: size for name, (size, *_) in {**TRAIN, **OTHERS}.items()}
+    for name, size in cases.items():
+        if size != world.size or (wanted and name not in wanted):
+            continue
+        try:
+            result = run_case(folder, name)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+            # The other ranks may be waiting: the cases that follow cannot run.
+            if world.size > 1:
+                torch.save(result, folder / f"{name}.rank{world.rank}.pt")
+                raise
+        torch.save(result, folder / f"{name}.rank{world.rank}.pt")
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

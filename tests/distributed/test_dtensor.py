@@ -1,0 +1,225 @@
+"""The DTensor backend on real ranks, world sizes 1, 2 and 4, against plain transformers + peft and against the Megatron
+backend."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from conversion.adapter_checkpoint import read_adapter
+from megatron_lora.lora.peft_format import to_hf
+from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps
+from tests.support.models import save_model
+from tests.support.reference import TARGETS, make_rows, save_adapter, token_logps, train
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-4
+FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dtensor")
+    for family in FAMILIES:
+        save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+    save_adapter(folder / "llama3", folder / "llama3_head_adapter", targets=[*TARGETS, "lm_head"])
+    _save_unlike_adapter(folder / "llama3", folder / "unlike_adapter")
+    return folder
+
+
+def _save_unlike_adapter(base: Path, folder: Path) -> None:
+    """q and v with an A and a rank of their own, some layers only, rsLoRA's scale."""
+    torch.manual_seed(4)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"v_proj": 2},
+        layers_to_transform=[1, 3],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+
+
+class Runs:
+    """The workers' results, each world size run once when first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.logs: dict[int, str] = {}
+        self.references: dict[tuple[str, bool], Any] = {}
+
+    def __getitem__(self, name: str) -> list[dict[str, Any]]:
+        size = (TRAIN.get(name) or OTHERS[name])[0]
+        if size not in self.logs:
+            self.logs[size] = self._run(size)
+        paths = [self.folder / f"{name}.rank{rank}.pt" for rank in range(size)]
+        missing = [path.name for path in paths if not path.is_file()]
+        assert not missing, f"{missing} not written:\n{self.logs[size][-6000:]}"
+        results = [torch.load(path, weights_only=False) for path in paths]
+        assert "error" not in results[0], f"{results[0]['error']}\n{self.logs[size][-6000:]}"
+        return results
+
+    def _run(self, size: int) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command += ["-m", "tests.distributed.dtensor_worker", str(self.folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    def reference(self, family: str, full: bool) -> Any:
+        if (family, full) not in self.references:
+            base = self.folder / family.removesuffix("_head")
+            adapter = None if full else self.folder / f"{family}_adapter"
+            self.references[family, full] = train(base, adapter, steps(), lr=learning_rate(full))
+        return self.references[family, full]
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> Runs:
+    return Runs(folder)
+
+
+def _relative(got: list[float], wanted: list[float]) -> float:
+    assert len(got) == len(wanted)
+    return max(abs(g - w) / abs(w) for g, w in zip(got, wanted, strict=True))
+
+
+def _distance(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    assert set(got) == set(wanted)
+    return max(((got[name] - value).norm() / value.norm()).item() for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_training_equals_transformers_and_peft(runs: Runs, name: str) -> None:
+    _, family, options = TRAIN[name]
+    full = options.get("full", False)
+    wanted = runs.reference(family, full)
+    for got in runs[name]:
+        assert _relative(got["losses"], wanted.losses) < TOLERANCE
+        assert _relative(got["grad_norms"], wanted.grad_norms) < TOLERANCE
+        weights = dict(wanted.adapter)
+        if full and family == "qwen2":
+            del weights["lm_head.weight"]  # tied: transformers' files hold it once
+        # AdamW divides by the gradients' size, which carries rounding of near-zero gradients into full steps.
+        assert _distance(got["weights"], weights) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("resume")])
+def test_resume_is_bit_identical(runs: Runs, name: str) -> None:
+    for got in runs[name]:
+        assert got["resumed"]["losses"] == got["straight"]["losses"][3:]
+        assert got["resumed"]["grad_norms"] == got["straight"]["grad_norms"][3:]
+        for key, value in got["straight"]["weights"].items():
+            assert torch.equal(got["resumed"]["weights"][key], value), key
+
+
+@pytest.mark.parametrize(("name", "saved"), [("tp_to_dp", "resume_tp"), ("dp_full_to_tp", "resume_dp_full")])
+def test_checkpoint_goes_on_in_another_layout(runs: Runs, name: str, saved: str) -> None:
+    wanted = runs[saved][0]["straight"]
+    for got in runs[name]:
+        assert _relative(got["losses"], wanted["losses"][3:]) < 1e-5
+        assert _relative(got["grad_norms"], wanted["grad_norms"][3:]) < TOLERANCE
+
+
+def test_adapter_checkpoint_has_the_shared_format(runs: Runs, folder: Path) -> None:
+    saved = runs["resume_tp"][0]["saved"]
+    _, tensors = to_hf(*read_adapter(folder / "saved" / "tp" / "weights"))
+    assert set(tensors) == set(saved)
+    assert all(torch.equal(tensors[name], value) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("name", ["scores_one", "scores_tp", "scores_unlike", "scores_unlike_tp"])
+def test_scores(runs: Runs, folder: Path, name: str) -> None:
+    adapter = folder / ("unlike_adapter" if "unlike" in name else "llama3_adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama3", attn_implementation="eager")
+    rows = make_rows(5, 101, seed=8)
+    with torch.no_grad():
+        without = [token_logps(base, row) for row in rows]
+        model = PeftModel.from_pretrained(base, adapter)
+        adapted = [token_logps(model, row) for row in rows]
+        sharp = [torch.log_softmax(model(row.input_ids[None]).logits[0, :-1] / 0.5, -1) for row in rows]
+        merged = model.merge_and_unload().state_dict()
+    sharp = [logps.gather(1, row.input_ids[1:, None]).squeeze(1) for logps, row in zip(sharp, rows, strict=True)]
+    count = sum(row.num_targets for row in rows)
+    loss = -sum(float((logps * row.target_mask[1:]).sum()) for logps, row in zip(adapted, rows, strict=True)) / count
+    for got in runs[name]:
+        for key, wanted in (("base", without), ("adapted", adapted), ("sharp", sharp), ("again", adapted)):
+            for piece, reference in zip(got[key], wanted, strict=True):
+                assert piece[0] == 0.0
+                torch.testing.assert_close(piece[1:], reference, rtol=1e-4, atol=1e-5)
+        assert got["loss"] == pytest.approx(loss, rel=1e-5)
+        assert set(got["merged"]) == set(merged)
+        for key, value in merged.items():
+            torch.testing.assert_close(got["merged"][key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("dropout")])
+def test_dropout(runs: Runs, name: str) -> None:
+    for got in runs[name]:
+        # Recomputation draws the masks again.
+        assert _relative(got["recomputed"]["losses"], got["kept"]["losses"]) < 1e-5
+        assert _relative(got["recomputed"]["grad_norms"], got["kept"]["grad_norms"]) < 1e-5
+        evaluated, trained = got["evaluated"], got["trained"]
+        assert evaluated[0] == evaluated[1]
+        assert abs(trained[0] - evaluated[0]) > 1e-4 * evaluated[0]
+
+
+def test_ranks_agree_on_the_gradient_under_dropout(runs: Runs) -> None:
+    for name in ("dropout_tp_pre", "dropout_tp_post"):
+        first, second = runs[name]
+        for key, value in first["kept"]["weights"].items():
+            assert torch.equal(second["kept"]["weights"][key], value), (name, key)
+
+
+def test_compiled_layers_give_the_same_numbers(runs: Runs) -> None:
+    wanted = runs.reference("qwen3", False)
+    [got] = runs["compiled"]
+    assert _relative(got["losses"], wanted.losses[:3]) < TOLERANCE
+    assert _relative(got["grad_norms"], wanted.grad_norms[:3]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "full"), [("bfloat16", False), ("bfloat16_full", True), ("bfloat16_tp", False)])
+def test_bfloat16_trains_fp32_weights(runs: Runs, name: str, full: bool) -> None:
+    wanted = runs.reference("qwen3", full)
+    for got in runs[name]:
+        assert got["dtypes"] == ["torch.float32"]
+        assert _relative(got["losses"], wanted.losses) < 3e-2
+        assert _relative(got["grad_norms"], wanted.grad_norms) < 1e-1
+
+
+def test_torch_optimizer_and_schedulers(runs: Runs, folder: Path) -> None:
+    [got] = runs["named_optimizer"]
+    assert got["learning_rates"] == pytest.approx([1e-3, 3.25e-3, 5.5e-3, 7.75e-3, 1e-2, 1e-2])
+    base, adapter = folder / "llama3", folder / "llama3_adapter"
+    first = train(base, adapter, steps()[:2], lr=1e-3)
+    assert _relative(got["losses"][:2], first.losses) < TOLERANCE
+
+
+def test_the_megatron_backend_gives_the_same_run(runs: Runs) -> None:
+    [got] = runs["exchange"]
+    ours, theirs = got["starts"]
+    assert ours.config == theirs.config
+    assert set(ours.tensors) == set(theirs.tensors)
+    assert all(torch.equal(ours.tensors[name], value) for name, value in theirs.tensors.items())
+    for key in ("losses", "grad_norms", "learning_rates"):
+        assert _relative(got["ours"][key], got["theirs"][key]) < TOLERANCE
+
+
+def test_backends_load_each_others_checkpoints(runs: Runs) -> None:
+    [got] = runs["exchange"]
+    assert got["loaded"] == pytest.approx(got["saved"], rel=1e-5)
+    megatron, ours = got["rates"]
+    assert ours.learning_rate == pytest.approx(megatron.learning_rate)
+    assert ours.grad_norm == pytest.approx(megatron.grad_norm, rel=1e-3)
