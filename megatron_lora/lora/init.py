@@ -17,7 +17,8 @@ def init_factor(method: str, shape: tuple[int, int], seed: int, name: str) -> Te
     """
     if method == "zero":
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # A CPU generator looks at the low 32 bits of its seed only.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     fan_out, fan_in = shape
     values = torch.empty(shape)
     if method == "xavier":

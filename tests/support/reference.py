@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from megatron_lora.data.batch import Row
@@ -24,8 +25,10 @@ class Training:
     adapter: dict[str, torch.Tensor]
 
 
-def save_adapter(model_folder: Path, folder: Path, seed: int = 1, targets: list[str] | None = None) -> Path:
-    """An HF PEFT adapter with q, k, v sharing one A and gate, up another; B away from zero."""
+def save_adapter(
+    model_folder: Path, folder: Path, seed: int = 1, targets: list[str] | None = None, share_a: bool = True
+) -> Path:
+    """An HF PEFT adapter, B away from zero. share_a: q, k, v have one A and gate, up another; else each its own."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets or TARGETS, task_type="CAUSAL_LM")
@@ -34,7 +37,8 @@ def save_adapter(model_folder: Path, folder: Path, seed: int = 1, targets: list[
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
-    tie_shared_factors(model)
+    if share_a:
+        tie_shared_factors(model)
     model.save_pretrained(folder)
     return folder
 
@@ -66,6 +70,15 @@ def token_logps(model: torch.nn.Module, row: Row) -> torch.Tensor:
     return F.log_softmax(logits, -1).gather(1, row.input_ids[1:, None]).squeeze(1)
 
 
+def sum_of_target_logps(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
+    """The log-probabilities of all rows' target tokens, summed, in one batch: padding on the right of a causal model
+    is seen by nothing."""
+    ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
+    mask = pad_sequence([row.target_mask for row in rows], batch_first=True)
+    logps = F.log_softmax(model(ids).logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return (logps * mask[:, 1:]).sum()
+
+
 def train(
     model_folder: Path,
     adapter_folder: Path | None,
@@ -74,12 +87,17 @@ def train(
     weight_decay: float = 0.1,
     max_norm: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.98),
+    share_a: bool = True,
 ) -> Training:
-    """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder."""
+    """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder.
+
+    share_a: q, k, v train one A and gate, up another, as a fused adapter does; else each its own, as peft does.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     if adapter_folder is not None:
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
-        tie_shared_factors(model)
+        if share_a:
+            tie_shared_factors(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Megatron decays matrices only.
     groups = [
@@ -91,12 +109,9 @@ def train(
     for rows in steps:
         optimizer.zero_grad()
         count = sum(row.num_targets for row in rows)
-        total = 0.0
-        for row in rows:
-            loss = -(token_logps(model, row) * row.target_mask[1:]).sum() / count
-            loss.backward()
-            total += loss.item()
-        losses.append(total)
+        loss = -sum_of_target_logps(model, rows) / count
+        loss.backward()
+        losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
         optimizer.step()
     wanted = "lora_" if adapter_folder is not None else ""

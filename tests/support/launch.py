@@ -1,0 +1,35 @@
+"""Start a module of the tests under torchrun, on this machine's CPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LINES_SHOWN = 80
+
+
+class RanksFailed(AssertionError):
+    """A rank ended badly; the message holds the end of what all of them wrote to stderr."""
+
+
+def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 1500.0) -> str:
+    """Run `python -m module arguments` on so many processes, one thread each, and return their stdout.
+
+    Raises RanksFailed where one of them exits with another status than 0, or all have not ended after `timeout` seconds.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", module, *(str(argument) for argument in arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as late:
+        written = (late.stderr or b"").decode(errors="replace")
+        raise RanksFailed(f"{module} on {ranks} ranks had not ended after {timeout:g} s\n{_end(written)}") from None
+    if done.returncode != 0:
+        raise RanksFailed(f"{module} on {ranks} ranks ended with status {done.returncode}\n{_end(done.stderr)}")
+    return done.stdout
+
+
+def _end(text: str) -> str:
+    return "\n".join(text.splitlines()[-LINES_SHOWN:])
