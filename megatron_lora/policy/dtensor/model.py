@@ -148,7 +148,9 @@ def _fill_and_shard(
         _fill(layer, f"model.layers.{index}.", source, plan, mesh["tp"], filled)
         _buffers_to(layer, source.world.device)
         if policy.dtensor_cfg.compile:
-            layer.forward = torch.compile(layer.forward)
+            # A CPU gains nothing by it: there layers are traced only, which needs no C++ compiler.
+            backend = "inductor" if source.world.device.type == "cuda" else "aot_eager"
+            layer.forward = torch.compile(layer.forward, backend=backend)
         fully_shard(layer, **fsdp)
     _fill(hf, "", source, plan, mesh["tp"], filled)
     _buffers_to(hf, source.world.device)
