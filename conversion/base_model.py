@@ -1,17 +1,14 @@
-"""The base model's Hugging Face folder: where it is, and whether it is the one an adapter was trained on."""
+"""The base model's Hugging Face folder: where it is."""
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from conversion.fingerprint import fingerprint_base
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +29,14 @@ def find_base(base_ckpt: str | None, hf_model_name: str | None, trained_on: str,
             return folder
         if hf_model_name is None:
             raise UserError(
-                f"--base-ckpt {base_ckpt} is no Hugging Face folder (no config.json); convert a Megatron checkpoint "
-                "with convert_megatron_to_hf.py first, or name the model with --hf-model-name"
+                f"--base-ckpt {base_ckpt} is neither a Hugging Face folder (no config.json) nor a Megatron checkpoint "
+                "that convert_hf_to_megatron.py or a run wrote; give one, or name the model with --hf-model-name"
             )
-        logger.warning("%s is no Hugging Face folder; the base is read from %s", base_ckpt, hf_model_name)
+        logger.warning(
+            "%s is no Hugging Face folder and no checkpoint of this project; the base is read from %s",
+            base_ckpt,
+            hf_model_name,
+        )
     name = hf_model_name or trained_on
     if not name:
         raise UserError("the adapter does not name its base model; give --hf-model-name or --base-ckpt")
@@ -63,21 +64,3 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; give a Hugging Face model folder") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def check_base(spec: AdapterSpec, folder: Path) -> None:
-    """Raises UserError where the base has other shapes than the adapter's; warns where its weights are not the ones the
-    adapter was trained on."""
-    actual = ModelShapes.from_hf_config(read_config(folder))
-    if actual != spec.shapes:
-        wanted = asdict(spec.shapes)
-        differing = [f"{key}={value} ({wanted[key]})" for key, value in asdict(actual).items() if value != wanted[key]]
-        raise UserError(
-            f"the adapter is for another base: {folder} has {', '.join(differing)}, in brackets what the adapter has"
-        )
-    if spec.base_fingerprint is not None and fingerprint_base(folder) != spec.base_fingerprint:
-        logger.warning(
-            "the weights in %s are not those that the adapter was trained on (%s); the result may be poor",
-            folder,
-            spec.base_model_name,
-        )

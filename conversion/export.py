@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
-from conversion.base_model import check_base, find_base, read_config
+from conversion.base_model import find_base, read_config
 from conversion.fingerprint import fingerprint_adapter, fingerprint_base, fingerprint_stream
-from conversion.merge import Merger, copy_small_files
+from conversion.merge import Merger
+from conversion.model_source import check_base, open_base
 from conversion.output_folder import output_folder
-from conversion.safetensors_io import SafetensorsFolder, read_header, read_tensor, write_tensor_dict
+from conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import from_hf, to_hf
@@ -39,14 +40,15 @@ def export_lora_adapter_to_hf(
     """Write an adapter checkpoint as an HF PEFT folder, without the base model; returns hf_ckpt_path.
 
     adapter_ckpt: a run's step_N folder. hf_model_name: the base model's name to write, by default the one trained on.
-    base_ckpt: the base's HF folder, checked against the adapter. check_logits: compare a forward of both sides (loads
-    the base). uniform_scale: one scale for all linears, see `to_hf`. Raises UserError; writes all or nothing.
+    base_ckpt: the base (HF folder or Megatron checkpoint), checked against the adapter. check_logits: compare a forward
+    of both sides (loads the base). uniform_scale: one scale for all linears, see `to_hf`. Raises UserError; writes all
+    or nothing.
     """
     with output_folder(hf_ckpt_path) as out:
         spec, factors = read_adapter(adapter_ckpt)
         spec.base_model_name = hf_model_name or spec.base_model_name
         if base_ckpt is not None or check_logits:
-            base = find_base(base_ckpt, hf_model_name, spec.base_model_name, weights=check_logits)
+            base = open_base(base_ckpt, hf_model_name, spec.base_model_name)
             check_base(spec, base)
         config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale)
         if not check_logits:
@@ -55,7 +57,8 @@ def export_lora_adapter_to_hf(
         if check_logits:
             from conversion.logit_check import check_adapter_logits
 
-            logger.info("logits agree to %.1e", check_adapter_logits(base, spec, factors, out))
+            with base.as_hf_folder(out.parent) as folder:
+                logger.info("logits agree to %.1e", check_adapter_logits(folder, spec, factors, out))
     return str(hf_ckpt_path)
 
 
@@ -90,28 +93,29 @@ def merge_lora_to_hf(
 ) -> str:
     """Write base + adapter as a plain HF model, merged in fp32, one tensor at a time; returns hf_ckpt_path.
 
-    The base is the HF folder base_ckpt, else hf_model_name, else the model named in the checkpoint. dtype: `bfloat16`,
-    `float16` or `float32`; by default each tensor's own. Raises UserError; writes all or nothing.
+    The base is base_ckpt (an HF folder or a Megatron checkpoint), else hf_model_name, else the model named in the
+    checkpoint. dtype: `bfloat16`, `float16` or `float32`; by default each tensor's own. Raises UserError; writes all or
+    nothing.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     target = None if dtype is None else DTYPES[dtype]
     with output_folder(hf_ckpt_path) as out:
         spec, factors = read_adapter(adapter_ckpt)
-        base = find_base(base_ckpt, hf_model_name, spec.base_model_name)
+        base = open_base(base_ckpt, hf_model_name, spec.base_model_name)
         check_base(spec, base)
-        merger = Merger(spec, factors, SafetensorsFolder(base), target)
+        merger = Merger(spec, factors, base.weights, target)
         metadata = {"adapter_fingerprint": fingerprint_adapter(factors)}
-        copy_small_files(base, out, target)
+        base.copy_small_files(out, target)
         _copy_tokenizer(Path(adapter_ckpt), out)
         merger.write(out, metadata, show_progress=show_progress)
-        merger.check_written(out)
         logger.info("%s", merger.report)
         if check_logits:
             from conversion.logit_check import check_merged_logits
 
             coarsest = max((merger.target_dtype(name) for name in merger.targets), key=lambda d: torch.finfo(d).eps)
-            logger.info("logits agree to %.1e", check_merged_logits(base, spec, factors, out, coarsest))
+            with base.as_hf_folder(out.parent) as folder:
+                logger.info("logits agree to %.1e", check_merged_logits(folder, spec, factors, out, coarsest))
     return str(hf_ckpt_path)
 
 

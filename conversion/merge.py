@@ -1,18 +1,14 @@
 """W + s B A over a base model's files, one tensor at a time."""
 
-import json
 import math
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from conversion.base_model import WEIGHT_ENDINGS, read_config
-from conversion.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, read_header, write_tensors
+from conversion.shard_writer import check_shards, write_shards
+from conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModuleLayout
 from megatron_lora.lora.peft_format import block_of, hf_linears, segment_factors, segment_features
@@ -58,13 +54,13 @@ def _ratio(error_square: float, delta_square: float) -> float:
 
 
 class Merger:
-    """Merges an adapter into a base folder's tensors as they stream by.
+    """Merges an adapter into a base's tensors as they stream by.
 
     dtype: of the written floating-point tensors; None keeps each tensor's own.
     """
 
     def __init__(
-        self, spec: AdapterSpec, factors: dict[str, Tensor], base: SafetensorsFolder, dtype: torch.dtype | None = None
+        self, spec: AdapterSpec, factors: dict[str, Tensor], base: WeightSource, dtype: torch.dtype | None = None
     ):
         """Raises UserError where the base lacks an adapted weight or has it in another shape."""
         self.spec, self.factors, self.base, self.dtype = spec, factors, base, dtype
@@ -120,52 +116,16 @@ class Merger:
         return result
 
     def write(self, out: Path, metadata: dict[str, str], *, show_progress: bool = True) -> None:
-        """Write all shards under the base's own file names, and the index if there are several files."""
-        total_bytes = 0
-        weight_map: dict[str, str] = {}
-        with _progress_bar(show_progress) as progress:
-            task = progress.add_task("merging", total=len(self.base.entries))
-            for shard, names in self.base.shards.items():
-                shapes = {name: (self.target_dtype(name), self.base.entries[name].shape) for name in names}
-
-                def stream(names: list[str] = names) -> Iterator[tuple[str, Tensor]]:
-                    for name in names:
-                        yield name, self.merged(name)
-                        progress.advance(task)
-
-                total_bytes += write_tensors(out / shard, shapes, stream(), metadata)
-                weight_map |= dict.fromkeys(names, shard)
-        if list(self.base.shards) != [SINGLE_FILE]:
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-    def check_written(self, out: Path) -> None:
-        """Names, dtypes and shapes of what lies in `out` are the base's. Raises RuntimeError where they are not."""
-        found = {
-            entry.name: (entry.dtype, entry.shape) for shard in self.base.shards for entry in _entries(out / shard)
-        }
-        wanted = {name: (self.target_dtype(name), entry.shape) for name, entry in self.base.entries.items()}
-        if found != wanted:
-            names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            raise RuntimeError(f"self-check failed: {names[:3]} were not written as they should have been")
-
-
-def _entries(path: Path):
-    return read_header(path)[0].values()
-
-
-def copy_small_files(base: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Config, generation config, tokenizer, license: every file of the base that is no weights."""
-    for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS):
-            shutil.copyfile(path, out / path.name)
-    if dtype is not None:
-        config = read_config(base)
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _progress_bar(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not show, transient=False)
+        """Write all shards under the base's own file names, and the index if there are several files; look at what lies
+        there. Raises RuntimeError where it is not what it should be."""
+        described = {name: (self.target_dtype(name), entry.shape) for name, entry in self.base.entries.items()}
+        write_shards(
+            out,
+            self.base.shards,
+            described,
+            self.merged,
+            title="merging",
+            metadata=metadata,
+            show_progress=show_progress,
+        )
+        check_shards(out, self.base.shards, described)

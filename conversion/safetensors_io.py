@@ -81,23 +81,27 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     with entry.path.open("rb") as file:
         file.seek(entry.start)
-        if file.readinto(_bytes_of(tensor)) != entry.stop - entry.start:
+        if file.readinto(tensor_bytes(tensor)) != entry.stop - entry.start:
             raise UserError(f"{entry.path} ended within {entry.name}; fetch it again")
     return tensor
 
 
-def read_sample(entry: TensorEntry, pieces: int = 16, piece_bytes: int = 64) -> bytes:
-    """Evenly spaced bytes of the tensor: all of it where it is small."""
-    size = entry.stop - entry.start
+def sample_positions(size: int, pieces: int = 16, piece_bytes: int = 64) -> list[tuple[int, int]]:
+    """(start, stop) of evenly spaced bytes of a tensor of `size` bytes: all of it where it is small."""
+    if size <= pieces * piece_bytes:
+        return [(0, size)]
+    starts = [piece * (size - piece_bytes) // (pieces - 1) for piece in range(pieces)]
+    return [(start, start + piece_bytes) for start in starts]
+
+
+def read_sample(entry: TensorEntry) -> bytes:
+    """The bytes of the tensor at `sample_positions`."""
+    sample = bytearray()
     with entry.path.open("rb") as file:
-        file.seek(entry.start)
-        if size <= pieces * piece_bytes:
-            return file.read(size)
-        sample = bytearray()
-        for piece in range(pieces):
-            file.seek(entry.start + piece * (size - piece_bytes) // (pieces - 1))
-            sample += file.read(piece_bytes)
-        return bytes(sample)
+        for start, stop in sample_positions(entry.stop - entry.start):
+            file.seek(entry.start + start)
+            sample += file.read(stop - start)
+    return bytes(sample)
 
 
 def write_tensors(
@@ -124,7 +128,7 @@ def write_tensors(
         for name, tensor in tensors:
             if (name, (tensor.dtype, tuple(tensor.shape))) != next(wanted, None):
                 raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not what the header says comes next")
-            file.write(_bytes_of(tensor.contiguous()))
+            file.write(tensor_bytes(tensor.contiguous()))
         if next(wanted, None) is not None:
             raise ValueError(f"{path} got fewer tensors than its header names")
         file.flush()
@@ -138,7 +142,8 @@ def write_tensor_dict(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     write_tensors(path, shapes, ((name, tensors[name]) for name in order), metadata)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
@@ -176,6 +181,9 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.entries[name])
+
+    def sample(self, name: str) -> bytes:
+        return read_sample(self.entries[name])
 
     def __iter__(self) -> Iterator[TensorEntry]:
         return iter(self.entries.values())

@@ -1,0 +1,38 @@
+"""Megatron checkpoint of a whole model -> HF model.
+
+python conversion/convert_megatron_to_hf.py --megatron-ckpt-path DIR --hf-ckpt-path OUT
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from conversion.command_line import add_debug, run
+from conversion.whole_model import convert_megatron_to_hf
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--megatron-ckpt-path",
+        required=True,
+        help="what convert_hf_to_megatron.py wrote, or a run's step_N folder of full fine-tuning",
+    )
+    parser.add_argument("--hf-ckpt-path", required=True, help="the folder to write; must not exist")
+    parser.add_argument("--hf-model-name", help="config and tokenizer; default: beside the weights, or the run's model")
+    add_debug(parser)
+    return parser.parse_args(argv)
+
+
+def main(arguments: Namespace) -> None:
+    print(
+        convert_megatron_to_hf(
+            megatron_ckpt_path=arguments.megatron_ckpt_path,
+            hf_ckpt_path=arguments.hf_ckpt_path,
+            hf_model_name=arguments.hf_model_name,
+        )
+    )
+
+
+if __name__ == "__main__":
+    parsed = parse_args()
+    sys.exit(run(main, parsed))

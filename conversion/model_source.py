@@ -1,0 +1,155 @@
+"""A whole model to convert or to merge into: an HF folder, or a Megatron checkpoint with the files that make it one."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
+from conversion.fingerprint import fingerprint_weights
+from conversion.megatron_weights import MegatronWeights
+from conversion.safetensors_io import SafetensorsFolder
+from conversion.shard_writer import write_shards
+from conversion.weight_source import WeightSource
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, ModelShapes
+
+logger = logging.getLogger(__name__)
+
+# What convert_hf_to_megatron.py puts beside the weights: everything of the HF folder but its weights.
+HF_FOLDER = "hf"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """folder: config, generation config, tokenizer. weights: under HF names. tokenizer: a run's own, where there is
+    one."""
+
+    folder: Path
+    weights: WeightSource
+    tokenizer: Path | None = None
+
+    @property
+    def shapes(self) -> ModelShapes:
+        return ModelShapes.from_hf_config(read_config(self.folder))
+
+    def copy_small_files(self, out: Path, dtype: torch.dtype | None = None) -> None:
+        """Config, generation config, tokenizer, license: every file that is no weights. dtype: to name in the config;
+        None for the one that it names."""
+        for path in sorted(self.folder.iterdir()):
+            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS):
+                shutil.copyfile(path, out / path.name)
+        if dtype is not None:
+            write_config_dtype(out, dtype)
+        if self.tokenizer is not None:
+            for path in self.tokenizer.iterdir():
+                if path.is_file():
+                    shutil.copyfile(path, out / path.name)
+
+    @contextmanager
+    def as_hf_folder(self, beside: Path) -> Iterator[Path]:
+        """A folder that transformers loads: this one, or a temporary one in the folder `beside`."""
+        if isinstance(self.weights, SafetensorsFolder):
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".base-") as name:
+            self.copy_small_files(Path(name))
+            described = {key: (entry.dtype, entry.shape) for key, entry in self.weights.entries.items()}
+            write_shards(Path(name), self.weights.shards, described, self.weights.read, title="base for the check")
+            yield Path(name)
+
+
+def write_config_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Let config.json name this dtype."""
+    config = read_config(folder)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def open_base(base_ckpt: str | None, hf_model_name: str | None, trained_on: str) -> ModelSource:
+    """The base model: base_ckpt (an HF folder or a Megatron checkpoint), else hf_model_name, else trained_on.
+
+    Raises UserError where it cannot be found or read.
+    """
+    if base_ckpt is not None and _weights_folder(Path(base_ckpt)) is not None:
+        return open_checkpoint(base_ckpt, hf_model_name or trained_on)
+    folder = find_base(base_ckpt, hf_model_name, trained_on)
+    return ModelSource(folder, SafetensorsFolder(folder))
+
+
+def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) -> ModelSource:
+    """A whole model that convert_hf_to_megatron.py or a run of full fine-tuning wrote.
+
+    Its config comes from the `hf` folder beside the weights, else from hf_model_name, else from the model that the
+    run's config.yaml names. Raises UserError for another folder, damaged weights, or where no config is found.
+    """
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is not a folder; give a Megatron checkpoint or a run's step_N folder")
+    weights = _weights_folder(checkpoint)
+    if weights is None:
+        raise UserError(
+            f"{checkpoint} holds no policy/weights/.metadata; give what convert_hf_to_megatron.py wrote, or a complete "
+            "step_N folder of full fine-tuning"
+        )
+    if (weights / ADAPTER_FILE).is_file():
+        raise UserError(f"{checkpoint} holds an adapter, not a whole model; use convert_lora_to_hf.py")
+    top = weights.parent.parent
+    if (top / HF_FOLDER / "config.json").is_file():
+        folder = top / HF_FOLDER
+    else:
+        name = hf_model_name or _model_of_run(top)
+        if not name:
+            raise UserError(f"{checkpoint} does not say which model it is; name it with --hf-model-name")
+        folder = find_base(None, name, name, weights=False)
+    tokenizer = top / "policy" / "tokenizer"
+    shapes = ModelShapes.from_hf_config(read_config(folder))
+    return ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None)
+
+
+def check_base(spec: AdapterSpec, base: ModelSource) -> None:
+    """Raises UserError where the base has other shapes than the adapter's; warns where its weights are not the ones the
+    adapter was trained on."""
+    check_shapes(spec, base.folder)
+    if spec.base_fingerprint is not None and fingerprint_weights(base.weights) != spec.base_fingerprint:
+        logger.warning(
+            "the weights in %s are not those that the adapter was trained on (%s); the result may be poor",
+            base.weights.folder,
+            spec.base_model_name,
+        )
+
+
+def check_shapes(spec: AdapterSpec, folder: Path) -> None:
+    """Raises UserError where the config in an HF folder has other shapes than the adapter's."""
+    actual = ModelShapes.from_hf_config(read_config(folder))
+    if actual != spec.shapes:
+        wanted = asdict(spec.shapes)
+        differing = [f"{key}={value} ({wanted[key]})" for key, value in asdict(actual).items() if value != wanted[key]]
+        raise UserError(
+            f"the adapter is for another base: {folder} has {', '.join(differing)}, in brackets what the adapter has"
+        )
+
+
+def _weights_folder(checkpoint: Path) -> Path | None:
+    """Of a step folder, of its `policy`, or the weights folder itself; None where it is neither."""
+    folders = (checkpoint / "policy" / "weights", checkpoint / "weights", checkpoint)
+    return next((folder for folder in folders if (folder / ".metadata").is_file()), None)
+
+
+def _model_of_run(step: Path) -> str | None:
+    """policy.model_name of a step folder's resolved recipe."""
+    recipe = step / "config.yaml"
+    if not recipe.is_file():
+        return None
+    try:
+        return yaml.safe_load(recipe.read_text())["policy"]["model_name"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{recipe} is damaged ({error!r}); name the model with --hf-model-name") from error
