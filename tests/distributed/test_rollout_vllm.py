@@ -1,0 +1,181 @@
+"""Real vLLM engines on two CPU processes beside a Megatron policy: equal to transformers + peft, refits proven."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOLERANCE = 1e-4
+
+
+def start(script: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, "-m", f"tests.distributed.{script}", str(folder)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=570,
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two ranks found."""
+    folder = tmp_path_factory.mktemp("rollout")
+    result = start("rollout_vllm_checks", folder, 2)
+    assert result.returncode == 0, result.stderr[-6000:]
+    return [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def found(both: list[dict[str, Any]]) -> dict[str, Any]:
+    return both[0]
+
+
+def test_log_probabilities_equal_pefts(found: dict[str, Any]) -> None:
+    assert found["base_error"] < TOLERANCE
+    assert found["greedy_error"] < TOLERANCE
+    assert found["sampled_error"] < TOLERANCE
+    assert found["llama_error"] < TOLERANCE
+    assert found["score_prompt_error"] < TOLERANCE
+    assert found["greedy_is_argmax"]
+
+
+def test_the_adapter_makes_a_difference(found: dict[str, Any]) -> None:
+    assert found["against_base"] > 0.1
+
+
+def test_trainer_and_rollout_agree(found: dict[str, Any]) -> None:
+    assert found["rollout_logprob_error"] < TOLERANCE
+
+
+def test_samples_are_complete_and_sorted_on_every_rank(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["order"] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert found["prompt_ids_kept"]
+        assert found["versions"] == [0]
+    assert both[0]["sampled_tokens"] == both[1]["sampled_tokens"]
+    assert found["distinct_answers"] > 8
+
+
+def test_a_seed_repeats_whatever_the_engines_layout(found: dict[str, Any]) -> None:
+    assert found["repeatable"]
+    assert found["replicas_tokens"] == found["sampled_tokens"]
+
+
+def test_replicas_share_prompts_out(found: dict[str, Any]) -> None:
+    assert found["replicas_agree"]
+    assert found["fewer_prompts_than_replicas"] == [1, 0]
+
+
+def test_log_probabilities_are_of_the_cut_distribution(found: dict[str, Any]) -> None:
+    assert found["top_k_error"] < TOLERANCE
+    assert found["top_p_error"] < TOLERANCE
+
+
+def test_answers_end_where_they_should(found: dict[str, Any]) -> None:
+    assert found["stop_token"] == [True, "stop"]
+    assert found["stop_string"] == [True, True, "stop"]
+    assert found["length"] == [12, "length"]
+    assert found["text"]
+
+
+def test_the_trainers_process_is_left_as_it_was(found: dict[str, Any]) -> None:
+    assert found["left_as_it_was"] == [True, True]
+
+
+def test_a_refit_reports_itself(found: dict[str, Any]) -> None:
+    seconds, num_bytes, version, error, mode = found["report"]
+    assert 0 < seconds < 60
+    # 4 layers of q, k, v, o, gate, up, down at rank 4, in fp32.
+    linears = [(64, 128), (64, 64), (64, 64), (128, 64), (64, 96), (64, 96), (96, 64)]
+    assert num_bytes == 4 * 4 * sum(4 * (inputs + outputs) for inputs, outputs in linears)
+    assert (version, mode) == (0, "adapter")
+    assert error < TOLERANCE
+    assert found["probe_length"] > found["block_size"]
+
+
+def test_refits_follow_training(found: dict[str, Any]) -> None:
+    assert found["after_training"] < TOLERANCE
+    assert found["version_after_training"] == 1
+    assert found["llama_probe_error"] < TOLERANCE
+
+
+def numbers_named(text: str) -> tuple[float, float]:
+    match = re.search(r"are (\S+) nats from the trainer's on average, tolerance (\S+):", text)
+    assert match, text
+    return float(match[1]), float(match[2])
+
+
+def test_a_skipped_refit_is_caught(found: dict[str, Any]) -> None:
+    error, tolerance = numbers_named(found["skipped_refit"])
+    assert error > 10 * tolerance
+    assert tolerance == TOLERANCE
+    assert "holds version 0 of the weights, the trainer is at 1" in found["forgotten_version"]
+
+
+def test_a_stale_prefix_cache_is_caught(found: dict[str, Any]) -> None:
+    error, tolerance = numbers_named(found["stale_cache"])
+    assert error > 10 * tolerance
+
+
+def test_a_tensor_damaged_on_one_rank_is_caught(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert found["damaged"].startswith("RolloutError: refit 2 (adapter) did not arrive")
+
+
+def test_a_replica_that_missed_a_refit_is_caught(found: dict[str, Any]) -> None:
+    assert found["replicas_differ"].startswith("RolloutError: vLLM's replicas hold different weights: adapter:")
+
+
+def test_merged_weights_answer_as_the_adapter_does(found: dict[str, Any]) -> None:
+    handed, held = found["merge_fingerprint"]
+    assert handed == held and handed.startswith("merge:")
+    assert found["merge_equals_adapter"]
+    assert found["merge_error"] < TOLERANCE
+    assert found["probe_of_merged"] < TOLERANCE
+    assert found["merge_bytes"] > 10 * found["report"][1]
+    assert found["merge_of_other"].startswith("RolloutError: after refit 4")
+
+
+def test_every_linear_with_its_own_a_rank_and_scale(found: dict[str, Any]) -> None:
+    handed, held = found["uneven_fingerprint"]
+    assert handed == held
+    assert found["uneven_error"] < TOLERANCE
+
+
+def test_a_linear_that_vllm_cannot_adapt_is_refused(found: dict[str, Any]) -> None:
+    assert "UserError: vLLM cannot put an adapter on model.layers.0.self_attn.w_proj" in found["unknown_linear"]
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(found: dict[str, Any]) -> None:
+    assert "UserError: prompt 0 has 256 tokens; wanted 1 to 255" in found["long_prompt"]
+
+
+def test_auto_measures_both_and_says_why(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        mode, said = found["auto"]
+        assert mode == both[0]["auto"][0]
+        assert len(said) == 1
+        assert said[0].startswith(f"refit by {mode} (the faster step")
+        assert "adapter: refit" in said[0] and "merge: refit" in said[0]
+
+
+def test_merge_by_the_policys_own_weights(found: dict[str, Any]) -> None:
+    error, num_bytes = found["llama_merge"]
+    assert error < TOLERANCE
+    assert num_bytes > 500_000
+
+
+def test_a_dead_engine_ends_with_its_reason(both: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(both):
+        reason = f"vLLM failed to generate on rank {rank}: MemoryError: no memory left for the engine"
+        assert reason in found["dead_engine"]
+        assert reason in found["dead_engine_again"]

@@ -1,0 +1,150 @@
+"""What of the vLLM rollouts needs no process group, and one engine in a process without torchrun."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.config.schema_generation import GenerationConfig
+from megatron_lora.errors import UserError
+from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions, rollout_logprob_error
+from megatron_lora.rollout.refit import PROBE_CONTINUATION, probe_prompt
+from megatron_lora.rollout.vllm_engine import check_installed, check_request, engine_arguments
+from megatron_lora.rollout.vllm_fingerprint import checksum, digest, join_ranks, to_numbers
+from megatron_lora.runtime.world import World
+
+CPU = torch.device("cpu")
+
+
+def policy(**generation: Any) -> PolicyConfig:
+    return PolicyConfig.model_validate({"model_name": "org/model", "generation": generation})
+
+
+def world(size: int) -> World:
+    return World(rank=0, size=size, local_rank=0, device=CPU)
+
+
+def model(**changes: Any) -> Any:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    return AutoConfig.for_model("qwen3", **sizes | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_checksums_add_up_to_the_wholes(dtype: torch.dtype) -> None:
+    whole = torch.randn(12, 10).to(dtype)
+    rows = [{("w", first, 0): checksum(whole[first : first + 4], first, 0)} for first in (0, 4, 8)]
+    columns = [{("w", 0, first): checksum(whole[:, first : first + 5], 0, first)} for first in (0, 5)]
+    total = join_ranks([to_numbers({("w", 0, 0): checksum(whole)})])
+    assert join_ranks([to_numbers(part) for part in rows]) == total
+    assert join_ranks([to_numbers(part) for part in columns]) == total
+    assert join_ranks([to_numbers(rows[0]), to_numbers(rows[0]), to_numbers(rows[1]), to_numbers(rows[2])]) == total
+
+
+def test_a_checksum_sees_places_and_not_padding() -> None:
+    tensor = torch.randn(6, 4)
+    padded = torch.zeros(6, 8)
+    padded[:, :4] = tensor
+    assert checksum(padded) == checksum(tensor)
+    assert checksum(tensor[[1, 0, 2, 3, 4, 5]]) != checksum(tensor)
+    assert checksum(tensor[:, [0, 2, 1, 3]]) != checksum(tensor)
+    assert digest("adapter", {"a": 5, "padding": 0}) == digest("adapter", {"a": 5})
+    assert digest("adapter", {"a": 5}) != digest("adapter", {"b": 5})
+
+
+def test_copies_that_differ_between_ranks_are_named() -> None:
+    with pytest.raises(RolloutError, match="different copies of layer.lora_A"):
+        join_ranks([{("layer.lora_A", 0, 0): 1}, {("layer.lora_A", 0, 0): 2}])
+
+
+def test_missing_vllm_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="make install EXTRAS=rollout-cpu"):
+        check_installed(CPU)
+    with pytest.raises(UserError, match="make install EXTRAS=rollout-gpu"):
+        check_installed(torch.device("cuda"))
+
+
+def test_tensor_parallel_size_must_divide() -> None:
+    with pytest.raises(
+        UserError, match=r"tensor_parallel_size=3 does not divide the 4 processes; use one of \[1, 2, 4"
+    ):
+        check_request(policy(vllm_cfg={"tensor_parallel_size": 3}), world(4), model(), None)
+    with pytest.raises(UserError, match="does not divide the model's 4 attention heads"):
+        check_request(policy(vllm_cfg={"tensor_parallel_size": 8}), world(8), model(), None)
+
+
+def test_rank_above_max_lora_rank() -> None:
+    with pytest.raises(UserError, match="rank 32 is above vLLM's max_lora_rank 16; raise policy.generation.vllm_kw"):
+        check_request(policy(vllm_kwargs={"max_lora_rank": 16}), world(1), model(), 32)
+    with pytest.raises(UserError, match="rank 600 is above vLLM's max_lora_rank 512; .*refit=merge"):
+        check_request(policy(), world(1), model(), 600)
+    check_request(policy(), world(1), model(), 24)
+    assert engine_arguments(policy(), world(1), 24, ["q_proj"], model())["max_lora_rank"] == 32
+
+
+def test_head_dim_that_the_cpu_engine_lacks() -> None:
+    with pytest.raises(UserError, match="its head_dim is 16, wanted one of"):
+        check_request(policy(), world(1), model(head_dim=16), None)
+
+
+def test_the_users_engine_arguments_win() -> None:
+    arguments = engine_arguments(policy(vllm_kwargs={"max_num_seqs": 3, "seed": 7}), world(1), None, [], model())
+    assert (arguments["max_num_seqs"], arguments["seed"]) == (3, 7)
+    assert "enable_lora" not in arguments
+
+
+def test_sampling_options_from_the_recipe() -> None:
+    config = GenerationConfig(temperature=0.8, top_k=None, val_temperature=0.0, val_top_k=5, stop_token_ids=[9])
+    training = SamplingOptions.from_config(config, max_total_sequence_length=64, eos_token_ids=[2], seed=1)
+    assert training == SamplingOptions(64, temperature=0.8, stop_token_ids=(2, 9), seed=1)
+    validation = SamplingOptions.from_config(
+        config, max_total_sequence_length=64, eos_token_ids=[2], seed=1, validation=True
+    )
+    assert (validation.temperature, validation.top_k, validation.top_p) == (0.0, 5, 1.0)
+
+
+def test_the_probe_is_longer_than_a_cache_block_and_fits() -> None:
+    assert len(probe_prompt(101, 16, 4096)) == 20
+    assert len(probe_prompt(101, 128, 4096)) == 160
+    assert len(probe_prompt(101, 128, 100)) == 100 - PROBE_CONTINUATION
+    assert probe_prompt(101, 16, 4096) == probe_prompt(101, 16, 4096)
+
+
+def test_rollout_logprob_error_is_a_mean_over_completion_tokens() -> None:
+    samples = [
+        Sample(0, [5, 6], [7, 8], torch.tensor([-1.0, -2.0]), "stop", "", 0),
+        Sample(1, [5], [9], torch.tensor([-3.0]), "length", "", 0),
+    ]
+    scores = [torch.tensor([0.0, -9.0, -1.5, -2.0]), torch.tensor([0.0, -2.0])]
+    assert rollout_logprob_error(scores, samples) == pytest.approx((0.5 + 0.0 + 1.0) / 3)
+    with pytest.raises(ValueError, match="scored 2 tokens of a sample that has 2"):
+        rollout_logprob_error(scores[1:], samples[:1])
+
+
+def test_one_process_in_bfloat16(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.rollout_vllm_single", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        # One thread, as each of two processes would have on two cores.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for mode in ("adapter", "merge"):
+        handed, held, error = found[mode]
+        assert handed == held and handed.startswith(f"{mode}:")
+        assert 1e-5 < error < found["tolerance"]
+    assert found["adapter_bytes"] == 35840
+    assert found["back_on_base"] < found["tolerance"]
+    assert found["trainers_group_alive"]
