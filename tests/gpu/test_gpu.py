@@ -1,0 +1,88 @@
+"""On real GPUs: Transformer Engine's layers, its attention over packed rows, its Adam, NCCL; against transformers +
+peft. All single-GPU cases run in one process, all two-GPU cases in one group, since starting costs most of the time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.launch import ROOT, result, run_cases, worst_difference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+FP32, BF16 = 1e-3, 1e-2
+ONE_GPU = {
+    "train.llama2.float32.one": FP32,
+    "train.qwen2.float32.one": FP32,
+    "train.qwen2.float32.recompute": FP32,
+    "train.llama2.bfloat16.one": BF16,
+    "train.qwen2.bfloat16.one": BF16,
+    "train.gemma3.bfloat16.one": BF16,
+    "train.gemma3.float32.one": FP32,
+    "train.qwen2.bfloat16.recompute": BF16,
+    "train.qwen2.bfloat16.one.full": BF16,
+    "packing.qwen2.bfloat16": BF16,
+    # cuDNN adds up attention gradients in no fixed order.
+    "resume.qwen2.bfloat16": 1e-3,
+}
+LOGPROBS = ("logprobs.llama2.bfloat16", "logprobs.qwen2.bfloat16", "logprobs.gemma3.bfloat16")
+# Without a second GPU there is nothing to run them on.
+TWO_GPUS = {
+    f"train.qwen2.{precision}.{layout}": tolerance
+    for precision, tolerance in (("float32", FP32), ("bfloat16", BF16))
+    for layout in ("tp2", "sp2", "pp2", "dp2", "cp2")
+    if torch.cuda.device_count() >= 2
+}
+
+
+@pytest.fixture(scope="module")
+def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("one-gpu")
+    return folder, run_cases(folder, [*ONE_GPU, *LOGPROBS], processes=1)
+
+
+@pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("two-gpus")
+    return folder, run_cases(folder, list(TWO_GPUS), processes=2)
+
+
+@pytest.mark.parametrize("case", ONE_GPU)
+def test_losses_follow_the_reference(one_gpu: tuple[Path, str], case: str) -> None:
+    folder, log = one_gpu
+    values = result(folder, case, log)
+    assert worst_difference(values) < ONE_GPU[case], values
+
+
+@pytest.mark.parametrize("case", LOGPROBS)
+def test_logprobs_are_as_exact_as_transformers(one_gpu: tuple[Path, str], case: str) -> None:
+    folder, log = one_gpu
+    values = result(folder, case, log)
+    assert values["ours"] < 1.5 * values["theirs"] + 1e-3, values
+
+
+@pytest.mark.parametrize("case", TWO_GPUS)
+def test_two_gpus_follow_the_reference(two_gpus: tuple[Path, str], case: str) -> None:
+    folder, log = two_gpus
+    values = result(folder, case, log)
+    assert worst_difference(values) < TWO_GPUS[case], values
+
+
+def test_starts_without_torchrun() -> None:
+    """A plain `python run_sft.py` is a world of one over NCCL."""
+    code = (
+        "import torch, torch.distributed as dist; from megatron_lora.runtime.world import init_distributed\n"
+        "world = init_distributed(); value = torch.ones(4, device=world.device)\n"
+        "dist.all_reduce(value); dist.barrier()\n"
+        "box = [None]; dist.all_gather_object(box, 7); print('sum', value.sum().item(), box, dist.get_backend())\n"
+        "dist.destroy_process_group()"
+    )
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "sum 4.0 [7] nccl" in answer.stdout, answer.stdout + answer.stderr

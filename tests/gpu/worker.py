@@ -1,0 +1,169 @@
+"""Runs cases in a process group of their own: `python -m tests.gpu.worker FOLDER CASE...`, also under torchrun.
+
+A case writes what it measured, or its traceback, to FOLDER/<case>.json; the tests compare. Every case runs on CPUs as
+well, where the native layers stand in for Transformer Engine.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.data.batch import Row
+from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.runtime.world import init_distributed, init_megatron_world
+from tests.support.models import save_model
+from tests.support.reference import make_rows, save_adapter, token_logps, train
+
+VOCAB = 509
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCAB, "max_position_embeddings": 512}
+STEPS, ROWS, LONGEST = 10, 6, 120
+RATES = {"float32": 1e-2, "bfloat16": 1e-3}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "recompute": {"activation_checkpointing": True},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "sp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
+    "dp2": {},
+}
+
+
+def steps() -> list[list[Row]]:
+    return [make_rows(ROWS, VOCAB, seed=seed, longest=LONGEST) for seed in range(STEPS)]
+
+
+def prepare(folder: Path) -> None:
+    """Models and adapters that the cases start from."""
+    for family in ("llama2", "qwen2", "gemma3"):
+        model = save_model(folder / family, family, **SIZES)
+        save_adapter(model, folder / f"{family}-adapter")
+
+
+def make_policy(
+    folder: Path, family: str, precision: str, layout: str, *, lora: bool = True, rate: float = 0.0, **policy: Any
+) -> Any:
+    """A MegatronPolicy on the family's model, from its adapter. rate: learning rate, 0 for the precision's own."""
+    config = PolicyConfig(
+        model_name=str(folder / family),
+        precision=precision,
+        train_global_batch_size=ROWS,
+        train_micro_batch_size=2,
+        max_total_sequence_length=2 * LONGEST,
+        **policy,
+        megatron_cfg={
+            "enabled": True,
+            "peft": {"enabled": lora, "init_adapter": str(folder / f"{family}-adapter") if lora else None},
+            "optimizer": {"lr": rate or RATES[precision], "weight_decay": 0.1},
+            "use_fused_linear_logprobs": True,
+            "fused_linear_logprobs_chunk_size": 64,
+            **LAYOUTS[layout],
+        },
+    )
+    world = init_megatron_world(config, 0)
+    from megatron_lora.policy.megatron.policy import MegatronPolicy
+
+    return MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=STEPS)
+
+
+def losses(policy: Any, rows: list[list[Row]]) -> list[float]:
+    return [policy.train_step([[row] for row in batch], SFTObjective()).loss for batch in rows]
+
+
+def train_case(folder: Path, family: str, precision: str, layout: str, lora: str = "lora") -> dict[str, Any]:
+    """Ten steps here and in transformers + peft (fp32, CPU). lora: `lora`, or `full` for full fine-tuning."""
+    adapted = lora == "lora"
+    rate = RATES[precision] if adapted else RATES[precision] / 10
+    ours = losses(make_policy(folder, family, precision, layout, lora=adapted, rate=rate), steps())
+    reference = train(folder / family, folder / f"{family}-adapter" if adapted else None, steps(), lr=rate)
+    return {"ours": ours, "reference": reference.losses}
+
+
+def packing_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
+    """The same steps with rows packed otherwise."""
+    plain = losses(make_policy(folder, family, precision, "one"), steps())
+    packing = {"sequence_packing": {"enabled": True, "train_mb_tokens": 3 * LONGEST}}
+    return {"ours": losses(make_policy(folder, family, precision, "one", **packing), steps()), "reference": plain}
+
+
+def logprobs_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
+    """Mean absolute error of token log-probabilities against fp32, here and in transformers at the same precision."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    rows = make_rows(8, VOCAB, seed=11, longest=LONGEST)
+    policy = make_policy(folder, family, precision, "one")
+    ours = policy.score(rows)
+    device = policy.world.device
+
+    def peer(dtype: torch.dtype) -> list[torch.Tensor]:
+        base = AutoModelForCausalLM.from_pretrained(folder / family, dtype=dtype, attn_implementation="eager")
+        model = PeftModel.from_pretrained(base, folder / f"{family}-adapter", autocast_adapter_dtype=False)
+        model = model.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+        with torch.no_grad():
+            moved = [Row(row.input_ids.to(device), row.target_mask.to(device)) for row in rows]
+            return [token_logps(model, row).cpu() for row in moved]  # type: ignore[arg-type]
+
+    exact = torch.cat(peer(torch.float32))
+    theirs = torch.cat(peer(getattr(torch, precision)))
+    mine = torch.cat([value[1:] for value in ours])
+    return {"ours": float((mine - exact).abs().mean()), "theirs": float((theirs - exact).abs().mean())}
+
+
+def resume_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
+    """Save after five steps, load into a fresh policy, go on: against a run that never stopped."""
+    rows, place = steps(), folder / f"resume-{family}-{precision}"
+    policy = make_policy(folder, family, precision, "one")
+    losses(policy, rows[:5])
+    policy.save(place / "weights", place / "optimizer")
+    whole = losses(policy, rows[5:])
+    fresh = make_policy(folder, family, precision, "one")
+    fresh.load(place / "weights", place / "optimizer")
+    return {"ours": losses(fresh, rows[5:]), "reference": whole}
+
+
+CASES = {
+    "train": train_case,
+    "packing": packing_case,
+    "logprobs": logprobs_case,
+    "resume": resume_case,
+}
+
+
+def run_case(folder: Path, case: str) -> dict[str, Any]:
+    """case: `<kind>.<argument>.<argument>...`, such as `train.qwen2.bfloat16.one`."""
+    kind, *arguments = case.split(".")
+    try:
+        return CASES[kind](folder, *arguments)
+    except Exception:  # reported by the test of this case; the others still run
+        return {"error": traceback.format_exc()}
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+    world = init_distributed()
+    if world.is_main and not (folder / "ready").exists():
+        prepare(folder)
+        (folder / "ready").touch()
+    torch.distributed.barrier()
+    failed = False
+    for case in cases:
+        result = run_case(folder, case)
+        failed |= "error" in result
+        if world.is_main or "error" in result:
+            name = case if world.is_main else f"{case}.rank{world.rank}"
+            (folder / f"{name}.json").write_text(json.dumps(result))
+        if failed and world.size > 1:
+            # The other ranks wait in a collective that never comes; torchrun ends them.
+            os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

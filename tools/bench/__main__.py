@@ -1,0 +1,201 @@
+"""The benchmark's command line: one engine after another, each in processes of its own, results after each."""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lora.errors import UserError
+from tools.bench.task import SHAPES, Task, shape_of
+from tools.bench.worker import ENGINES
+
+RESULTS = "results.json"
+LOG = "log.txt"
+LOG_TAIL_BYTES = 20_000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        results = bench(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(row["ok"] for row in results["engines"].values()) else 1
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    parser.add_argument("--shape", default="qwen2.5-1.5b", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--engines", default="ours-lora,peft-lora,bridge-lora", help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md, chart.png, logs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", type=Path, help="random model's folder, written if absent; default: a temporary one")
+    parser.add_argument("--rows", type=int, help="sequences of a step; default: the shape's")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default: the shape's")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before measuring")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps; the median counts")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a chunk of this project's head")
+    parser.add_argument("--sweep-chunks", default="", help="further chunk sizes for ours, such as 256,512,2048")
+    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs) of ours and bridge")
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallelism of ours and bridge")
+    parser.add_argument("--sp", action="store_true", help="sequence parallelism of ours and bridge")
+    parser.add_argument("--profile", action="store_true", help="write ours' kernels that take most time")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one engine")
+    return parser.parse_args(arguments)
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure every engine asked for. results.json holds what is known after each of them."""
+    shape = shape_of(options.shape)
+    names = _check(options)
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        model = options.model or Path(scratch) / "model"
+        _write_model(options, model)
+        results: dict[str, Any] = {
+            "shape": options.shape,
+            "rows": options.rows or shape.rows,
+            "length": options.length or shape.length,
+            "rank": options.rank,
+            "warmup": options.warmup,
+            "steps": options.steps,
+            "nproc": options.nproc,
+            "tp": options.tp,
+            "sp": options.sp,
+            "engines": {},
+        }
+        for name in names:
+            task = _task(name, options, results, model, Path(scratch))
+            answer = _run_engine(task, options, Path(scratch))
+            results["environment"] = answer.get("environment") or results.get("environment")
+            results["engines"][name] = answer["result"]
+            _write(results, out)
+            print(f"{name}: {_one_line(answer['result'])}", flush=True)
+    return results
+
+
+def _check(options: argparse.Namespace) -> list[str]:
+    names = [name.strip() for name in options.engines.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or not names:
+        raise UserError(f"--engines {options.engines!r}: wanted a list of {', '.join(ENGINES)}")
+    if options.nproc > 1 and any(name.startswith(("peft", "hf")) for name in names):
+        raise UserError("--nproc above 1 is for ours and bridge alone; measure peft and hf in a run of one process")
+    if options.tp != options.nproc:
+        raise UserError(f"--tp {options.tp} needs --nproc {options.tp}, got {options.nproc}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no GPU; use --device cpu --shape tiny to try the tool out")
+    if (options.out / RESULTS).exists():
+        raise UserError(f"{options.out / RESULTS} exists; name another --out")
+    return names
+
+
+def _write_model(options: argparse.Namespace, folder: Path) -> None:
+    """In a process of its own, which leaves no GPU memory behind."""
+    code = "import sys; from pathlib import Path; from tools.bench.task import *; "
+    code += "save_random_model(shape_of(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, options.shape, str(folder), options.device], check=True)
+    print(f"random model of shape {options.shape}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _task(name: str, options: argparse.Namespace, results: dict[str, Any], model: Path, scratch: Path) -> Task:
+    ours = name.startswith("ours")
+    sweep = [int(size) for size in options.sweep_chunks.split(",") if size] if name == "ours-lora" else []
+    profile = str((options.out / f"profile-{name}.txt").resolve()) if options.profile and ours else None
+    return Task(
+        engine=name,
+        model=str(model),
+        device=options.device,
+        rows=results["rows"],
+        length=results["length"],
+        rank=options.rank,
+        warmup=options.warmup,
+        steps=options.steps,
+        chunk=options.chunk,
+        sweep=sweep,
+        tp=options.tp,
+        sp=options.sp,
+        profile=profile,
+        result=str(scratch / f"{name}.json"),
+    )
+
+
+def _run_engine(task: Task, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Start the worker, wait, and return what it wrote; an error where it wrote nothing."""
+    specification = scratch / f"{task.engine}.task.json"
+    task.save(specification)
+    worker = ["-m", "tools.bench.worker", str(specification)]
+    port = str(_free_port())
+    environment = dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1") if options.nproc > 1 else dict(os.environ)
+    if options.nproc > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.nproc), "--master-port", port]
+        command = [sys.executable, *launcher, *worker]
+    else:
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, *worker]
+    log = scratch / f"{task.engine}.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            process.wait(options.timeout)
+            reason = f"exit status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reason = f"no end within {options.timeout:.0f} s"
+    tail = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+    with (options.out / LOG).open("a") as stream:
+        stream.write(f"==== {task.engine} ({reason})\n{tail}\n")
+    written = Path(task.result)
+    if written.exists():
+        answer = json.loads(written.read_text())
+        if process.returncode != 0 and "error" not in answer["result"]:
+            answer["result"]["error"] = reason
+        return answer
+    return {"result": {"ok": False, "error": f"{reason}: {tail.strip()[-400:]}"}}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _write(results: dict[str, Any], out: Path) -> None:
+    from tools.bench.report import draw_chart, markdown_table
+
+    temporary = out / f"{RESULTS}.part"
+    temporary.write_text(json.dumps(results, indent=1))
+    temporary.replace(out / RESULTS)
+    (out / "table.md").write_text(markdown_table(results))
+    draw_chart(results, out / "chart.png")
+
+
+def _one_line(result: dict[str, Any]) -> str:
+    if "step_ms" not in result:
+        return result.get("error", "failed")
+    line = f"{result['step_ms']} ms, {result['tokens_per_s']} tokens/s, {result['peak_gib']} GiB"
+    line += f", first loss {result['first_loss']:.5f}"
+    for chunk, row in result.get("sweep", {}).items():
+        line += f"\n  chunk {chunk}: {row['step_ms']} ms, {row['peak_gib']} GiB"
+    return line + (f"; then {result['error']}" if "error" in result else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

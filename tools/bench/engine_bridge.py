@@ -1,0 +1,148 @@
+"""Megatron-Bridge's own fine-tuning step: its provider with Transformer Engine's layers and the fusions that its
+recipes for these models set, its LoRA, Megatron's loss, data-parallel wrapper, schedule and optimizer."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from tools.bench.task import Task
+
+
+def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any]]:
+    """(one training step that returns its loss, what to report of the model)."""
+    from megatron_lora.runtime.cpu import install_cpu_stand_ins
+    from megatron_lora.runtime.transformer_engine import import_bridge
+    from megatron_lora.runtime.world import init_distributed
+
+    world = init_distributed()
+    install_cpu_stand_ins()
+    import_bridge()
+    chunks, config, vocab_size = _model(task, lora)
+    optimizer = _optimizer(chunks, config)
+    ids = task.input_ids(vocab_size, world.device)
+    batch = _batch(ids)
+    trainable = sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+    total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    return _step(task, chunks, optimizer, batch), {"trainable": trainable, "total": total}
+
+
+def _model(task: Task, lora: bool) -> tuple[list[Any], Any, int]:
+    """(the wrapped model, its configuration, vocabulary size)."""
+    from megatron.bridge import AutoBridge
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+
+    bridge = AutoBridge.from_hf_pretrained(task.model)
+    provider: Any = bridge.to_megatron_provider(load_weights=True)
+    provider.tensor_model_parallel_size = task.tp
+    provider.sequence_parallel = task.sp
+    provider.params_dtype = provider.pipeline_dtype = provider.autocast_dtype = task.dtype
+    provider.bf16, provider.fp16 = task.dtype == torch.bfloat16, False
+    provider.seq_length = task.length
+    # As in megatron.bridge.recipes.qwen: the 1.5B and 7B fine-tuning recipes.
+    provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "native"
+    if task.device == "cpu":
+        _prepare_for_cpu(provider)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    if lora:
+        provider.register_pre_wrap_hook(_lora_hook(task.rank))
+    # A single process has nothing to split the optimizer over; its recipes for one GPU leave that off too.
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
+    chunks = provider.provide_distributed_model(
+        ddp_config=ddp, wrap_with_ddp=True, use_cpu_initialization=task.device == "cpu"
+    )
+    provider.finalize_model_grads_func = finalize_model_grads
+    config: Any = bridge.hf_pretrained.config
+    return chunks, provider, config.vocab_size
+
+
+def _prepare_for_cpu(provider: Any) -> None:
+    """For trying the tool out: no fused kernels, and no search for Transformer Engine's layers."""
+    from megatron.bridge.peft import utils
+
+    utils.HAVE_TE = False
+    for name in (
+        "gradient_accumulation_fusion",
+        "masked_softmax_fusion",
+        "bias_dropout_fusion",
+        "bias_activation_fusion",
+        "cross_entropy_loss_fusion",
+        "apply_rope_fusion",
+        "persist_layer_norm",
+    ):
+        setattr(provider, name, False)
+
+
+def _lora_hook(rank: int) -> Callable[[list[Any]], list[Any]]:
+    from megatron.bridge.peft.lora import LoRA
+
+    peft = LoRA(dim=rank, alpha=rank, dropout=0.0)
+
+    def hook(chunks: list[Any]) -> list[Any]:
+        transformed = peft(chunks, training=True)
+        peft.set_params_to_save(transformed)
+        return transformed
+
+    return hook
+
+
+def _optimizer(chunks: list[Any], config: Any) -> Any:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-4,
+        min_lr=1e-4,
+        weight_decay=0.01,
+        clip_grad=1.0,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=False,
+    )
+    optimizer = get_megatron_optimizer(options, chunks, use_gloo_process_groups=False)
+    config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tokens, the token after each, which of them count, positions: [rows, length] each."""
+    mask = torch.ones_like(ids, dtype=torch.float32)
+    mask[:, -1] = 0.0
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return {"tokens": ids, "labels": ids.roll(-1, 1), "mask": mask, "positions": positions}
+
+
+def _step(task: Task, chunks: list[Any], optimizer: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = (losses.float() * batch["mask"]).sum() / batch["mask"].sum()
+        return loss, {"loss": loss.detach()}
+
+    def forward(batches: Iterator[dict[str, torch.Tensor]], model: Any) -> tuple[torch.Tensor, Any]:
+        now = next(batches)
+        losses = model(
+            input_ids=now["tokens"], position_ids=now["positions"], attention_mask=None, labels=now["labels"]
+        )
+        return losses, mean_loss
+
+    run = get_forward_backward_func()
+
+    def step() -> float:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        results = run(
+            forward_step_func=forward,
+            data_iterator=iter([batch]),
+            model=chunks,
+            num_microbatches=1,
+            seq_length=task.length,
+            micro_batch_size=task.rows,
+            forward_only=False,
+        )
+        optimizer.step()
+        return float(results[0]["loss"])
+
+    return step

@@ -1,0 +1,130 @@
+"""What one engine is asked to measure, and the random model and rows that all engines share."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+
+from megatron_lora.errors import UserError
+
+_QWEN = {
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """sizes: of a Qwen2.5 configuration. rows x length: tokens of a step, one micro-batch."""
+
+    sizes: dict
+    rows: int
+    length: int
+
+
+SHAPES = {
+    "qwen2.5-1.5b": Shape(
+        {
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+        rows=4,
+        length=4096,
+    ),
+    "qwen2.5-7b": Shape(
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "tie_word_embeddings": False,
+        },
+        rows=2,
+        length=4096,
+    ),
+    "tiny": Shape(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 128,
+            "tie_word_embeddings": True,
+        },
+        rows=2,
+        length=32,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One engine's measurement. model: Hugging Face folder. rows x length: tokens of a step. chunk: tokens of a chunk
+    of this project's head. sweep: further chunk sizes to measure. tp, sp: tensor and sequence parallelism."""
+
+    engine: str
+    model: str
+    device: str
+    rows: int
+    length: int
+    rank: int
+    warmup: int
+    steps: int
+    chunk: int
+    sweep: list[int]
+    tp: int
+    sp: bool
+    profile: str | None
+    result: str
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> "Task":
+        return cls(**json.loads(path.read_text()))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.rows * self.length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def input_ids(self, vocab_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The same random tokens for every engine: [rows, length]."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, vocab_size, (self.rows, self.length), generator=generator).to(device)
+
+
+def shape_of(name: str) -> Shape:
+    if name not in SHAPES:
+        raise UserError(f"--shape {name!r} is not known; choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def save_random_model(shape: Shape, folder: Path, device: str) -> None:
+    """Write a random model of the shape, bf16 on a GPU and fp32 on a CPU; left alone where it is there already."""
+    if (folder / "config.json").exists():
+        return
+    config: PretrainedConfig = Qwen2Config(**_QWEN, **shape.sizes)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    temporary = folder.with_name(folder.name + ".part")
+    model.save_pretrained(temporary)
+    temporary.rename(folder)

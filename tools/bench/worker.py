@@ -1,0 +1,97 @@
+"""One engine in a process of its own, so that its memory is its own: `python -m tools.bench.worker TASK.json`."""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.bench import engine_bridge, engine_hf, engine_ours
+from tools.bench.measure import measure, profile
+from tools.bench.task import Task
+
+ENGINES = {
+    "ours-lora": partial(engine_ours.build, lora=True),
+    "ours-full": partial(engine_ours.build, lora=False),
+    "peft-lora": partial(engine_hf.build, lora=True),
+    "peft-lora-bf16": partial(engine_hf.build, lora=True, fp32_adapter=False),
+    "hf-full": partial(engine_hf.build, lora=False),
+    "bridge-lora": partial(engine_bridge.build, lora=True),
+    "bridge-full": partial(engine_bridge.build, lora=False),
+}
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "megatron-bridge",
+    "transformers",
+    "peft",
+    "transformer-engine",
+    "triton",
+)
+
+
+def run(task: Task) -> dict[str, Any]:
+    """Build, measure, sweep and profile. What was measured before an error stays in the result."""
+    result: dict[str, Any] = {"ok": False}
+    try:
+        start = time.perf_counter()
+        step, facts = ENGINES[task.engine](task)
+        policy = facts.pop("policy", None)
+        result |= facts | {"build_s": round(time.perf_counter() - start, 1)}
+        result |= measure(step, task.tokens, task.warmup, task.steps)
+        result["ok"] = True
+        _save(task, result)
+        if policy is not None and task.sweep:
+            result["sweep"] = engine_ours.sweep_chunks(step, policy, task)
+        if task.profile:
+            profile(step, Path(task.profile))
+    except Exception as error:  # an engine that fails is a result; the other engines still run
+        result["error"] = f"{type(error).__name__}: {str(error)[:600]}"
+        traceback.print_exc()
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that were loaded."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    return {"device": device, "cuda": torch.version.cuda, "versions": versions}
+
+
+def _save(task: Task, result: dict[str, Any]) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        path = Path(task.result)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps({"environment": environment(), "result": result}))
+        temporary.replace(path)
+
+
+def main() -> int:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    task = Task.load(Path(sys.argv[1]))
+    result = run(task)
+    _save(task, result)
+    if torch.distributed.is_initialized():
+        # A rank that failed would leave the others waiting in a collective.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if result["ok"] else 1)
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
