@@ -2,19 +2,12 @@
 
 import logging
 import multiprocessing
+import os
 import warnings
 
-NOISY_LOGGERS = ("megatron", "nemo", "transformers", "torch.distributed", "torch.utils.cpp_extension", "peft")
 NOISE = (
     r".*\.grad attribute of a Tensor that is not a leaf.*",
-    r".*Apex is not installed.*",
-    r".*torch_dtype.*is deprecated.*",
-    r".*MCore's async save is deprecated.*",
-    r".*GPTModel IS DEPRECATED.*",
-    r".*transformer_engine.*not installed.*",
-    r".*TypedStorage is deprecated.*",
-    r".*_get_pg_default_device.*",
-    r".*`torch.jit.script` is deprecated.*",
+    r".*is deprecated.*",
 )
 
 
@@ -22,8 +15,10 @@ def quiet_libraries(is_main: bool) -> None:
     """Called once at start. Ranks other than the first say only what is an error."""
     level = logging.WARNING if is_main else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for name in NOISY_LOGGERS:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     if not is_main:

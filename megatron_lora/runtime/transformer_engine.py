@@ -14,6 +14,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -50,9 +51,12 @@ def import_bridge() -> ModuleType:
         importlib.import_module(name)
     finder = _PlaceholderFinder()
     sys.meta_path.insert(0, finder)
+    # Bridge logs every optional part of Transformer Engine that the placeholder lacks, with tracebacks.
+    logging.disable(logging.WARNING)
     try:
         bridge = importlib.import_module("megatron.bridge")
     finally:
+        logging.disable(logging.NOTSET)
         sys.meta_path.remove(finder)
         for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
             del sys.modules[name]

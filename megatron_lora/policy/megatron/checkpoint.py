@@ -1,7 +1,7 @@
 """Megatron's distributed checkpoint of what trains, its optimizer and random states: loads on any layout.
 
 Adapters are written under their full names (docs/architecture.md, "Adapter checkpoint"), whole models as Megatron-Core
-writes them. The optimizer's state is written in the parameters' own shapes ("fully_reshardable").
+writes them. The optimizer's state is written in the parameters' own shapes (optimizer_state.py).
 """
 
 import random
@@ -19,19 +19,18 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.policy.interface import PendingSave
+from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_lora.runtime.world import World
-
-METADATA_OF_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def metadata() -> dict[str, Any]:
     """What Megatron-Core's sharded state dicts want to know of the layout."""
     return {
-        **METADATA_OF_OPTIMIZER,
         "non_homogeneous_layers": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -66,15 +65,17 @@ def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
 def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
     """Sharded tensors of the whole model: full fine-tuning."""
     state: dict[str, Any] = {}
-    for chunk in chunks:
-        state |= chunk.sharded_state_dict(metadata=metadata())
-    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+    for index, chunk in enumerate(chunks):
+        part = chunk.sharded_state_dict(metadata=metadata())
+        # Virtual stages number their layers from 0 each; the names on disk are the sharded tensors' own.
+        state |= {f"{index}.{key}": value for key, value in part.items() if not key.endswith("_extra_state")}
+    return state
 
 
 def optimizer_state(optimizer: Any, scheduler: Any, weights: dict[str, Any], world: World, loading: bool) -> dict:
     """Optimizer moments and masters in the weights' shapes, the schedule's position, this rank's random states."""
     state: dict[str, Any] = {
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata()),
+        "optimizer": sharded_optimizer_state(optimizer, weights, loading=loading),
         "scheduler": scheduler.state_dict(),
     }
     state["rng"] = ShardedObject(f"rng.{_layout(world)}", random_state(), (world.size,), (world.rank,), replica_id=0)
@@ -116,7 +117,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], fold
     if not _has_random_state(folder, world):
         del state["rng"]
     loaded = dist_checkpointing.load(state, str(folder))
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, weights, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         set_random_state(loaded["rng"])
@@ -146,7 +147,7 @@ def _layout(world: World) -> str:
 
 
 def _has_random_state(folder: Path, world: World) -> bool:
-    keys = dist_checkpointing.load_sharded_metadata(str(folder))
+    keys = FileSystemReader(folder).read_metadata().state_dict_metadata
     wanted = f"rng.{_layout(world)}"
     return any(re.match(rf"{re.escape(wanted)}(/|$)", key) for key in keys)
 

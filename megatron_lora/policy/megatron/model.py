@@ -1,8 +1,9 @@
 """A Megatron-Core model of a Hugging Face base: the only file that touches layer specs and provider settings."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def build_base(policy: PolicyConfig, world: World, *, load_weights: bool = True)
     hf_config = bridge.hf_pretrained.config
     shapes = ModelShapes.from_hf_config(hf_config.to_dict())
     _configure(provider, policy, world, shapes)
-    chunks = _provide_chunks(provider)
+    with redirect_stdout(StringIO()):  # bridge prints the padded vocabulary, once a chunk
+        chunks = _provide_chunks(provider)
     _set_rope_frequencies(chunks, hf_config)
     for chunk in chunks:
         _set_norm_eps(chunk, provider.layernorm_epsilon)

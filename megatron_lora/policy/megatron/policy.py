@@ -241,8 +241,10 @@ class MegatronPolicy(Policy):
     def _put_weights(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             if self.spec is None:
-                for chunk in self.base.chunks:
-                    chunk.load_state_dict({k: v for k, v in state.items() if k in chunk.state_dict()}, strict=False)
+                for index, chunk in enumerate(self.base.chunks):
+                    prefix = f"{index}."
+                    mine = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+                    chunk.load_state_dict(mine, strict=False)
                 return
             for linear in self.adapted:
                 linear.lora_A.copy_(state[f"{linear.layout.name}.lora_A"])
