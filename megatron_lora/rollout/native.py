@@ -105,10 +105,11 @@ class NativeGenerator(Generator):
             capacity = max(len(answer.prompt) + answer.limit for answer in mine)
             with self._runner(self._slots(len(mine)), capacity) as runner:
                 complete(runner, mine, options, rule)
-        samples = [sample for answer in mine for sample in self._samples(answer, num_samples // draws if draws else 0)]
+        copies = num_samples // draws if draws else 0
         everyone: list[Any] = [None] * self.num_replicas
-        dist.all_gather_object(everyone, samples, group=self.group)
-        return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.prompt_index)
+        dist.all_gather_object(everyone, [self._samples(answer, copies) for answer in mine], group=self.group)
+        dealt = [everyone[number % self.num_replicas][number // self.num_replicas] for number in range(len(answers))]
+        return [sample for samples in dealt for sample in samples]
 
     def score_prompt(self, ids: Sequence[int]) -> Tensor:
         tokens = list(ids)

@@ -115,6 +115,7 @@ def _flat_step(
         positions=torch.tensor(positions + padding, dtype=torch.int64, device=device),
         first_slot=first_slot,
         lengths=[len(part) for part in tokens],
+        longest=max(positions, default=-1) + 1,
         decoding=decoding,
     )
 

@@ -9,7 +9,7 @@ and adapters work as in training, and prompts of different lengths need no paddi
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +26,8 @@ class LaneStep:
     """New tokens of one lane (the rows that pass the pipeline together).
 
     tokens, positions: [T] int64, padded at the end. lengths: new tokens of each row; the rows are the lane's slots
-    first_slot, first_slot + 1, ... decoding: one token a row, behind what is cached; else whole prompts.
+    first_slot, first_slot + 1, ... longest: tokens of the longest row, cached and new. decoding: one token a row,
+    behind what is cached; else whole prompts.
     """
 
     lane: int
@@ -34,12 +35,29 @@ class LaneStep:
     positions: Tensor
     first_slot: int
     lengths: list[int]
+    longest: int
     decoding: bool
 
     @property
     def ends(self) -> list[int]:
         """Where each row's tokens end in the flat sequence."""
         return list(accumulate(self.lengths))
+
+    @property
+    def span(self) -> slice:
+        """The rows' slots."""
+        return slice(self.first_slot, self.first_slot + len(self.lengths))
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The rows' slots: [rows] int64. Computed once for all layers, as `distance`."""
+        return torch.arange(self.span.start, self.span.stop, device=self.tokens.device)
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """Decoding: how far back each cached position lies from the row's new token: [rows, longest] int64."""
+        new = self.positions[: len(self.lengths), None]
+        return new - torch.arange(self.longest, device=self.tokens.device)
 
 
 class CacheSession:
@@ -107,19 +125,15 @@ class CachedAttention(torch.nn.Module):
         self, step: LaneStep, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
     ) -> None:
         rows = len(step.lengths)
-        slots = torch.arange(step.first_slot, step.first_slot + rows, device=key.device)
         positions = step.positions[:rows]
-        keys[slots, :, positions] = key[:rows, 0]
-        values[slots, :, positions] = value[:rows, 0]
-        present = slice(step.first_slot, step.first_slot + rows)
-        longest = int(positions.max()) + 1
-        attended = self._attend(query[:rows, 0], keys[present, :, :longest], values[present, :, :longest], positions)
-        out[:rows, 0] = attended
+        keys[step.slots, :, positions] = key[:rows, 0]
+        values[step.slots, :, positions] = value[:rows, 0]
+        keys, values = keys[step.span, :, : step.longest], values[step.span, :, : step.longest]
+        out[:rows, 0] = self._attend(query[:rows, 0], keys, values, step.distance)
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """query [n, heads, d], keys, values [n, groups, L, d], positions [n] -> [n, heads * d]."""
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, distance: Tensor) -> Tensor:
+        """query [n, heads, d], keys, values [n, groups, L, d], distance [n, L] -> [n, heads * d]."""
         attention = self.attention
-        distance = positions[:, None] - torch.arange(keys.shape[2], device=positions.device)
         visible = distance >= 0
         if attention.window is not None:
             visible &= distance < attention.window

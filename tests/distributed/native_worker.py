@@ -6,6 +6,8 @@ Arguments: a JSON file (see `test_rollout_native.py`) with `cases`, and the fold
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
+from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
-from megatron_lora.rollout.generator import Sample, SamplingOptions
+from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions
 from megatron_lora.runtime.world import init_megatron_world
 
 LENGTHS = (1, 5, 17, 2, 30)
@@ -27,7 +30,7 @@ def prompts(vocab_size: int = 101) -> list[list[int]]:
     return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def tokenizer(vocab_size: int = 101) -> PreTrainedTokenizerFast:
+def tokenizer(vocab_size: int = 101) -> Any:
     """A real tokenizer whose token n reads `<n>`; text spans tokens without gaps."""
     inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(vocab_size)}, unk_token="<0>"))
     inner.decoder = decoders.Fuse()
@@ -110,13 +113,45 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             result["base"] = plain(
                 generator.generate(prompts(), 1, SamplingOptions(max_new_tokens=12, temperature=0.0))
             )
+    if case.get("refuses"):
+        result["refused"] = refusals(policy, generator)
     if case.get("trains"):
         stale = policy.adapter()
         policy.train_step([[row] for row in rows_of(sampled)[:4]], SFTObjective())
         result["stale"] = [generator.load_adapter(stale, 4).fingerprint, generator.held_fingerprint()]
         result["trained"] = plain(generator.generate(prompts(), 2, SamplingOptions(max_new_tokens=12, seed=6)))
         result["trained_trainer"] = policy.score(rows_of(generator_samples(result["trained"])))
+        for linear in policy.adapted:
+            linear.lora_B.data.fill_(float("nan"))
+        result["diverged"] = message(RolloutError, lambda: generator.generate(prompts(), 1, SamplingOptions(4)))
     return result
+
+
+def refusals(policy: Any, generator: Any) -> dict[str, str]:
+    from megatron_lora.rollout.native import NativeGenerator
+
+    options = SamplingOptions(max_new_tokens=4)
+    silent = NativeGenerator(policy, None)
+    messages = {
+        "empty": message(UserError, lambda: generator.generate([[5], []], 1, options)),
+        "long": message(UserError, lambda: generator.generate([[5] * 64], 1, options)),
+        "tokenizer": message(ValueError, lambda: silent.generate([[5]], 1, replace(options, stop_strings=("x",)))),
+        "backend": message(UserError, lambda: NativeGenerator(object(), None)),  # type: ignore[arg-type]
+    }
+    policy.config.megatron_cfg.expert_model_parallel_size = 2
+    messages["experts"] = message(UserError, lambda: NativeGenerator(policy, None))
+    # The last place of the sequence is still an answer's.
+    messages["fits"] = str(len(generator.generate([[5] * 63], 1, options)[0].completion_ids))
+    messages["none"] = str(generator.generate([], 1, options) + generator.generate([[5]], 0, options))
+    return messages
+
+
+def message(kind: type[Exception], call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return "not refused"
 
 
 def generator_samples(values: list[dict[str, Any]]) -> list[Sample]:

@@ -2,9 +2,6 @@
 trainer's, in every layout."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from megatron_lora.rollout.generator import Sample
 from tests.distributed.native_worker import generator_samples, prompts, stop_options, tokenizer
+from tests.support.launch import run_ranks
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, save_adapter
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
 ONE = {
-    "one": {"family": "qwen3", "layout": {}, "stops": True, "trains": True},
+    "one": {"family": "qwen3", "layout": {}, "stops": True, "trains": True, "refuses": True},
     "gemma": {"family": "gemma3", "layout": {}},
     "llama": {"family": "llama3", "layout": {}, "batch": 100},
     "head": {"family": "qwen3_head", "layout": {}},
@@ -37,7 +34,6 @@ TWO = {
         "peft": {"a2a_experimental": True},
     },
     "sp_gemma": {"family": "gemma3", "layout": TP | {"sequence_parallel": True, "activation_checkpointing": True}},
-    "tp_head": {"family": "qwen3_head", "layout": TP},
     "sp_head": {"family": "qwen3_head", "layout": TP | {"sequence_parallel": True}},
     "pp": {"family": "qwen3", "layout": PP, "stops": True, "trains": True},
     "pp_tied": {"family": "qwen2", "layout": PP},
@@ -63,27 +59,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
     return made
 
 
+class Results:
+    """What each rank of a case saved; the processes of a world size are started once, when first asked for."""
+
+    def __init__(self, models: dict[str, tuple[Path, Path]], folder: Path):
+        self.models, self.folder = models, folder
+
+    def __getitem__(self, name: str) -> list[dict[str, Any]]:
+        size, _ = CASES[name]
+        request = self.folder / f"{size}.json"
+        if not request.exists():
+            request.write_text(json.dumps({name: self._filled(case) for name, (s, case) in CASES.items() if s == size}))
+            run_ranks("tests.distributed.native_worker", size, request, self.folder)
+        return [torch.load(self.folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(size)]
+
+    def _filled(self, case: dict[str, Any]) -> dict[str, Any]:
+        base, adapter = self.models[case["family"]]
+        return case | {"model": str(base), "adapter": str(adapter)}
+
+
 @pytest.fixture(scope="module")
-def results(models: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """case -> what each rank saved."""
-    folder = tmp_path_factory.mktemp("results")
-    for size, cases in ((1, ONE), (2, TWO), (4, FOUR)):
-        filled = {}
-        for name, case in cases.items():
-            base, adapter = models[case["family"]]
-            filled[name] = case | {"model": str(base), "adapter": str(adapter)}
-        request = folder / f"{size}.json"
-        request.write_text(json.dumps(filled))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        command += ["-m", "tests.distributed.native_worker", str(request), str(folder)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, done.stderr[-20000:]
-    return {
-        name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(size)]
-        for name, (size, _) in CASES.items()
-    }
+def results(models: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results(models, tmp_path_factory.mktemp("results"))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +116,7 @@ def _largest_error(trainer: list[torch.Tensor], samples: list[Sample]) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_equal_transformers(name: str, results: dict[str, list], reference: dict) -> None:
+def test_greedy_tokens_equal_transformers(name: str, results: Results, reference: dict) -> None:
     for result in results[name]:
         assert _completions(result["greedy"]) == reference[CASES[name][1]["family"]]
         assert {value["finish_reason"] for value in result["greedy"]} == {"length"}
@@ -127,7 +124,7 @@ def test_greedy_tokens_equal_transformers(name: str, results: dict[str, list], r
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sampled_logprobs_equal_the_trainers(name: str, results: dict[str, list]) -> None:
+def test_sampled_logprobs_equal_the_trainers(name: str, results: Results) -> None:
     for result in results[name]:
         samples = generator_samples(result["sampled"])
         assert [sample.prompt_index for sample in samples] == [index for index in range(5) for _ in range(3)]
@@ -136,7 +133,7 @@ def test_sampled_logprobs_equal_the_trainers(name: str, results: dict[str, list]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_has_every_sample_and_the_model_is_as_before(name: str, results: dict[str, list]) -> None:
+def test_every_rank_has_every_sample_and_the_model_is_as_before(name: str, results: Results) -> None:
     first = results[name][0]
     for result in results[name]:
         assert _completions(result["sampled"]) == _completions(first["sampled"])
@@ -145,7 +142,7 @@ def test_every_rank_has_every_sample_and_the_model_is_as_before(name: str, resul
     assert first["replicas"] == (2 if name in ("dp", "cp") else 1)
 
 
-def test_samples_do_not_depend_on_the_layout_and_differ_from_each_other(results: dict[str, list]) -> None:
+def test_samples_do_not_depend_on_the_layout_and_differ_from_each_other(results: Results) -> None:
     wanted = _completions(results["one"][0]["sampled"])
     assert len({tuple(ids) for ids in wanted}) == len(wanted)
     for name, (_, case) in CASES.items():
@@ -154,7 +151,7 @@ def test_samples_do_not_depend_on_the_layout_and_differ_from_each_other(results:
 
 
 @pytest.mark.parametrize("name", [name for name, (_, case) in CASES.items() if case.get("stops")])
-def test_stop_strings_and_stop_tokens(name: str, results: dict[str, list]) -> None:
+def test_stop_strings_and_stop_tokens(name: str, results: Results) -> None:
     greedy = generator_samples(results[name][0]["greedy"])
     options = stop_options(greedy)
     ended = 0
@@ -181,15 +178,28 @@ def _cut(ids: list[int], string: str, token: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", [name for name, (_, case) in CASES.items() if case.get("stops")])
-def test_with_adapters_disabled_the_base_answers(name: str, results: dict[str, list], reference: dict) -> None:
+def test_with_adapters_disabled_the_base_answers(name: str, results: Results, reference: dict) -> None:
     for result in results[name]:
         assert _completions(result["base"]) == reference["base"]
         assert reference["base"] != reference["qwen3"]
 
 
 @pytest.mark.parametrize("name", [name for name, (_, case) in CASES.items() if case.get("trains")])
-def test_after_a_step_the_new_adapter_answers_and_a_stale_one_is_noticed(name: str, results: dict[str, list]) -> None:
+def test_after_a_step_the_new_adapter_answers_and_a_stale_one_is_noticed(name: str, results: Results) -> None:
     for result in results[name]:
         stale, held = result["stale"]
         assert stale == result["fingerprints"][0] and held != stale
         assert _largest_error(result["trained_trainer"], generator_samples(result["trained"])) < 1e-5
+        # No rank draws from a model that has diverged, and none waits for another.
+        assert "are not numbers" in result["diverged"] and "learning rate" in result["diverged"]
+
+
+def test_refusals_name_the_key_and_the_fix(results: Results) -> None:
+    refused = results["one"][0]["refused"]
+    assert refused["empty"].startswith("prompt 1 has 0 tokens; wanted 1 to 63")
+    assert refused["long"].startswith("prompt 0 has 64 tokens") and "max_total_sequence_length" in refused["long"]
+    assert "give the generator a tokenizer" in refused["tokenizer"]
+    assert "policy.megatron_cfg.enabled=true" in refused["backend"]
+    assert "expert_model_parallel_size=2" in refused["experts"]
+    assert refused["fits"] == "1"
+    assert refused["none"] == "[]"
