@@ -64,7 +64,8 @@ class Refitter:
     """
 
     def __init__(self, policy: Policy, generator: Generator, mode: RefitMode, *, vocab_size: int, max_length: int):
-        self.policy, self.generator, self.mode = policy, generator, mode
+        self.policy, self.generator = policy, generator
+        self.mode: RefitMode = mode
         self.probe = probe_prompt(vocab_size, generator.block_size, max_length)
         self.reports: list[RefitReport] = []
 
