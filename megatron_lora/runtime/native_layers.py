@@ -95,7 +95,7 @@ class NativeRowParallelLinear(RowParallelLinear):
 
 
 class NativeAttention(torch.nn.Module):
-    """Core attention over packed sequences, causal within each, with GQA, sliding window, softcap and context
+    """Core attention over packed sequences, causal within each, with GQA, sliding window and context
     parallelism.
 
     query [T, heads, d], key and value [T, groups, d] with `packed_seq_params` (T is the local part under context
@@ -120,9 +120,7 @@ class NativeAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale if softmax_scale is not None else config.softmax_scale
-        self.softcap = getattr(config, "attn_logit_softcapping", None)
-        window = config.window_size
-        self.window: int | None = None if window is None or window[0] < 0 else window[0] + 1
+        self.window = _window(config, layer_number)
         self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
@@ -179,7 +177,7 @@ class NativeAttention(torch.nn.Module):
         scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
         simple = positions is None and queries == keys and (self.window is None or keys <= self.window)
-        if simple and not self.softcap:
+        if simple:
             out = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True
             )
@@ -190,13 +188,16 @@ class NativeAttention(torch.nn.Module):
         visible = distance >= 0
         if self.window is not None:
             visible &= distance < self.window
-        if not self.softcap:
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale, enable_gqa=True
-            )
-            return out.transpose(1, 2)
-        repeat = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(repeat, 1).transpose(-1, -2) * scale
-        scores = self.softcap * torch.tanh(scores / self.softcap)
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype)
-        return (F.dropout(weights, dropout) @ value.repeat_interleave(repeat, 1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+
+def _window(config: TransformerConfig, layer_number: int) -> int | None:
+    """How many positions back, itself included, a token of this layer sees; None for all."""
+    window: Any = config.window_size
+    if isinstance(window, int):
+        # Gemma 3's configuration before its own attention class has looked at the layer.
+        return window if layer_number % sum(config.interleaved_attn_pattern) else None  # type: ignore[attr-defined]
+    return None if window is None or window[0] < 0 else window[0] + 1

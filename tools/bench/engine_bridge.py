@@ -43,6 +43,8 @@ def _model(task: Task, lora: bool) -> tuple[list[Any], Any, int]:
     provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "native"
     if task.device == "cpu":
         _prepare_for_cpu(provider)
+    # On by default where Transformer Engine is there, but the output layer's needs an Apex extension.
+    provider.gradient_accumulation_fusion = False
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
     if lora:

@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
@@ -128,7 +129,13 @@ def _configure_kernels(provider: Any, policy: PolicyConfig, world: World) -> Non
         # The same function in PyTorch's own kernel; Megatron's is compiled at the first step (a minute on a CPU).
         provider.activation_func = gelu_tanh
     provider.apply_rope_fusion = fused and policy.megatron_cfg.apply_rope_fusion and policy.precision == "bfloat16"
-    provider.bias_activation_fusion = world.device.type == "cuda" and policy.megatron_cfg.bias_activation_fusion
+    # Gemma's activation has no fused kernel in Megatron-Core.
+    fusable = provider.activation_func is not gelu_tanh
+    provider.bias_activation_fusion = (
+        fusable and world.device.type == "cuda" and policy.megatron_cfg.bias_activation_fusion
+    )
+    # Whatever fused attention Transformer Engine finds; bridge asks for the flash-attn package in some families.
+    provider.attention_backend = AttnBackend.auto
     provider.bias_dropout_fusion = world.device.type == "cuda"
     if fused and policy.precision == "float32":
         # Transformer Engine's fused attention has no fp32; ours does.
