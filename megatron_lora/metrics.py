@@ -21,6 +21,7 @@ class RunReporter:
     """Writes and shows what a run does. On every rank but one `enabled` is False and all methods do nothing.
 
     with RunReporter(run_dir, total_steps, logger=recipe.logger, resume_step=step, enabled=rank == 0) as reporter:
+        reporter.start()
         reporter.log("train", step, {"loss": loss, ...})
     """
 
@@ -38,25 +39,33 @@ class RunReporter:
     ):
         """run_dir: `checkpointing.checkpoint_dir`. total_steps: of the whole run, for the bar. logger: the recipe's
         section (None: no trackers). config: the resolved recipe, shown in W&B. resume_step: the checkpoint's step;
-        records after it are dropped. title: names the bar and the pictures. Raises UserError where the folder cannot
-        be written or a tracker cannot start."""
+        records after it are dropped. title: names the bar and the pictures. Writes nothing before `start`."""
         self.run_dir = Path(run_dir)
         self.enabled = enabled
         self._title = title
         self._closed = not enabled
+        self._logger, self._config, self._resume_step = logger, config or {}, resume_step
+        self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
-        if not enabled:
+        if enabled:
+            self._console = RunConsole(title, total_steps, resume_step, console)
+
+    def start(self) -> None:
+        """Open metrics.jsonl and the trackers, when nothing can fail on a user's mistake any more. Raises UserError
+        where the folder cannot be written or a tracker cannot start."""
+        if not self.enabled:
             return
-        self._file = MetricsFile(self.run_dir / METRICS_NAME, resume_step)
-        if logger is not None:
-            self._trackers = build_trackers(logger, self.run_dir, config or {}, resume_step)
-        self._console = RunConsole(title, total_steps, resume_step, console)
+        self._file = MetricsFile(self.run_dir / METRICS_NAME, self._resume_step)
+        if self._logger is not None:
+            self._trackers = build_trackers(self._logger, self.run_dir, self._config, self._resume_step)
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics under the contract's names. kind "train" moves the bar to `step`; any other kind
         ("validation") is shown as a line. Tensors and numpy numbers are accepted."""
         if not self.enabled:
             return
+        if self._file is None:
+            raise ValueError("log before start")
         record = self._file.append(kind, step, metrics)
         values = {name: value for name, value in record.items() if name not in ("kind", "step")}
         for tracker in self._trackers:
@@ -93,6 +102,8 @@ class RunReporter:
             return
         self._closed = True
         self._console.close()
+        if self._file is None:
+            return
         self._file.close()
         for tracker in self._trackers:
             tracker.close(succeeded)

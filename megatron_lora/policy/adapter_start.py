@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from megatron_lora.config.schema_adapters import PeftConfig
+from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes, build_layout
 from megatron_lora.lora.peft_format import from_hf
@@ -38,6 +41,43 @@ def starting_adapter(peft: PeftConfig, shapes: ModelShapes, model_name: str) -> 
     modules = [build_layout(name, peft.dim, peft.alpha, shapes) for name in names]
     spec = AdapterSpec(model_name, shapes, modules, base_fingerprint=fingerprint, settings=settings)
     return StartingAdapter(spec, None)
+
+
+def planned_adapter(policy: PolicyConfig) -> AdapterSpec | None:
+    """The adapter that the Megatron backend will train, from the model's config alone; None for full fine-tuning.
+    Raises UserError as `starting_adapter` does."""
+    peft = policy.megatron_cfg.peft
+    if not peft.enabled:
+        return None
+    config: Any = AutoConfig.from_pretrained(policy.model_name)
+    return starting_adapter(peft, ModelShapes.from_hf_config(config.to_dict()), policy.model_name).spec
+
+
+def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
+    """Raise UserError where a checkpoint's adapter (`found`, in `folder`) is not of this run's shapes."""
+    if wanted.shapes != found.shapes:
+        sizes = asdict(wanted.shapes)
+        differing = [
+            f"{key}={value} (here {sizes[key]})" for key, value in asdict(found.shapes).items() if value != sizes[key]
+        ]
+        raise UserError(
+            f"{folder} was trained on another model ({found.base_model_name}), with {', '.join(differing)}; set "
+            "policy.model_name to that model or choose another checkpointing.checkpoint_dir"
+        )
+    if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
+        raise UserError(
+            f"{folder} holds other adapters ({_summary(found)}) than this run's ({_summary(wanted)}); "
+            "restore the recipe's peft section or choose another checkpointing.checkpoint_dir"
+        )
+
+
+def _summary(spec: AdapterSpec) -> str:
+    names = sorted({module.kind for module in spec.modules})
+    ranks = sorted({module.rank for module in spec.modules})
+    alphas = sorted({block.alpha for module in spec.modules for block in module.blocks})
+    parts = (("rank", ranks), ("alpha", alphas))
+    sizes = ", ".join(f"{name} {'/'.join(f'{value:g}' for value in values)}" for name, values in parts)
+    return f"{len(spec.modules)} linears of {', '.join(names)}, {sizes}"
 
 
 def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT: finish the step, save, leave."""
 
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -8,25 +9,29 @@ import torch.distributed as dist
 
 from megatron_lora.runtime.world import World
 
+SAME_REQUEST_SECONDS = 5.0  # torchrun passes on a signal that a scheduler has already sent to the ranks themselves
+
 
 class Interrupt:
-    """Whether any rank was asked to stop. A second signal ends the process at once."""
+    """Whether any rank was asked to stop. A second request ends the process at once."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at: float | None = None
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._asked = True
 
     def agreed(self, world: World) -> bool:
         """The same answer on every rank: collective."""
-        flag = torch.tensor(float(self._asked), device=world.device)
+        flag = torch.tensor(float(self._asked_at is not None), device=world.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -15,7 +15,7 @@ from megatron_lora.policy.interface import NonFiniteLoss, Policy
 from megatron_lora.runtime.world import World, environment_world
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.run_folder import RunFolder
-from megatron_lora.trainers.session import Session, check_checkpoint_kind
+from megatron_lora.trainers.session import Session, check_checkpoint
 from megatron_lora.trainers.setup import Prepared, build_loaders, build_policy, build_world, count_steps, prepare
 
 FAILURE_STATUS = 1
@@ -24,7 +24,11 @@ FAILURE_STATUS = 1
 def check_only(loaded: LoadedRecipe) -> None:
     """--dry-run. Raises UserError."""
     prepare(loaded.recipe, environment_world())
-    RunFolder(Path(loaded.recipe.checkpointing.checkpoint_dir)).check(loaded.recipe.checkpointing.resume)
+    folder = RunFolder(Path(loaded.recipe.checkpointing.checkpoint_dir))
+    folder.check(loaded.recipe.checkpointing.resume)
+    found, _ = folder.latest()
+    if found is not None:
+        check_checkpoint(found, loaded.recipe.policy)
 
 
 def run_recipe(loaded: LoadedRecipe) -> int:
@@ -37,13 +41,10 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     prepared = prepare(recipe, environment_world())
     folder = RunFolder(Path(recipe.checkpointing.checkpoint_dir))
     folder.check(recipe.checkpointing.resume)
-    world = build_world(recipe)
-    with _same_on_every_rank(world):
-        if world.is_main:
-            folder.prepare()
     found, skipped = folder.latest()
     if found is not None:
-        check_checkpoint_kind(found, recipe.policy.adapter.enabled)
+        check_checkpoint(found, recipe.policy)
+    world = build_world(recipe)
     loader, validation = build_loaders(prepared)
     total_steps = count_steps(recipe, len(loader))
     reporter = RunReporter(
@@ -73,8 +74,12 @@ def run_recipe(loaded: LoadedRecipe) -> int:
             interrupt=interrupt,
         )
         session.resume(found)
-        if world.is_main:
-            (folder.path / "config.yaml").write_text(dump_recipe(recipe))
+        # Nothing was written up to here, so that a mistake leaves no trace.
+        with _same_on_every_rank(world):
+            if world.is_main:
+                folder.prepare()
+                reporter.start()
+                (folder.path / "config.yaml").write_text(dump_recipe(recipe))
         return _train(session, lambda: _loop(session, loader, validation))
 
 
@@ -100,6 +105,7 @@ def _train(session: Session, loop: Callable[[], None]) -> int:
                 file=sys.stderr,
                 flush=True,
             )
+        session.reporter.close(succeeded=False)
         return FAILURE_STATUS
     return 0
 

@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 
 from megatron_lora.config.loader import dump_recipe
 from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ADAPTER_FILE
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.metrics import RunReporter
+from megatron_lora.policy.adapter_start import check_same_adapter, planned_adapter
 from megatron_lora.policy.interface import Policy, StepResult
+from megatron_lora.policy.weights_check import local_fingerprint
 from megatron_lora.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.interrupt import Interrupt
@@ -175,12 +178,29 @@ def write_peft_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
 
 
-def check_checkpoint_kind(found: Step, adapters: bool) -> None:
-    """An adapter's checkpoint cannot go on as full fine-tuning, nor the other way round. Raises UserError."""
+def check_checkpoint(found: Step, policy: PolicyConfig) -> None:
+    """Whether a run of this recipe can go on from the checkpoint, as far as its files tell before weights load.
+
+    Raises UserError for an adapter where a whole model is trained or the other way round, for an adapter of another
+    base, and (Megatron backend) for one of other linears, ranks or scales.
+    """
     has_adapter = (found.weights / ADAPTER_FILE).is_file()
-    if has_adapter != adapters:
+    if has_adapter != policy.adapter.enabled:
         kinds = {True: "an adapter", False: "a whole model"}
         raise UserError(
-            f"{found.path} holds {kinds[has_adapter]}, this run trains {kinds[adapters]}; choose another "
+            f"{found.path} holds {kinds[has_adapter]}, this run trains {kinds[not has_adapter]}; choose another "
             "checkpointing.checkpoint_dir"
+        )
+    if not has_adapter:
+        return
+    stored = AdapterSpec.load(found.weights / ADAPTER_FILE)
+    fingerprint = local_fingerprint(policy.model_name)
+    if policy.backend == "megatron":
+        wanted = planned_adapter(policy)
+        assert wanted is not None
+        check_same_adapter(wanted, stored, found.path)
+    if None not in (fingerprint, stored.base_fingerprint) and fingerprint != stored.base_fingerprint:
+        raise UserError(
+            f"{found.path} was trained on another model ({stored.base_model_name}): its weights differ from those in "
+            f"policy.model_name={policy.model_name!r}; name that model, or choose another checkpointing.checkpoint_dir"
         )

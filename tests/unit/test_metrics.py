@@ -48,6 +48,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def test_records_keep_every_digit_and_take_tensors(tmp_path: Path):
     with RunReporter(tmp_path, 2, console=plain_console()[0]) as reporter:
+        reporter.start()
         reporter.log("train", 1, {**STEP, "kl": torch.tensor(1 / 3, dtype=torch.float64), "count": np.int64(7)})
         reporter.log("validation", 1, {"loss": float("nan")})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -60,12 +61,14 @@ def test_records_keep_every_digit_and_take_tensors(tmp_path: Path):
 def test_resuming_drops_later_steps_and_a_torn_line(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     with RunReporter(tmp_path, 9, console=plain_console()[0]) as reporter:
+        reporter.start()
         for step in range(1, 6):
             reporter.log("train", step, {"loss": float(step)})
         reporter.log("validation", 3, {"loss": 3.5})
     with path.open("a") as file:
         file.write('{"kind": "train", "step": 3, "lo')
     with RunReporter(tmp_path, 9, resume_step=3, console=plain_console()[0]) as reporter:
+        reporter.start()
         reporter.log("train", 4, {"loss": 40.0})
     records = read_metrics(path)
     assert [(r["kind"], r["step"], r["loss"]) for r in records] == [
@@ -100,13 +103,14 @@ def test_a_broken_file_is_named_by_line(tmp_path: Path):
 def test_a_folder_that_is_a_file_is_a_users_mistake(tmp_path: Path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="checkpointing.checkpoint_dir"):
-        RunReporter(tmp_path / "run", 1)
+        RunReporter(tmp_path / "run", 1, console=plain_console()[0]).start()
 
 
 def test_other_ranks_write_and_show_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run_dir = tmp_path / "run"
     section = logger_section(tmp_path / "logs", wandb=True, tensorboard=True)
     with RunReporter(run_dir, 1, logger=section, enabled=False) as reporter:
+        reporter.start()
         reporter.log("train", 1, STEP)
         reporter.table("t", ["a"], [[1]])
         reporter.message("hello")
@@ -120,6 +124,7 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path):
 
     section = logger_section(tmp_path / "logs", tensorboard=True)
     with RunReporter(tmp_path / "run", 2, logger=section, console=plain_console()[0]) as reporter:
+        reporter.start()
         reporter.log("train", 1, {"loss": 0.75, "note": "text is no scalar"})
         reporter.log("train", 2, {"loss": 0.5})
         reporter.log("validation", 2, {"loss": 0.625})
@@ -137,6 +142,7 @@ def test_wandb_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatch:
         with RunReporter(
             tmp_path / "run", 2, logger=section, config={"a": 1}, resume_step=resume_step, console=plain_console()[0]
         ) as reporter:
+            reporter.start()
             reporter.log("train", resume_step + 1, STEP)
         ids.append((tmp_path / "run" / "wandb_run_id.txt").read_text())
     written = list((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -148,6 +154,7 @@ def test_wandb_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatch:
 def test_without_a_terminal_lines_are_few_and_whole(tmp_path: Path):
     console, output = plain_console()
     with RunReporter(tmp_path, 500, title="SFT", console=console) as reporter:
+        reporter.start()
         reporter.table("Modules", ["name", "rank"], [["[bold]linear_qkv", 16]], "trainable 1,024")
         for step in range(1, 501):
             reporter.log("train", step, {**STEP, "tokens_per_second": 12345.6})
@@ -166,6 +173,7 @@ def test_in_a_terminal_the_bar_shows_loss_speed_and_time(tmp_path: Path):
     output = io.StringIO()
     console = Console(file=output, width=110, force_terminal=True, highlight=False, color_system=None)
     with RunReporter(tmp_path, 4, title="SFT", console=console) as reporter:
+        reporter.start()
         for step in range(1, 5):
             reporter.log("train", step, {**STEP, "tokens_per_second": 12345.6})
         with reporter.progress("rollout", 3) as advance:
@@ -177,6 +185,7 @@ def test_in_a_terminal_the_bar_shows_loss_speed_and_time(tmp_path: Path):
 
 def test_pictures_are_drawn_also_when_the_run_fails(tmp_path: Path):
     with pytest.raises(RuntimeError, match="engine died"), RunReporter(tmp_path, 40, console=plain_console()[0]) as run:
+        run.start()
         for step in range(1, 31):
             run.log("train", step, {"loss": 2.0 / step, "reward": step / 30})
         raise RuntimeError("engine died")
