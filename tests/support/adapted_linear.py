@@ -1,7 +1,6 @@
 """One adapted linear with random tensors: what a rank holds of it, and the same by plain autograd."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,8 +101,7 @@ def run_on_rank(variant: Variant, whole: Whole, tp: TensorParallel) -> dict[str,
     x_part = (tokens if column else everything, inputs)
     y_part = (everything if column else tokens, outputs)
     x, lora_a, lora_b = (
-        tensor.clone().requires_grad_()
-        for tensor in (whole.x[x_part], whole.lora_a[:, inputs], whole.lora_b[b_rows])
+        tensor.clone().requires_grad_() for tensor in (whole.x[x_part], whole.lora_a[:, inputs], whole.lora_b[b_rows])
     )
     call = AdapterCall(
         parallel=tp,
@@ -114,9 +112,10 @@ def run_on_rank(variant: Variant, whole: Whole, tp: TensorParallel) -> dict[str,
         all_to_all=variant.all_to_all,
     )
     weight = whole.weight[outputs, inputs].contiguous()
-    y: Any = (
-        column_parallel(x, weight, None, lora_a, lora_b, call) if column else row_parallel(x, weight, lora_a, lora_b, call)
-    )
+    if column:
+        y = column_parallel(x, weight, None, lora_a, lora_b, call)
+    else:
+        y = row_parallel(x, weight, lora_a, lora_b, call)
     y.backward(whole.dy[y_part].contiguous())
     assert x.grad is not None and lora_a.grad is not None and lora_b.grad is not None
     if tp.size > 1 and not variant.all_to_all:

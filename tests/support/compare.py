@@ -13,4 +13,4 @@ def relative_differences(found: Sequence[float], wanted: Sequence[float]) -> lis
 def largest_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """The largest |found - wanted| / |wanted| (Frobenius norms) of all tensors, which must have the same names."""
     assert set(found) == set(wanted), sorted(set(found) ^ set(wanted))[:8]
-    return max(float((found[name].float() - value.float()).norm() / value.float().norm()) for name, value in wanted.items())
+    return max(float((found[name] - value).norm() / value.norm()) for name, value in wanted.items())

@@ -16,7 +16,7 @@ class RanksFailed(AssertionError):
 def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 1500.0) -> str:
     """Run `python -m module arguments` on so many processes, one thread each, and return their stdout.
 
-    Raises RanksFailed where one of them exits with another status than 0, or all have not ended after `timeout` seconds.
+    Raises RanksFailed where one of them exits with another status than 0, or all have not ended in `timeout` seconds.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, *(str(argument) for argument in arguments)]

@@ -1,0 +1,124 @@
+"""Megatron policies in many layouts: the processes of each world size are started once for all tests that run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.megatron_case import Case, training_rows
+from tests.support.launch import RanksFailed, run_ranks
+from tests.support.models import save_model
+from tests.support.reference import TARGETS, Training, save_adapter, train
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "own": {"share_a": False},
+    "query_value": {"targets": ["q_proj", "v_proj"], "share_a": False},
+    "head": {"targets": [*TARGETS, "lm_head"]},
+}
+
+
+class Room:
+    """Bases and adapters as Hugging Face folders, written when first asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def base(self, family: str) -> Path:
+        path = self.folder / family
+        return path if path.is_dir() else save_model(path, family)
+
+    def adapter(self, family: str, name: str) -> Path:
+        path = self.folder / f"{family}_{name}"
+        return path if path.is_dir() else save_adapter(self.base(family), path, **ADAPTERS[name])
+
+
+@pytest.fixture(scope="session")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
+    return Room(tmp_path_factory.mktemp("bases"))
+
+
+class Workers:
+    """Runs every collected case of a world size at once, and keeps what each rank found."""
+
+    def __init__(self, items: list[pytest.Item], room: Room, folder: Path):
+        self.room = room
+        self.folder = folder
+        self.failures: dict[int, str] = {}
+        self.cases: dict[int, dict[str, Case]] = {}
+        for item in items:
+            parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()  # type: ignore[attr-defined]
+            for value in parameters:
+                while isinstance(value, Case):
+                    known = self.cases.setdefault(value.ranks, {}).setdefault(value.name, value)
+                    assert known == value, f"two different cases are called {value.name}"
+                    value = value.needs
+
+    def found(self, case: Case) -> list[dict[str, Any]]:
+        """What each rank found. Raises RanksFailed where the processes ended before."""
+        if case.ranks not in self.failures:
+            for other in self.cases[case.ranks].values():
+                if other.needs is not None:
+                    self.found(other.needs)
+            self._run(case.ranks)
+        paths = [self.folder / f"{case.name}.{rank}.pt" for rank in range(case.ranks)]
+        if not all(path.is_file() for path in paths):
+            raise RanksFailed(f"no result for {case.name}: {self.failures[case.ranks]}")
+        return [torch.load(path, weights_only=False) for path in paths]
+
+    def _run(self, ranks: int) -> None:
+        request = self.folder / f"{ranks}.json"
+        cases = self.cases[ranks].values()
+        request.write_text(json.dumps({case.name: self._filled(case) for case in cases}))
+        try:
+            self.failures[ranks] = ""
+            run_ranks("tests.distributed.megatron_worker", ranks, request, self.folder)
+        except RanksFailed as failure:
+            self.failures[ranks] = str(failure)
+
+    def _filled(self, case: Case) -> dict[str, Any]:
+        own = None if case.adapter in (None, "drawn") else str(self.room.adapter(case.family, str(case.adapter)))
+        return asdict(case) | {
+            "base_folder": str(self.room.base(case.family)),
+            "adapter_folder": own,
+            "learning_rate": case.learning_rate,
+        }
+
+
+@pytest.fixture(scope="session")
+def workers(request: pytest.FixtureRequest, room: Room, tmp_path_factory: pytest.TempPathFactory) -> Workers:
+    return Workers(request.session.items, room, tmp_path_factory.mktemp("found"))
+
+
+@pytest.fixture
+def ranks_found(case: Case, workers: Workers) -> list[dict[str, Any]]:
+    """What each rank found in the case of this test."""
+    return workers.found(case)
+
+
+@pytest.fixture
+def found(ranks_found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What rank 0 found in the case of this test."""
+    return ranks_found[0]
+
+
+@pytest.fixture(scope="session")
+def reference(room: Room) -> Callable[..., Training]:
+    """Ten steps of transformers + peft with the base and adapter of a case; the same case is trained once."""
+    known: dict[str, Training] = {}
+
+    def trained(case: Case, **options: Any) -> Training:
+        key = repr((case.family, case.adapter, options))
+        if key not in known:
+            adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
+            share_a = case.adapter in ("shared", "head")
+            torch.set_num_threads(1)
+            options = {"lr": case.learning_rate, "share_a": share_a} | options
+            known[key] = train(room.base(case.family), adapter, training_rows(), **options)
+        return known[key]
+
+    return trained

@@ -1,0 +1,43 @@
+"""A Megatron policy of a case, in a worker's process."""
+
+import os
+from typing import Any
+
+import torch
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.runtime.world import init_megatron_world
+
+SEED = 11
+
+
+def policy_config(case: dict[str, Any], megatron: dict[str, Any] | None = None) -> PolicyConfig:
+    """The case's recipe; `megatron` replaces its megatron_cfg where a check needs another layout."""
+    megatron = dict(case["megatron"] if megatron is None else megatron)
+    peft = {"enabled": case["adapter"] is not None, "init_adapter": case["adapter_folder"], "dim": 4, "alpha": 8}
+    optimizer = {"lr": case["learning_rate"], "weight_decay": 0.1, "adam_beta2": 0.98, "adam_eps": 1e-8}
+    sections = {"peft": peft | megatron.pop("peft", {}), "optimizer": optimizer | megatron.pop("optimizer", {})}
+    defaults = {"use_fused_linear_logprobs": True, "fused_linear_logprobs_chunk_size": 16}
+    values = {
+        "model_name": case["base_folder"],
+        "precision": "float32",
+        "train_global_batch_size": 6,
+        "train_micro_batch_size": 2,
+        "max_total_sequence_length": 64,
+    }
+    return PolicyConfig.model_validate(
+        values | case["policy"] | {"megatron_cfg": defaults | megatron | sections | {"enabled": True}}
+    )
+
+
+def build_policy(case: dict[str, Any], megatron: dict[str, Any] | None = None, seed: int = SEED) -> MegatronPolicy:
+    """A fresh policy in its own process groups; those of the policy before are gone."""
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        # Megatron's choice of kernels for the model before, of which one process usually has one only.
+        del os.environ[name]
+    config = policy_config(case, megatron)
+    world = init_megatron_world(config, seed)
+    # Tensors this small only wait for more threads.
+    torch.set_num_threads(1)
+    return MegatronPolicy(config, world, pad_token_id=0, seed=seed, num_steps=10)

@@ -1,0 +1,100 @@
+"""What a worker can be asked about adapters' communication, gradients and dropout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lora.data.packing import collate
+from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.megatron import schedule
+from megatron_lora.policy.megatron.policy import MegatronPolicy
+from tests.distributed.megatron_build import build_policy
+from tests.distributed.megatron_case import scored_rows, training_rows
+from tests.support.adapted_linear import VARIANTS, Variant, draw, run_on_rank
+from tests.support.recorder import Recorder
+
+
+def communication(case: dict[str, Any]) -> dict[str, Any]:
+    """Collectives of one micro-batch, forward and backward, with the adapters and of the frozen base alone; and the
+    base's tensors that have a gradient afterwards.
+
+    In both, the embedding's output wants a gradient: a frozen base without adapters would have no backward pass.
+    """
+    policy = build_policy(case)
+    policy.base.chunks[0].embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    found: dict[str, Any] = {}
+    for name, mode in (("adapters", nullcontext()), ("base", policy.adapters_disabled())):
+        with mode, Recorder() as recorder:
+            _forward_and_backward(policy)
+        found[name] = recorder.collectives()
+    frozen = [(n, p) for n, p in policy.base.chunks[0].named_parameters() if not p.requires_grad]
+    found["num_frozen"] = len(frozen)
+    found["frozen_with_gradient"] = [n for n, p in frozen if p.grad is not None or hasattr(p, "main_grad")]
+    shapes = {tuple(p.shape) for n, p in frozen if n.endswith("linear.weight") or ".linear_" in n}
+    with Recorder() as recorder:
+        _forward_and_backward(policy)
+    found["weight_shaped_products"] = [shape for shape in recorder.products() if shape in shapes]
+    return found
+
+
+def _forward_and_backward(policy: MegatronPolicy) -> None:
+    batch = collate(scored_rows()[:3], pad_token_id=0, total_multiple=4)
+    logps = schedule.forward(policy.engine, policy.chunks[0], batch)
+    logps.sum().backward()
+
+
+def arithmetic(case: dict[str, Any]) -> dict[str, Any]:
+    """Every variant of one adapted linear over these ranks against autograd: the largest relative error of each."""
+    group = torch.distributed.group.WORLD
+    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    found = {}
+    for sequence_parallel in (False, True):
+        tp = TensorParallel(group, size, rank, sequence_parallel)
+        variants = [*VARIANTS]
+        if sequence_parallel:
+            variants += [Variant("row", dropout, blocks, all_to_all=True) for _, dropout, blocks in _row_variants()]
+        for variant in variants:
+            pieces = run_on_rank(variant, draw(variant), tp)
+            for name, (value, wanted) in pieces.items():
+                error = float((value - wanted).norm() / wanted.norm()) if value.shape == wanted.shape else float("inf")
+                found[f"{variant} {'sp' if sequence_parallel else 'tp'} {name}"] = error
+    return {"errors": found}
+
+
+def _row_variants() -> list[tuple[str, str, bool]]:
+    return [(variant.kind, variant.dropout, variant.blocks) for variant in VARIANTS if variant.kind == "row"]
+
+
+def dropout(case: dict[str, Any]) -> dict[str, Any]:
+    """The masks drawn in one training step, linear by linear, and the log-probabilities outside training."""
+    policy = build_policy(case)
+    masks: dict[str, list[Tensor]] = {}
+    with _masks_recorded(masks):
+        scores = policy.score(scored_rows())
+        drawn_outside_training = sum(len(drawn) for drawn in masks.values())
+        policy.train_step([[row] for row in training_rows(1)[0]], SFTObjective())
+    return {"masks": masks, "scores": scores, "drawn_outside_training": drawn_outside_training}
+
+
+@contextmanager
+def _masks_recorded(masks: dict[str, list[Tensor]]) -> Iterator[None]:
+    original = LoRALinear._mask
+
+    def recorded(self: LoRALinear, *args: Any) -> Tensor:
+        mask = original(self, *args)
+        masks.setdefault(self.layout.name, []).append(mask.clone())
+        return mask
+
+    LoRALinear._mask = recorded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LoRALinear._mask = original  # type: ignore[method-assign]
+
+
+CHECKS = {"communication": communication, "arithmetic": arithmetic, "dropout": dropout}

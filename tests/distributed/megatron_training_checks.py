@@ -1,0 +1,126 @@
+"""What a worker can be asked about the numbers of a policy: logits, training, starting values, checkpoints."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lora.data.batch import Row
+from megatron_lora.errors import UserError
+from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.megatron.policy import MegatronPolicy
+from tests.distributed.megatron_build import build_policy
+from tests.distributed.megatron_case import scored_rows, training_rows
+
+
+def train_steps(policy: MegatronPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
+    """Loss and gradient norm before each update."""
+    results = [policy.train_step([[row] for row in rows], SFTObjective()) for rows in steps]
+    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+
+
+def logits(case: dict[str, Any]) -> dict[str, Any]:
+    """The base's logits [T, vocabulary] (last stage), and log-probabilities by the plain and by the chunked path."""
+    policy = build_policy(case)
+    kept: list[Tensor] = []
+    head = getattr(policy.base.chunks[-1], "output_layer", None)
+    if policy.base.has_last_stage:
+        assert head is not None
+        hook = head.register_forward_hook(lambda module, args, output: kept.append(output[0].detach().squeeze(1)))
+    chunked = policy.engine.head
+    policy.engine.head = replace(chunked, chunk_size=0)
+    rows = scored_rows()
+    plain = [policy.score([row])[0] for row in rows]
+    if kept:
+        hook.remove()
+    policy.engine.head = chunked
+    found: dict[str, Any] = {"plain": plain, "chunked": policy.score(rows)}
+    with policy.adapters_disabled():
+        found["without_adapter"] = policy.score(rows)
+    with policy.temperature(0.7):
+        found["temperature"] = policy.score(rows)
+    found["logits"] = [_whole_vocabulary(policy, piece) for piece in kept]
+    found["trainable"] = policy.trainable_parameters()
+    return found
+
+
+def _whole_vocabulary(policy: MegatronPolicy, shard: Tensor) -> Tensor:
+    pieces = [torch.empty_like(shard) for _ in range(policy.tp.size)]
+    torch.distributed.all_gather(pieces, shard.contiguous(), group=policy.tp.group)
+    return torch.cat(pieces, 1)
+
+
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    """Ten steps, and the adapter (or the whole model) at the end."""
+    policy = build_policy(case)
+    found: dict[str, Any] = train_steps(policy, training_rows(case["options"].get("steps", 10)))
+    if policy.spec is not None:
+        exported = policy.adapter()
+        found |= {"adapter": exported.tensors, "config": exported.config}
+    else:
+        found["weights"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
+    found["dtypes"] = sorted({str(p.dtype) for linear in policy.adapted for p in (linear.lora_A, linear.lora_B)})
+    found["trainable"] = policy.trainable_parameters()
+    return found
+
+
+def start(case: dict[str, Any]) -> dict[str, Any]:
+    """The whole factors that a policy starts with, under Megatron's names, for each pair of init methods."""
+    from megatron_lora.policy.megatron.adapter_gather import gather_adapter
+
+    found = {}
+    for a_method, b_method in case["options"]["methods"]:
+        peft = case["megatron"].get("peft", {}) | {"lora_A_init_method": a_method, "lora_B_init_method": b_method}
+        policy = build_policy(case, case["megatron"] | {"peft": peft})
+        assert policy.spec is not None
+        found[f"{a_method}, {b_method}"] = gather_adapter(policy.adapted, policy.spec)
+    return found
+
+
+def checkpoint(case: dict[str, Any]) -> dict[str, Any]:
+    """Three steps, a checkpoint, three steps more; then policies of other layouts go on from it.
+
+    options.layouts: name -> megatron_cfg of each policy that loads. options.asynchronous: how it is written.
+    options.from_case: the case whose checkpoint is loaded instead, nothing being written.
+    """
+    options = case["options"]
+    folder = Path(case["shared_folder"]) / f"{options.get('from_case', case['name'])}_checkpoint"
+    weights, optimizer = folder / "weights", folder / "optimizer"
+    found: dict[str, Any] = {"continued": {}}
+    if "from_case" not in options:
+        policy = build_policy(case)
+        train_steps(policy, training_rows(3))
+        pending = policy.save(weights, optimizer, asynchronous=options.get("asynchronous", False))
+        if pending is not None:
+            found["all_written"] = pending(True)
+        found["uninterrupted"] = _three_more(policy)
+    for name, megatron in options["layouts"].items():
+        policy = build_policy(case, megatron, seed=99)
+        policy.load(weights, optimizer)
+        found["continued"][name] = _three_more(policy)
+    if options.get("other_rank"):
+        peft = case["megatron"].get("peft", {}) | {"dim": 8}
+        found["refused"] = refusal(build_policy(case, case["megatron"] | {"peft": peft}), weights, optimizer)
+    return found
+
+
+def _three_more(policy: MegatronPolicy) -> dict[str, Any]:
+    found: dict[str, Any] = train_steps(policy, training_rows(3, first=3))
+    # What follows is scored in the mean over all rows: the whole model's state in one number each.
+    found["scores"] = policy.score(scored_rows())
+    found["adapter"] = policy.adapter().tensors if policy.spec is not None else {}
+    return found
+
+
+def refusal(policy: MegatronPolicy, weights: Path, optimizer: Path) -> str:
+    try:
+        policy.load(weights, optimizer)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+CHECKS = {"logits": logits, "train": train, "start": start, "checkpoint": checkpoint}

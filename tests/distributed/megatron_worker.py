@@ -1,0 +1,41 @@
+"""Under torchrun: run the cases of a JSON file one after the other and save what this rank found in each.
+
+Arguments: the file (name -> `megatron_case.Case` with its folders filled in) and the folder for `<name>.<rank>.pt`.
+"""
+
+import gc
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from megatron_lora.runtime.world import init_distributed
+from tests.distributed import megatron_cost_checks, megatron_failure_checks, megatron_training_checks
+
+CHECKS = megatron_training_checks.CHECKS | megatron_cost_checks.CHECKS | megatron_failure_checks.CHECKS
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(sys.argv[2])
+    rank = init_distributed().rank
+    for name, case in cases.items():
+        # The end of stderr is shown where a rank fails.
+        print(f"rank {rank}, {time.process_time():.0f} s: case {name}", file=sys.stderr, flush=True)
+        found = CHECKS[case["check"]](case | {"shared_folder": str(folder)})
+        found["cpu_seconds"] = time.process_time()
+        partial = folder / f"{name}.{rank}.partial"
+        torch.save(found, partial)
+        partial.replace(folder / f"{name}.{rank}.pt")
+        gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

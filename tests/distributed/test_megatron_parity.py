@@ -1,0 +1,101 @@
+"""Ten AdamW steps in every layout equal transformers + peft: losses, gradient norms, the adapter at the end (fp32)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed.megatron_case import CP, FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, TP, VPP, Case
+from tests.support.compare import largest_difference, relative_differences
+from tests.support.reference import Training
+
+pytestmark = pytest.mark.timeout(1800)
+
+TOLERANCE = 1e-4
+PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64}}
+DYNAMIC = {"dynamic_batching": {"enabled": True, "train_mb_tokens": 64}}
+SELECTIVE = FULL_RECOMPUTE | {"recompute_granularity": "selective"}
+ALL_TO_ALL = SP | {"peft": {"a2a_experimental": True}}
+WHOLE_OPTIMIZER = {"optimizer": {"use_distributed_optimizer": False}}
+
+
+def case(name: str, ranks: int, megatron: dict | None = None, **fields: Any) -> Case:
+    return Case(f"train_{name}", ranks, "train", megatron=megatron or {}, **fields)
+
+
+CASES = [
+    case("tp1", 1),
+    case("plain_logprobs", 1, PLAIN_LOGPROBS),
+    case("packing", 1, policy=PACKED),
+    case("dynamic_batching", 1, policy=DYNAMIC),
+    case("single_rows", 1, policy={"train_micro_batch_size": 1}),
+    case("full_recompute", 1, FULL_RECOMPUTE),
+    case("selective_recompute", 1, SELECTIVE),
+    case("whole_optimizer", 1, WHOLE_OPTIMIZER),
+    case("own_a", 1, adapter="own"),
+    case("query_value", 1, adapter="query_value"),
+    case("head", 1, adapter="head"),
+    case("head_plain_logprobs", 1, PLAIN_LOGPROBS, adapter="head"),
+    case("tp", 2, TP),
+    case("tp_plain_logprobs", 2, TP | PLAIN_LOGPROBS),
+    case("sp", 2, SP),
+    case("sp_plain_logprobs", 2, SP | PLAIN_LOGPROBS),
+    case("sp_packing", 2, SP, policy=PACKED),
+    case("sp_full_recompute", 2, SP | FULL_RECOMPUTE),
+    case("sp_selective_recompute", 2, SP | SELECTIVE),
+    case("all_to_all", 2, ALL_TO_ALL),
+    case("pp", 2, PP),
+    case("pp_full_recompute_packing", 2, PP | FULL_RECOMPUTE, policy=PACKED),
+    case("vpp", 2, VPP),
+    case("uneven_first", 2, PP | {"num_layers_in_first_pipeline_stage": 1}),
+    case("uneven_last", 2, PP | {"num_layers_in_last_pipeline_stage": 1}),
+    case("cp", 2, CP),
+    case("cp_packing", 2, CP, policy=PACKED),
+    case("dp", 2),
+    case("dp_dynamic_batching", 2, policy=DYNAMIC),
+    case("dp_whole_optimizer", 2, WHOLE_OPTIMIZER),
+    case("tp_own_a", 2, TP, adapter="own"),
+    case("all_to_all_own_a", 2, ALL_TO_ALL, adapter="own"),
+    case("sp_query_value", 2, SP, adapter="query_value"),
+    case("pp_query_value", 2, PP, adapter="query_value"),
+    case("tp_head", 2, TP, adapter="head"),
+    case("sp_head", 2, SP, adapter="head"),
+    case("sp_head_plain_logprobs", 2, SP | PLAIN_LOGPROBS, adapter="head"),
+    case("pp_head", 2, PP, adapter="head"),
+    case("sp_llama2", 2, SP, family="llama2"),
+    case("sp_llama3", 2, SP, family="llama3"),
+    case("sp_qwen2", 2, SP, family="qwen2"),
+    case("sp_mistral", 2, SP, family="mistral"),
+    case("sp_gemma3", 2, SP, family="gemma3"),
+    case("pp_gemma3", 2, PP, family="gemma3"),
+    case("vpp_qwen2", 2, VPP, family="qwen2"),
+    case("cp_llama3", 2, CP, family="llama3"),
+    case("tp_pp", 4, TP | PP),
+    case("sp_cp", 4, SP | CP),
+    case("sp_vpp_full_recompute_packing", 4, SP | VPP | FULL_RECOMPUTE, policy=PACKED),
+    case("tp_dp", 4, TP),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ten_steps_equal_transformers_and_peft(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training]
+) -> None:
+    wanted = reference(case)
+    for found in ranks_found:
+        assert max(relative_differences(found["losses"], wanted.losses)) < TOLERANCE
+        assert max(relative_differences(found["grad_norms"], wanted.grad_norms)) < TOLERANCE
+        assert largest_difference(found["adapter"], wanted.adapter) < TOLERANCE
+
+
+CLIPPED = case("clipping", 1, policy={"max_grad_norm": 0.05})
+
+
+@pytest.mark.parametrize("case", [CLIPPED, case("clipping_sp", 2, SP, policy={"max_grad_norm": 0.05})], ids=str)
+def test_clipping_equals_torchs(case: Case, found: dict[str, Any], reference: Callable[..., Training]) -> None:
+    wanted, unclipped = reference(case, max_norm=0.05), reference(case)
+    assert min(wanted.grad_norms) > 0.05
+    assert max(relative_differences(found["losses"], wanted.losses)) < TOLERANCE
+    assert largest_difference(found["adapter"], wanted.adapter) < TOLERANCE
+    # Adam forgets a common factor of all gradients; that it changed from step to step must still show.
+    assert largest_difference(unclipped.adapter, wanted.adapter) > 10 * TOLERANCE
