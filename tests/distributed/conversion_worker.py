@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 -m tests.distributed.conversion_worker FOLDER
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_lora.policy.megatron import checkpoint
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.model import build_base
 from megatron_lora.policy.megatron.policy import MegatronPolicy
-from megatron_lora.runtime.world import init_distributed, init_megatron_world
+from megatron_lora.runtime.world import World, init_distributed, init_megatron_world
 from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, model_of
 
 
@@ -35,12 +36,19 @@ def config_of(folder: Path, case: str, layout: str, **peft: Any) -> PolicyConfig
     )
 
 
+def start_world(config: PolicyConfig) -> World:
+    # Megatron leaves a model's attention kernel in the environment; families differ in it.
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
+    return init_megatron_world(config, 0)
+
+
 def whole_models(folder: Path, layout: str) -> dict[str, Any]:
     """Save each base, as megatron-bridge brought it in; then load the converter's checkpoint into the same model."""
     found: dict[str, Any] = {}
     for family in WHOLE:
         config = config_of(folder, family, layout, enabled=False)
-        world = init_megatron_world(config, 0)
+        world = start_world(config)
         base = build_base(config, world)
         checkpoint.save_state(checkpoint.model_state(base.chunks), folder / f"whole_{family}_{layout}/policy/weights")
         dist.barrier()
@@ -74,7 +82,7 @@ def save_adapters(folder: Path, layout: str) -> None:
     """A policy from the HF adapter: its checkpoint, and its merged weights as rank 1 (not the main one) got them."""
     for case in ADAPTED:
         config = config_of(folder, case, layout, enabled=True, init_adapter=str(folder / f"{case}_adapter"))
-        world = init_megatron_world(config, 0)
+        world = start_world(config)
         policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=1)
         policy.save(folder / f"adapter_{case}_{layout}/policy/weights", None)
         weights = {name: tensor.clone() for name, tensor in policy.hf_weights()}
@@ -87,7 +95,7 @@ def load_adapters(folder: Path, layout: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in ADAPTED:
         config = config_of(folder, case, layout, enabled=True, init_adapter=str(folder / f"{case}_adapter"))
-        policy = MegatronPolicy(config, init_megatron_world(config, 0), pad_token_id=0, seed=0, num_steps=1)
+        policy = MegatronPolicy(config, start_world(config), pad_token_id=0, seed=0, num_steps=1)
         assert policy.spec is not None
         wanted = policy.adapter().tensors
         for source in LAYOUTS:
