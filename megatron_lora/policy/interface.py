@@ -60,6 +60,12 @@ class Policy(ABC):
         """Within it the model is the frozen base (the reference policy); restored also on an exception."""
 
     @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it the model is the reference policy of DPO and GRPO: the frozen base, or for a run that started from
+        `init_adapter` the base with that adapter as it was. Restored also on an exception. Raises ValueError for full
+        fine-tuning, which keeps no copy of where it started."""
+
+    @abstractmethod
     def temperature(self, value: float) -> AbstractContextManager[None]:
         """Within it log-probabilities are those of the distribution sampled at this temperature."""
 

@@ -9,14 +9,24 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, to_dict
+from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
 from megatron_lora.policy.interface import NonFiniteLoss, Policy
+from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.runtime.world import World, environment_world
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.run_folder import RunFolder
 from megatron_lora.trainers.session import Session, check_checkpoint
-from megatron_lora.trainers.setup import Prepared, build_loaders, build_policy, build_world, count_steps, prepare
+from megatron_lora.trainers.setup import (
+    Prepared,
+    build_loaders,
+    build_policy,
+    build_world,
+    count_steps,
+    count_updates,
+    prepare,
+)
 
 FAILURE_STATUS = 1
 
@@ -60,8 +70,10 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         for notice in [*loaded.notices, *skipped]:
             reporter.message(notice)
         _describe_data(reporter, prepared)
-        policy = build_policy(recipe, world, prepared.tokenizer, total_steps)
+        policy = build_policy(recipe, world, prepared.tokenizer, count_updates(recipe, total_steps))
         _describe_policy(reporter, policy)
+        if recipe.dpo is not None and recipe.dpo.precompute_reference_logprobs:
+            _precompute(recipe, policy, reporter, loader, validation)
         session = Session(
             recipe=recipe,
             world=world,
@@ -83,25 +95,36 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         return _train(session, lambda: _loop(session, loader, validation))
 
 
+def _precompute(recipe: Recipe, policy: Policy, reporter: RunReporter, *loaders: Any) -> None:
+    from megatron_lora.trainers.dpo import precompute_reference
+
+    for loader in loaders:
+        if loader is not None:
+            precompute_reference(policy, loader, reporter, full_fine_tuning=not recipe.policy.adapter.enabled)
+
+
 def _loop(session: Session, loader: Any, validation: Any) -> None:
     if session.recipe.algorithm == "sft":
-        from megatron_lora.trainers.sft import train_sft
-
-        train_sft(session, loader, validation)
+        from megatron_lora.trainers.sft import train_sft as train
+    elif session.recipe.algorithm == "dpo":
+        from megatron_lora.trainers.dpo import train_dpo as train
     else:
-        raise UserError(f"the algorithm {session.recipe.algorithm} cannot be run")
+        from megatron_lora.trainers.grpo import train_grpo as train
+    train(session, loader, validation)
 
 
 def _train(session: Session, loop: Callable[[], None]) -> int:
     try:
         loop()
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, RolloutError) as error:
         latest = session.folder.path / "latest_step.txt"
         kept = f"step_{latest.read_text().strip()}" if latest.exists() else "none was written yet"
-        if session.world.is_main:
+        nothing_updated = " No weight was updated;" if isinstance(error, NonFiniteLoss) else ""
+        # A rollout engine may fail on one rank while the others still wait for it.
+        if session.world.is_main or isinstance(error, RolloutError):
             print(
-                f"stopped at step {session.step + 1}: {error}. No weight was updated; the last good checkpoint is "
-                f"kept ({kept}).",
+                f"stopped at step {session.step + 1}: {error}.{nothing_updated} the last good checkpoint is kept "
+                f"({kept}).",
                 file=sys.stderr,
                 flush=True,
             )

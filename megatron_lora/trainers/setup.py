@@ -6,15 +6,23 @@ from typing import Any
 from megatron_lora.config.layout_checks import check_layout, model_shape_from_hf_config
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_data import DatasetConfig
-from megatron_lora.data.dataset import Preparation, build_preference_dataset, build_sft_dataset
+from megatron_lora.data.dataset import (
+    Preparation,
+    build_preference_dataset,
+    build_prompt_dataset,
+    build_sft_dataset,
+)
 from megatron_lora.data.examples import load_instructions
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.sources import Source, SourceSpec, load_sources
 from megatron_lora.data.tokenize import EncodingOptions
 from megatron_lora.data.tokenizer import load_tokenizer
+from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import check_base_weights
 from megatron_lora.runtime.world import World
+from megatron_lora.trainers.dpo import check_dpo
+from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo, longest_prompt
 
 
 @dataclass
@@ -32,10 +40,16 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     shape = model_shape_from_hf_config(recipe.policy.model_name)
     check_layout(recipe.policy, shape, world.size)
     check_base_weights(recipe.policy)
+    if recipe.policy.backend == "megatron":
+        planned_adapter(recipe.policy)
+    if recipe.algorithm == "dpo":
+        check_dpo(recipe)
+    elif recipe.algorithm == "grpo":
+        check_grpo(recipe, world)
     tokenizer = load_tokenizer(recipe.policy.tokenizer.name or "", recipe.policy.tokenizer.chat_template)
     train_source, validation_source = sources(recipe)
-    builders = {"sft": build_sft_dataset, "dpo": build_preference_dataset}
-    build = builders[recipe.algorithm]
+    builders = {"sft": build_sft_dataset, "dpo": build_preference_dataset, "grpo": build_prompt_dataset}
+    build: Any = builders[recipe.algorithm]
     train = build(train_source, tokenizer, preparation(recipe, recipe.data.train, world))
     validation = None
     if validation_source is not None:
@@ -71,10 +85,11 @@ def _source_spec(section: DatasetConfig) -> SourceSpec:
 def preparation(recipe: Recipe, section: DatasetConfig, world: World) -> Preparation:
     """How rows become tokens."""
     data = recipe.data
-    prompts_only = recipe.algorithm == "grpo"
-    limit = data.max_input_seq_length if prompts_only else recipe.policy.max_total_sequence_length
+    limit = recipe.policy.max_total_sequence_length
+    if recipe.algorithm == "grpo":
+        limit = longest_prompt(recipe)
     return Preparation(
-        max_length=limit or recipe.policy.max_total_sequence_length,
+        max_length=limit,
         options=EncodingOptions(
             add_bos=data.add_bos,
             add_eos=data.add_eos,
@@ -88,8 +103,10 @@ def preparation(recipe: Recipe, section: DatasetConfig, world: World) -> Prepara
 
 
 def build_loaders(prepared: Prepared) -> tuple[GroupLoader, GroupLoader | None]:
-    """The training loader, and the validation's."""
+    """The training loader, and the validation's. GRPO's hand out prompts, the others groups of rows."""
     recipe = prepared.recipe
+    if recipe.grpo is not None:
+        return build_prompt_loaders(recipe, prepared.train, prepared.validation)
     section = recipe.sft or recipe.dpo
     assert section is not None
     train = GroupLoader(
@@ -111,6 +128,14 @@ def count_steps(recipe: Recipe, steps_an_epoch: int) -> int:
     return min(section.max_num_steps, section.max_num_epochs * steps_an_epoch)
 
 
+def count_updates(recipe: Recipe, num_steps: int) -> int:
+    """Optimizer steps of the run: GRPO takes several a rollout where the batch is a part of its samples."""
+    if recipe.grpo is None:
+        return num_steps
+    samples = recipe.grpo.num_prompts_per_step * recipe.grpo.num_generations_per_prompt
+    return num_steps * (samples // recipe.policy.train_global_batch_size)
+
+
 def build_world(recipe: Recipe) -> World:
     """Join the other ranks in the recipe's layout."""
     if recipe.policy.backend == "megatron":
@@ -122,10 +147,10 @@ def build_world(recipe: Recipe) -> World:
     return init_dtensor_world(recipe.policy, recipe.seed)
 
 
-def build_policy(recipe: Recipe, world: World, tokenizer: Any, num_steps: int) -> Policy:
+def build_policy(recipe: Recipe, world: World, tokenizer: Any, num_updates: int) -> Policy:
     """The backend that the recipe selects, base weights loaded."""
     if recipe.policy.backend == "megatron":
         from megatron_lora.policy.megatron.policy import MegatronPolicy as Backend
     else:
         from megatron_lora.policy.dtensor.policy import DTensorPolicy as Backend
-    return Backend(recipe.policy, world, pad_token_id=tokenizer.pad_token_id, seed=recipe.seed, num_steps=num_steps)
+    return Backend(recipe.policy, world, pad_token_id=tokenizer.pad_token_id, seed=recipe.seed, num_steps=num_updates)

@@ -1,6 +1,7 @@
 """Validation of the losses: the mean over several batches, each weighed by what the objective counts in it."""
 
 import time
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -11,15 +12,23 @@ from megatron_lora.trainers.session import Session
 
 
 def evaluate_groups(
-    session: Session, loader: GroupLoader[list[Row]], objective: Objective, num_batches: int
+    session: Session,
+    loader: GroupLoader[list[Row]],
+    objective: Objective,
+    num_batches: int,
+    prepare: Callable[[list[list[Row]]], list[list[Row]]] = lambda groups: groups,
 ) -> dict[str, Any]:
-    """Loss and metrics over the loader's first `num_batches` batches, with the contract's names. Collective."""
+    """Loss and metrics over the loader's first `num_batches` batches, with the contract's names. Collective.
+
+    prepare: adds to each batch's rows what the objective reads.
+    """
     start = time.perf_counter()
     sums: dict[str, float] = {}
     count = 0.0
     targets = tokens = 0
     loader.epoch = loader.position = 0
     for groups in islice(loader, num_batches if num_batches > 0 else None):
+        groups = prepare(groups)
         rows = [row for group in groups for row in group]
         weight = objective.count(rows)
         loss, metrics = session.policy.evaluate(groups, objective)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import MicroBatch, Row
@@ -21,6 +22,7 @@ from megatron_lora.policy.adapter_start import describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
 from megatron_lora.policy.dtensor import adapter, checkpoint, optim
 from megatron_lora.policy.dtensor.model import build_model
+from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
 from megatron_lora.runtime.world import World
 
@@ -50,6 +52,8 @@ class DTensorPolicy(Policy):
             total_multiple=math.lcm(policy.make_sequence_length_divisible_by, multiple),
         )
         self._gradients_checked = self.spec is None
+        starts_from_adapter = self.spec is not None and policy.dtensor_cfg.lora_cfg.init_adapter is not None
+        self._starting_factors = copies(self.trained) if starts_from_adapter else None
 
     def train_step(self, groups: Groups, objective: Objective) -> StepResult:
         rows = [row for group in groups for row in group]
@@ -108,6 +112,25 @@ class DTensorPolicy(Policy):
             adapter.set_enabled(self.base.hf, True)
 
     @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._starting_factors is None:
+            with self.adapters_disabled():
+                yield
+            return
+        self._drop_gathered()
+        try:
+            with holding(self.trained, self._starting_factors):
+                yield
+        finally:
+            self._drop_gathered()
+
+    def _drop_gathered(self) -> None:
+        """Whole parameters that FSDP has kept since the last forward pass: the next one gathers the present shards."""
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextmanager
     def temperature(self, value: float) -> Iterator[None]:
         before = self.root.head.temperature
         try:
@@ -148,6 +171,7 @@ class DTensorPolicy(Policy):
         return None
 
     def load(self, weights: Path, optimizer: Path | None) -> None:
+        self._drop_gathered()
         if self.spec is not None:
             checkpoint.load_adapter(self.base.hf, self.spec, weights)
         else:

@@ -23,6 +23,7 @@ from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
+from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
 from megatron_lora.policy.megatron import checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
@@ -63,6 +64,8 @@ class MegatronPolicy(Policy):
             head=_head_options(policy, self.base),
         )
         self._gradients_checked = not self.adapted and self.spec is None
+        starts_from_adapter = self.spec is not None and policy.megatron_cfg.peft.init_adapter is not None
+        self._starting_factors = copies(self._factors()) if starts_from_adapter else None
 
     def _inject(self, seed: int) -> None:
         peft = self.config.megatron_cfg.peft
@@ -141,6 +144,15 @@ class MegatronPolicy(Policy):
                 linear.enabled = enabled
 
     @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._starting_factors is None:
+            with self.adapters_disabled():
+                yield
+        else:
+            with holding(self._factors(), self._starting_factors):
+                yield
+
+    @contextmanager
     def temperature(self, value: float) -> Iterator[None]:
         """Log-probabilities of the distribution sampled at this temperature."""
         head = self.engine.head
@@ -204,6 +216,9 @@ class MegatronPolicy(Policy):
 
     def describe_adapters(self) -> list[tuple[str, ...]]:
         return describe_modules(self.spec) if self.spec is not None else []
+
+    def _factors(self) -> list[torch.nn.Parameter]:
+        return [factor for linear in self.adapted for factor in (linear.lora_A, linear.lora_B)]
 
     def _divide(self, groups: Groups, *, training: bool) -> Any:
         return divide(

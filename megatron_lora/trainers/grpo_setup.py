@@ -1,0 +1,139 @@
+"""What GRPO refuses before any weight is loaded, and its loaders of prompts."""
+
+import math
+from pathlib import Path
+
+from megatron_lora.config.schema import PolicyConfig, Recipe
+from megatron_lora.data.dataset import Prompt, PromptDataset
+from megatron_lora.data.loader import GroupLoader
+from megatron_lora.errors import UserError
+from megatron_lora.objectives.advantages import check_group_size
+from megatron_lora.objectives.grpo_config import GRPOConfig
+from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty
+from megatron_lora.policy.adapter_start import read_peft_folder
+from megatron_lora.rollout import vllm_engine
+from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
+from megatron_lora.runtime.world import World
+
+
+def check_grpo(recipe: Recipe, world: World) -> None:
+    """Raise UserError for what cannot be run."""
+    grpo, generation = recipe.grpo, recipe.policy.generation
+    assert grpo is not None
+    check_group_size(grpo.num_generations_per_prompt, bool(grpo.adv_estimator.use_leave_one_out_baseline))
+    loss = loss_config(recipe)
+    RewardRunner(reward_specs(recipe), recipe.env.math.num_workers).close()
+    _check_shaping(recipe)
+    if generation.temperature == 0:
+        raise UserError(
+            "policy.generation.temperature=0 draws the same answer every time, so no group has an advantage; set it "
+            "above 0 (1.0 is usual; val_temperature=0 is for validation)"
+        )
+    if loss.reference_policy_kl_penalty > 0 and not recipe.policy.adapter.enabled:
+        raise UserError(
+            f"loss_fn.reference_policy_kl_penalty={loss.reference_policy_kl_penalty} needs a reference, which full "
+            "fine-tuning changes; set it to 0, or train an adapter, whose base stays"
+        )
+    if generation.backend == "megatron":
+        _check_native(recipe.policy)
+    else:
+        _check_vllm(recipe.policy, world)
+
+
+def loss_config(recipe: Recipe) -> GRPOConfig:
+    """`loss_fn` as the objective reads it. Raises UserError where its keys contradict each other."""
+    assert recipe.policy.generation.max_new_tokens is not None
+    return GRPOConfig.from_config(recipe.loss_fn, recipe.policy.generation.max_new_tokens)
+
+
+def reward_specs(recipe: Recipe) -> list[RewardSpec]:
+    """The rewards that `env` names."""
+    return [RewardSpec.from_config(entry) for entry in recipe.env.reward_functions]
+
+
+def longest_prompt(recipe: Recipe) -> int:
+    """Tokens of the longest prompt that is kept: one token of an answer must fit behind it."""
+    policy = recipe.policy
+    limits = [policy.max_total_sequence_length - 1]
+    if recipe.data.max_input_seq_length is not None:
+        limits.append(recipe.data.max_input_seq_length)
+    if policy.generation.backend == "vllm" and policy.generation.vllm_cfg.max_model_len is not None:
+        limits.append(policy.generation.vllm_cfg.max_model_len - 1)
+    return min(limits)
+
+
+def build_prompt_loaders(
+    recipe: Recipe, train: PromptDataset, validation: PromptDataset | None
+) -> tuple[GroupLoader[Prompt], GroupLoader[Prompt] | None]:
+    """Batches of prompts; validation reads the first `grpo.max_val_samples` prompts, in order."""
+    grpo = recipe.grpo
+    assert grpo is not None
+    multiplier = grpo.batch_multiplier if grpo.use_dynamic_sampling else 1
+    loader = GroupLoader(
+        train,
+        math.ceil(grpo.num_prompts_per_step * multiplier),
+        seed=recipe.seed,
+        shuffle=recipe.data.shuffle,
+        size_key="grpo.num_prompts_per_step",
+    )
+    if validation is None:
+        return loader, None
+    first = [validation[position] for position in range(min(grpo.max_val_samples, len(validation)))]
+    size = min(grpo.val_batch_size, len(first))
+    return loader, GroupLoader(first, size, shuffle=False, drop_last=False, size_key="grpo.val_batch_size")
+
+
+def _check_shaping(recipe: Recipe) -> None:
+    """Raise what the first step would."""
+    import torch
+
+    assert recipe.grpo is not None
+    shaping, scaling = recipe.grpo.reward_shaping, recipe.grpo.reward_scaling
+    nothing = torch.zeros(0)
+    if scaling.enabled:
+        scale_rewards(nothing, scaling.source_min, scaling.source_max, scaling.target_min, scaling.target_max)
+    if shaping.enabled and shaping.stop_properly_penalty_coef is None:
+        assert shaping.max_response_length is not None
+        soft_overlong_penalty(
+            nothing, shaping.max_response_length, shaping.overlong_buffer_length, shaping.overlong_buffer_penalty
+        )
+
+
+def _check_native(policy: PolicyConfig) -> None:
+    if not policy.megatron_cfg.enabled:
+        raise UserError(
+            "policy.generation.backend=megatron generates with the Megatron model, but policy.megatron_cfg.enabled "
+            "is false; set policy.generation.backend=vllm or policy.megatron_cfg.enabled=true"
+        )
+    experts = policy.megatron_cfg.expert_model_parallel_size
+    if experts > 1:
+        raise UserError(
+            "policy.generation.backend=megatron has no expert parallelism, but policy.megatron_cfg."
+            f"expert_model_parallel_size={experts}; set policy.generation.backend=vllm or the size to 1"
+        )
+
+
+def _check_vllm(policy: PolicyConfig, world: World) -> None:
+    generation, adapter = policy.generation, policy.adapter
+    vllm_engine.check_installed(world.device)
+    if generation.refit == "adapter" and not adapter.enabled:
+        raise UserError(
+            "policy.generation.refit=adapter, but full fine-tuning (peft.enabled=false) has no adapter; set it to merge"
+        )
+    longest = generation.vllm_cfg.max_model_len
+    if longest is not None and longest > policy.max_total_sequence_length:
+        raise UserError(
+            f"policy.generation.vllm_cfg.max_model_len={longest} is above policy.max_total_sequence_length="
+            f"{policy.max_total_sequence_length}, so answers could be longer than what can be trained on; lower it"
+        )
+    serves_adapter = adapter.enabled and generation.refit != "merge"
+    rank = _adapter_rank(policy) if serves_adapter else None
+    vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
+
+
+def _adapter_rank(policy: PolicyConfig) -> int:
+    """The largest rank of a linear's adapter."""
+    if policy.adapter.init_adapter is None:
+        return policy.adapter.dim
+    _, tensors = read_peft_folder(Path(policy.adapter.init_adapter))
+    return max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight"))

@@ -1,0 +1,41 @@
+"""What happens around a training step, the same for every algorithm."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_lora.trainers.session import Session
+
+
+class LoopOptions(Protocol):
+    """The keys of `sft`, `dpo` and `grpo` that say when to validate."""
+
+    val_period: int
+    val_at_start: bool
+    val_at_end: bool
+
+
+def run_steps(
+    session: Session, options: LoopOptions, take_step: Callable[[], None], validate: Callable[[], None]
+) -> None:
+    """Take steps until the run's last, validating and saving when due.
+
+    take_step: does one step, raises `session.step` and logs. Both are collective. A step that raises leaves the last
+    checkpoint as it is.
+    """
+    if options.val_at_start and session.step == 0:
+        validate()
+    if session.step >= session.total_steps:
+        session.reporter.message(f"nothing to do: the run is at step {session.step} of {session.total_steps}")
+        return
+    last = stopping = False
+    while not last and not stopping:
+        take_step()
+        last = session.step >= session.total_steps
+        due = options.val_period > 0 and session.step % options.val_period == 0
+        if due or (last and options.val_at_end):
+            validate()
+        stopping = session.should_stop()
+        session.save_if_due(force=last or stopping)
+    if stopping:
+        session.reporter.message(f"stopped by a signal after step {session.step}; the same command goes on")
+    session.finish()
