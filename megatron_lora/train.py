@@ -72,6 +72,12 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
+if __name__ == "__mp_main__":
+    # A helper that Megatron's checkpoint writer started, which imports this module anew.
+    from megatron_lora.runtime.processes import die_with_parent
+
+    die_with_parent()
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path.cwd()))
     try:

@@ -45,7 +45,13 @@ def model_shape_from_hf_config(path_or_name: str) -> ModelShape:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"policy.model_name={path_or_name} is no folder or hub model that loads: {reason}") from error
-    return _shape_of(config)
+    try:
+        return _shape_of(config)
+    except AttributeError as error:
+        raise UserError(
+            f"policy.model_name={path_or_name} is a {config.model_type!r} model, whose config has no {error.name}; use "
+            "a decoder of Llama's form (llama, mistral, qwen2, qwen3 or gemma3_text)"
+        ) from error
 
 
 def _shape_of(config: Any) -> ModelShape:

@@ -1,5 +1,6 @@
 """Tokenized data sets: groups of rows for SFT and DPO, prompts for GRPO."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -185,7 +186,7 @@ def _encode_all(
         description=f"Tokenizing {source.name}",
         total=len(source),
         transient=True,
-        disable=not preparation.show_progress,
+        disable=not (preparation.show_progress and sys.stdout.isatty()),
     ):
         stats.rows += 1
         if not isinstance(result, RowError):

@@ -1,5 +1,6 @@
 """W&B and TensorBoard, each behind the same two methods."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,7 +61,8 @@ class WandbTracker:
                 id=run_id,
                 dir=str(log_dir),
                 config=dict(config),
-                resume="allow",
+                # Offline files of one id are joined when they are synced; W&B would warn of this setting there.
+                resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
                 settings=wandb.Settings(console="off", silent=True),
             )
         except (wandb.Error, OSError) as error:

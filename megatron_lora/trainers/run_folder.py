@@ -4,10 +4,11 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_lora.errors import UserError
 
@@ -40,11 +41,15 @@ class RunFolder:
         self.path = path
 
     def check(self, resume: bool) -> None:
-        """Raise UserError where the folder cannot be written, or holds a run that is not to be resumed. Writes
-        nothing."""
-        existing = next(path for path in [self.path, *self.path.absolute().parents] if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            self._cannot_write("not a folder that may be written")
+        """Raise UserError where the folder cannot be written, or holds a run that is not to be resumed. Leaves
+        nothing behind."""
+        existing = next(path for path in [self.path, *self.path.absolute().parents] if os.path.exists(path))
+        try:
+            # A file without a name: access rights alone do not tell of a read-only or virtual file system.
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            reason = "it is no folder" if not existing.is_dir() else "this process may not write there"
+            self._cannot_write(f"{existing}: {reason}", error)
         if not resume and (list(self._numbers()) or (self.path / "metrics.jsonl").exists()):
             raise UserError(
                 f"checkpointing.checkpoint_dir={str(self.path)!r} holds a run and checkpointing.resume=false; name "
@@ -55,18 +60,15 @@ class RunFolder:
         """Make the folder, and remove what a killed run left half written. Raises UserError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".write-test-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
-            self._cannot_write(error.strerror or str(error))
+            self._cannot_write(error.strerror or str(error), error)
         for folder in self.path.glob(".step_*.partial"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _cannot_write(self, reason: str) -> None:
+    def _cannot_write(self, reason: str, error: OSError) -> NoReturn:
         raise UserError(
             f"checkpointing.checkpoint_dir={str(self.path)!r} cannot be written ({reason}); name a folder that can"
-        )
+        ) from error
 
     def latest(self) -> tuple[Step | None, list[str]]:
         """The newest complete checkpoint, and a notice for each one that had to be skipped."""

@@ -64,6 +64,9 @@ class Session:
         self.loader.load_state_dict(dict(found.info["loader"]))
         self.step = self._saved_step = found.number
         self.state = dict(found.info.get("state", {}))
+        ranked_by, value = self.recipe.checkpointing, found.info.get("metric")
+        if ranked_by.metric is not None and value is not None and found.info["metric_name"] == ranked_by.metric_name:
+            self.metrics[ranked_by.metric] = value
         note = "" if found.optimizer else "; it has no optimizer state, so the optimizer starts anew"
         self.reporter.message(f"resumed from {found.path}{note}")
 
