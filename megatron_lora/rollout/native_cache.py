@@ -80,7 +80,7 @@ class CacheSession:
 class CachedAttention(torch.nn.Module):
     """Core attention that keeps each row's keys and values.
 
-    attention: holds the layer's scale, window and softcap, and attends within whole prompts. lanes: lane number ->
+    attention: holds the layer's scale and window, and attends within whole prompts. lanes: lane number ->
     (keys, values), each [slots, groups, capacity, d], with rotary positions applied.
     """
 
@@ -141,11 +141,6 @@ class CachedAttention(torch.nn.Module):
         # A group's query heads take the place of query positions: its keys are then read once, not once a head.
         query = query.unflatten(1, (keys.shape[1], -1))
         scale = attention.scale if attention.scale is not None else query.shape[-1] ** -0.5
-        if attention.softcap:
-            scores = query @ keys.transpose(-1, -2) * scale
-            scores = attention.softcap * torch.tanh(scores / attention.softcap)
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32).to(values.dtype)
-            return (weights @ values).flatten(1)
         mask = visible.expand(-1, -1, query.shape[2], -1)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).flatten(1)
 

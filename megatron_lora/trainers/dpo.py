@@ -14,9 +14,9 @@ from megatron_lora.config.schema import Recipe
 from megatron_lora.data.batch import Row
 from megatron_lora.data.loader import GroupLoader, Indexed
 from megatron_lora.errors import UserError
+from megatron_lora.metrics import RunReporter
 from megatron_lora.objectives.dpo import DPOConfig, DPOObjective
 from megatron_lora.policy.interface import Policy
-from megatron_lora.metrics import RunReporter
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.session import Session
 from megatron_lora.trainers.validation import evaluate_groups
@@ -62,7 +62,7 @@ def train_dpo(session: Session, loader: GroupLoader[list[Row]], validation: Grou
 
 
 def with_reference(policy: Policy, pairs: Pairs) -> Pairs:
-    """The pairs with the reference's log-probabilities as a token field; as they are where they have them. Collective."""
+    """The pairs with the reference's log-probabilities as a token field, where they lack them. Collective."""
     rows = [row for pair in pairs for row in pair]
     if all(REFERENCE in row.token_fields for row in rows):
         return pairs

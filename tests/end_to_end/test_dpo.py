@@ -189,7 +189,5 @@ def test_refusals(room: Path, tmp_path: Path) -> None:
             values["data"]["train"]["data_path"] = str(write_lines(folder / "rows.jsonl", [row]))
         with pytest.raises(RanksFailed, match="error: ") as failure:
             run(folder, values, 1)
-        assert text in str(failure.value) and "exitcode  : 2" in str(failure.value).replace(
-            "exitcode : ", "exitcode  : "
-        )
+        assert text in str(failure.value) and "exitcode  : 2" in str(failure.value)
         assert not (folder / "run").exists()

@@ -1,0 +1,250 @@
+"""Group relative policy optimization: the loop (Shao et al. 2024, algorithm 1).
+
+for a batch of prompts q:
+    sample a group of answers o_1 .. o_G from the policy as it is                 RolloutEngine.generate
+    compute their rewards r_1 .. r_G                                              reward_answers
+    compute advantages relative to the group                                      group_advantages
+    for each part of the answers: update the policy by the clipped objective      Policy.train_step
+    give the rollout engine the new weights                                       RolloutEngine.refit
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_lora.data.batch import Row
+from megatron_lora.data.dataset import Prompt
+from megatron_lora.data.loader import GroupLoader
+from megatron_lora.errors import UserError
+from megatron_lora.objectives.advantages import clip_advantages, group_advantages, informative_groups, subtract_kl
+from megatron_lora.objectives.grpo import GRPOObjective, set_positive_example_weights
+from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logprob_error
+from megatron_lora.policy.interface import StepResult
+from megatron_lora.rollout.generator import rollout_logprob_error
+from megatron_lora.rollout.rewards import RewardRunner
+from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
+from megatron_lora.trainers.grpo_validation import show_samples, validate_answers
+from megatron_lora.trainers.loop import run_steps
+from megatron_lora.trainers.rollout_batch import (
+    Group,
+    build_rows,
+    describe_groups,
+    is_truncated,
+    num_generated,
+    raw_rewards,
+    reward_answers,
+    shaped_rewards,
+)
+from megatron_lora.trainers.rollout_engine import TRAINING, RolloutEngine
+from megatron_lora.trainers.session import Session
+
+
+def train_grpo(session: Session, loader: GroupLoader[Prompt], validation: GroupLoader[Prompt] | None) -> None:
+    """Raise the reward of the policy's answers."""
+    options = session.recipe.grpo
+    assert options is not None
+    engine = RolloutEngine(session)
+    with RewardRunner(reward_specs(session.recipe), session.recipe.env.math.num_workers) as runner:
+        engine.start()
+        trainer = GRPOTrainer(session, loader, engine, runner, shows_samples=validation is None)
+
+        def validate() -> None:
+            if validation is not None:
+                validate_answers(session, engine, runner, validation)
+
+        run_steps(session, options, trainer.step, validate)
+        engine.close()
+
+
+@dataclass
+class Rollout:
+    """A step's groups, and what drawing them took. num_dropped: groups that dynamic sampling left out."""
+
+    groups: list[Group]
+    seconds: float
+    num_tokens: int
+    num_dropped: int
+    num_batches: int
+
+
+class GRPOTrainer:
+    """One run's steps. shows_samples: show sample answers of training steps (there is no validation that does)."""
+
+    def __init__(
+        self,
+        session: Session,
+        loader: GroupLoader[Prompt],
+        engine: RolloutEngine,
+        runner: RewardRunner,
+        *,
+        shows_samples: bool,
+    ):
+        assert session.recipe.grpo is not None
+        self.session, self.engine, self.runner = session, engine, runner
+        self.policy, self.options = session.policy, session.recipe.grpo
+        self.objective = GRPOObjective(loss_config(session.recipe))
+        self.prompts = loader.forever()
+        self.shows_samples = shows_samples
+        self._learning_rate = 0.0
+
+    def step(self) -> None:
+        """Sample, reward, update, refit, log. Collective."""
+        start = time.perf_counter()
+        version = self.engine.version
+        rollout = self._sample()
+        self.engine.sleep()
+        rows, values = self._score(rollout.groups)
+        scored = time.perf_counter()
+        result = self._update(rows)
+        trained = time.perf_counter()
+        self.session.step += 1
+        refit = self.engine.refit(self.session.step)
+        end = time.perf_counter()
+        timing = {
+            "generation_seconds": rollout.seconds,
+            "generation_tokens_per_second": rollout.num_tokens / rollout.seconds,
+            "scoring_seconds": scored - start - rollout.seconds,
+            "training_seconds": trained - scored,
+        }
+        sampling = {
+            "adapter_version": version,
+            "num_samples": len(rows),
+            "generation_batches": rollout.num_batches,
+            "dropped_groups": rollout.num_dropped,
+        }
+        self.session.log_train(
+            result, end - start, describe_groups(rollout.groups) | values | sampling | timing | refit
+        )
+        period = self.options.val_period
+        if self.shows_samples and period and self.session.step % period == 0:
+            show_samples(self.session, rollout.groups, "answers")
+
+    def _sample(self) -> Rollout:
+        """Groups for a step: one batch of prompts, or with dynamic sampling (DAPO, Yu et al. 2025, section 3.2) as many
+        batches as it takes until enough groups have different rewards."""
+        options = self.options
+        rollout = Rollout([], 0.0, 0, 0, 0)
+        while True:
+            prompts = next(self.prompts)
+            answers, seconds = self.engine.generate(
+                prompts, options.num_generations_per_prompt, purpose=TRAINING, batch=rollout.num_batches
+            )
+            groups = reward_answers(self.runner, prompts, answers, self.session.world)
+            rollout.seconds += seconds
+            rollout.num_tokens += num_generated(groups)
+            rollout.num_batches += 1
+            if not options.use_dynamic_sampling:
+                rollout.groups = groups
+                return rollout
+            kept = informative_groups(raw_rewards(groups)).tolist()
+            rollout.groups += [group for group, keep in zip(groups, kept, strict=True) if keep]
+            rollout.num_dropped += kept.count(False)
+            if len(rollout.groups) >= options.num_prompts_per_step:
+                rollout.groups = rollout.groups[: options.num_prompts_per_step]
+                return rollout
+            if rollout.num_batches >= options.dynamic_sampling_max_gen_batches:
+                raise UserError(
+                    f"dynamic sampling found {len(rollout.groups)} groups with different rewards in "
+                    f"{rollout.num_batches} batches of prompts (step {self.session.step + 1}), wanted "
+                    f"grpo.num_prompts_per_step={options.num_prompts_per_step}: the prompts are too easy or too hard; "
+                    "lower it, or raise grpo.dynamic_sampling_max_gen_batches or grpo.num_generations_per_prompt"
+                )
+
+    def _score(self, groups: list[Group]) -> tuple[list[Row], dict[str, float]]:
+        """Rows with advantages and log-probabilities of the policy before the update (and of the reference), and what
+        the log says of them."""
+        estimator = self.options.adv_estimator
+        found = group_advantages(
+            shaped_rewards(groups, self.options),
+            normalize=bool(estimator.normalize_rewards),
+            leave_one_out=bool(estimator.use_leave_one_out_baseline),
+        )
+        advantages = clip_advantages(
+            found.advantages, self.options.advantage_clip_low, self.options.advantage_clip_high
+        )
+        rows = self._with_logps(build_rows(groups, advantages))
+        samples = [sample for group in groups for sample in group.samples]
+        values = {
+            "zero_variance_groups": found.num_zero_variance,
+            "rollout_logprob_error": rollout_logprob_error([row.token_fields["old_logps"] for row in rows], samples),
+        }
+        if self.options.overlong_filtering:
+            rows = filter_overlong(rows, [is_truncated(sample) for sample in samples])
+        masked = mask_by_logprob_error(rows, self.options.seq_logprob_error_threshold)
+        values["max_seq_prob_error"] = masked.max_error
+        if self.options.seq_logprob_error_threshold is not None:
+            values["masked_by_logprob_error"] = masked.num_masked
+        return masked.rows, values
+
+    def _with_logps(self, rows: list[Row]) -> list[Row]:
+        config = self.objective.config
+        with self.policy.temperature(self._temperature):
+            fields: dict[str, list[Tensor]] = {"old_logps": self.policy.score(rows)}
+            if config.reference_policy_kl_penalty > 0:
+                with self.policy.reference():
+                    fields["reference_logps"] = self.policy.score(rows)
+        if config.use_kl_in_reward and config.reference_policy_kl_penalty > 0:
+            fields["advantages"] = subtract_kl(
+                [row.token_fields["advantages"] for row in rows],
+                fields["old_logps"],
+                fields["reference_logps"],
+                config.reference_policy_kl_penalty,
+                config.reference_policy_kl_type,
+            )
+        return [
+            replace(row, token_fields=row.token_fields | {name: values[number] for name, values in fields.items()})
+            for number, row in enumerate(rows)
+        ]
+
+    @property
+    def _temperature(self) -> float:
+        return self.session.recipe.policy.generation.temperature
+
+    def _update(self, rows: list[Row]) -> StepResult:
+        """An optimizer step for each `policy.train_global_batch_size` rows, in order; the mean of what they report."""
+        size = self.session.recipe.policy.train_global_batch_size
+        results = []
+        with self.policy.temperature(self._temperature):
+            for first in range(0, len(rows), size):
+                part = rows[first : first + size]
+                if self._teaches(part):
+                    if self.objective.config.positive_example_nll_weight > 0:
+                        set_positive_example_weights(part, self.objective)
+                    results.append(self.policy.train_step([[row] for row in part], self.objective))
+        if results:
+            self._learning_rate = results[-1].learning_rate
+        return mean_result(results, rows, self._learning_rate)
+
+    def _teaches(self, rows: Sequence[Row]) -> bool:
+        """Whether the loss of these rows has any gradient: not where every group's rewards are equal (or every answer
+        is filtered out) and the policy is still its reference."""
+        config = self.objective.config
+        if self.objective.count(list(rows)) == 0:
+            return False
+        if config.positive_example_nll_weight > 0:
+            return True
+        for row in rows:
+            fields, mask = row.token_fields, row.target_mask
+            if bool(fields["advantages"][mask].any()):
+                return True
+            if config.kl_in_loss and not torch.equal(fields["old_logps"][mask], fields["reference_logps"][mask]):
+                return True
+        return False
+
+
+def mean_result(results: Sequence[StepResult], rows: Sequence[Row], learning_rate: float) -> StepResult:
+    """The mean over a step's updates; zeros where nothing was to be learned from its answers."""
+    count = max(1, len(results))
+    names = list(results[0].metrics) if results else []
+    metrics = {name: sum(result.metrics[name] for result in results) / count for name in names}
+    return StepResult(
+        loss=sum(result.loss for result in results) / count,
+        metrics=metrics | {"num_updates": len(results)},
+        grad_norm=sum(result.grad_norm for result in results) / count,
+        learning_rate=learning_rate,
+        num_target_tokens=sum(row.num_targets for row in rows),
+        num_tokens=sum(len(row) for row in rows),
+    )

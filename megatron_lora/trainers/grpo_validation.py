@@ -1,0 +1,60 @@
+"""Validation of GRPO: answers to held-out prompts, their accuracy, and some of them to look at."""
+
+import time
+from collections.abc import Sequence
+
+from megatron_lora.data.dataset import Prompt
+from megatron_lora.data.loader import GroupLoader
+from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
+from megatron_lora.trainers.rollout_batch import Group, describe_groups, num_generated, reward_answers, sample_table
+from megatron_lora.trainers.rollout_engine import VALIDATION, RolloutEngine
+from megatron_lora.trainers.session import Session
+
+# Rewards that say whether an answer is right, rather than how it looks.
+CORRECTNESS = ("exact", "math", "gsm8k")
+COLUMNS = ("prompt", "answer", "reference", "reward", "tokens")
+
+
+def validate_answers(
+    session: Session, engine: RolloutEngine, runner: RewardRunner, loader: GroupLoader[Prompt]
+) -> None:
+    """One answer to each prompt, drawn with the `val_*` keys; logs accuracy and reward, shows answers. Collective."""
+    start = time.perf_counter()
+    groups: list[Group] = []
+    generation_seconds = 0.0
+    loader.epoch = loader.position = 0
+    for number, prompts in enumerate(loader):
+        answers, seconds = engine.generate(prompts, 1, purpose=VALIDATION, batch=number)
+        generation_seconds += seconds
+        groups += reward_answers(runner, prompts, answers, session.world)
+    engine.sleep()
+    tokens, seconds = num_generated(groups), time.perf_counter() - start
+    session.log_validation(
+        describe_groups(groups)
+        | {
+            "accuracy": accuracy(groups, runner.specs),
+            "adapter_version": engine.version,
+            "num_samples": len(groups),
+            "num_tokens": tokens,
+            "generation_seconds": generation_seconds,
+            "generation_tokens_per_second": tokens / generation_seconds,
+            "step_time_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+    )
+    show_samples(session, groups, "validation answers")
+
+
+def accuracy(groups: Sequence[Group], specs: Sequence[RewardSpec]) -> float:
+    """Mean of the first reward that says whether an answer is right; of the weighted sum where there is none."""
+    outcomes = [outcome for group in groups for outcome in group.outcomes]
+    name = next((spec.name for spec in specs if spec.kind in CORRECTNESS), None)
+    values = [outcome.total if name is None else outcome.values[name] for outcome in outcomes]
+    return sum(values) / len(values)
+
+
+def show_samples(session: Session, groups: Sequence[Group], title: str) -> None:
+    """A table of `logger.num_val_samples_to_print` answers with their rewards."""
+    count = session.recipe.logger.num_val_samples_to_print
+    if count:
+        session.reporter.table(f"{title} at step {session.step}", COLUMNS, sample_table(groups, count))

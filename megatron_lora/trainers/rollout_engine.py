@@ -1,0 +1,137 @@
+"""The rollout engine of a run: built, kept at the trainer's weights, asked for answers with seeds that a resumed run
+repeats."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import GenerationConfig as HFGenerationConfig
+
+from megatron_lora.data.dataset import Prompt
+from megatron_lora.rollout import vllm_engine
+from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.refit import Refitter, choose_refitter
+from megatron_lora.trainers.session import Session
+
+REFIT_MODE = "refit_mode"
+# What a seed is for, so that training and validation draw different numbers.
+TRAINING, VALIDATION = 0, 1
+
+
+class RolloutEngine:
+    """The generator of `policy.generation`. Every method is collective.
+
+    version: of the weights it answers with: the optimizer's state after that many rollout steps.
+    """
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.policy_config = session.recipe.policy
+        self.eos_token_ids = end_tokens(self.policy_config.model_name, session.tokenizer)
+        self.generator = self._build()
+        self._refitter: Refitter | None = None
+
+    def _build(self) -> Generator:
+        session, config = self.session, self.policy_config
+        if config.generation.backend == "megatron":
+            from megatron_lora.rollout.native import NativeGenerator
+
+            return NativeGenerator(session.policy, session.tokenizer)
+        from megatron_lora.rollout.vllm import VllmGenerator
+
+        merged_only = config.generation.refit == "merge" or not config.adapter.enabled
+        adapter = None if merged_only else session.policy.adapter()
+        return VllmGenerator(config, session.world, session.tokenizer, adapter)
+
+    @property
+    def version(self) -> int:
+        return self.generator.version
+
+    def start(self) -> None:
+        """Build the engine and give it the trainer's weights. A resumed run refits as the run before it chose to."""
+        session, generation = self.session, self.policy_config.generation
+        self.generator.start()
+        if generation.backend == "megatron":
+            self.generator.version = session.step
+            return
+        grpo = session.recipe.grpo
+        assert grpo is not None and generation.vllm_cfg.max_model_len is not None
+        assert generation.max_new_tokens is not None
+        self._refitter = choose_refitter(
+            session.policy,
+            self.generator,
+            session.state.get(REFIT_MODE, generation.refit),
+            vocab_size=vllm_engine.base_config(self.policy_config).vocab_size,
+            max_length=generation.vllm_cfg.max_model_len,
+            tokens_per_step=grpo.num_prompts_per_step * grpo.num_generations_per_prompt * generation.max_new_tokens,
+            has_adapter=self.policy_config.adapter.enabled,
+            version=session.step,
+            say=session.reporter.message,
+        )
+        session.state[REFIT_MODE] = self._refitter.mode
+
+    def refit(self, version: int) -> dict[str, float]:
+        """Give the engine the trainer's present weights; returns what it took. Raises RolloutError, with the numbers,
+        where it does not hold them afterwards. The native generator is the trainer's model and needs none."""
+        if self._refitter is None:
+            self.generator.version = version
+            return {"refit_seconds": 0.0, "refit_bytes": 0}
+        self.generator.wake()
+        report = self._refitter.refit(version)
+        return {
+            "refit_seconds": report.seconds,
+            "refit_bytes": report.bytes,
+            "refit_proof_seconds": report.proof_seconds,
+            "refit_probe_error": report.probe_error,
+        }
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_samples: int, *, purpose: int, batch: int
+    ) -> tuple[list[list[Sample]], float]:
+        """(each prompt's answers, seconds). purpose, batch: with the run's seed and step they make the seed.
+
+        Raises RolloutError for an answer of other weights than this version's.
+        """
+        options = SamplingOptions.from_config(
+            self.policy_config.generation,
+            max_total_sequence_length=self.policy_config.max_total_sequence_length,
+            eos_token_ids=self.eos_token_ids,
+            seed=derive_seed(self.session.recipe.seed, self.session.step, purpose, batch),
+            validation=purpose == VALIDATION,
+        )
+        start = time.perf_counter()
+        self.generator.wake()
+        title = "validation answers" if purpose == VALIDATION else "rollout"
+        with self.session.reporter.progress(title, len(prompts) * num_samples, "answers") as advance:
+            samples = self.generator.generate([prompt.input_ids.tolist() for prompt in prompts], num_samples, options)
+            advance(len(samples))
+        seconds = time.perf_counter() - start
+        stale = {sample.adapter_version for sample in samples} - {self.version}
+        if stale:
+            raise RolloutError(f"answers come from weights of version {sorted(stale)}, wanted {self.version}")
+        return [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)], seconds
+
+    def sleep(self) -> None:
+        """Leave the device's memory to the trainer."""
+        self.generator.sleep()
+
+    def close(self) -> None:
+        self.generator.close()
+
+
+def derive_seed(*numbers: int) -> int:
+    """One seed [0, 2^31) from several numbers, spread so that neighbours have nothing in common."""
+    return int(np.random.SeedSequence([number % (1 << 32) for number in numbers]).generate_state(1)[0]) >> 1
+
+
+def end_tokens(model_name: str, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation_config.json."""
+    found: list[int] = []
+    try:
+        declared = HFGenerationConfig.from_pretrained(model_name).eos_token_id
+    except OSError:
+        declared = None  # the file is optional
+    for value in (tokenizer.eos_token_id, declared):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(found))
