@@ -1,0 +1,174 @@
+"""What the GRPO loop is made of: shaping, rows, seeds, the mean of several updates, what is refused at the start."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lora.config.loader import load_recipe
+from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_algorithms import GrpoConfig
+from megatron_lora.data.dataset import Prompt
+from megatron_lora.errors import UserError
+from megatron_lora.policy.interface import StepResult
+from megatron_lora.rollout.generator import Sample
+from megatron_lora.rollout.rewards import RewardOutcome, RewardSpec
+from megatron_lora.runtime.world import World
+from megatron_lora.trainers.grpo import mean_result
+from megatron_lora.trainers.grpo_setup import check_grpo, longest_prompt
+from megatron_lora.trainers.grpo_validation import accuracy
+from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
+from megatron_lora.trainers.rollout_engine import derive_seed
+from tests.support.models import family_config
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "grpo-quickstart-megatron.yaml"
+
+
+def group(rewards: list[float], lengths: list[int], reasons: list[str] | None = None) -> Group:
+    prompt = Prompt(torch.tensor([5, 6, 7]), "1+1=", "2", index=4)
+    samples = [
+        Sample(0, [5, 6, 7], list(range(10, 10 + n)), -torch.arange(1.0, n + 1), reason, "2", adapter_version=3)
+        for n, reason in zip(lengths, reasons or ["stop"] * len(lengths), strict=True)
+    ]
+    outcomes = [RewardOutcome(total=2 * r, values={"look": 0.5, "right": r}, errors={}) for r in rewards]
+    return Group(prompt, samples, outcomes)
+
+
+def test_rows_carry_what_the_loss_reads() -> None:
+    rows = build_rows([group([1.0, 0.0], [2, 1])], torch.tensor([[0.5, -0.5]]))
+    first, second = rows
+    assert first.input_ids.tolist() == [5, 6, 7, 10, 11] and second.input_ids.tolist() == [5, 6, 7, 10]
+    assert first.target_mask.tolist() == [False] * 3 + [True] * 2
+    assert first.token_fields["advantages"].tolist() == [0.5] * 5
+    assert first.token_fields["rollout_logps"].tolist() == [0, 0, 0, -1, -2]
+    assert [row.row_fields["reward"] for row in rows] == [2.0, 0.0] and first.index == 4
+
+
+def test_scaling_then_length_penalty() -> None:
+    groups = [group([1.0, 0.5], [8, 10])]
+    grpo = GrpoConfig.model_validate(
+        {
+            "reward_scaling": {"enabled": True, "source_max": 2.0, "target_max": 10.0},
+            "reward_shaping": {"enabled": True, "max_response_length": 10, "overlong_buffer_length": 4},
+        }
+    )
+    # 2 and 1 scaled to 10 and 5; 8 of 10 tokens are 2 into a buffer of 4, 10 are at its end.
+    assert shaped_rewards(groups, grpo).tolist() == [[9.5, 4.0]]
+
+
+def test_answers_cut_off_keep_a_share_of_their_reward() -> None:
+    groups = [group([1.0, 1.0], [8, 10], ["stop", "length"])]
+    shaping = {"enabled": True, "max_response_length": 256, "stop_properly_penalty_coef": 0.25}
+    assert shaped_rewards(groups, GrpoConfig.model_validate({"reward_shaping": shaping})).tolist() == [[2.0, 0.5]]
+
+
+def test_log_of_the_answers() -> None:
+    found = describe_groups([group([1.0, 0.0], [2, 4], ["stop", "length"])])
+    assert found["reward"] == 1.0 and found["reward_right"] == 0.5 and found["reward_look"] == 0.5
+    assert found["reward_std"] == 1.0 and found["response_length"] == 3 and found["truncated_share"] == 0.5
+    assert sample_table([group([1.0], [2])], 4) == [("1+1=", "2", "2", 2.0, 2)]
+
+
+def test_accuracy_is_the_reward_that_judges() -> None:
+    groups = [group([1.0, 0.0], [1, 1])]
+    look = RewardSpec("format", "look", pattern="x")
+    assert accuracy(groups, [look, RewardSpec("exact", "right")]) == 0.5
+    assert accuracy(groups, [look]) == 1.0
+
+
+def test_seeds_of_neighbouring_steps_differ() -> None:
+    seeds = {derive_seed(42, step, purpose, batch) for step in range(50) for purpose in (0, 1) for batch in range(3)}
+    assert len(seeds) == 300 and all(0 <= seed < 1 << 31 for seed in seeds)
+    assert derive_seed(42, 1, 0, 0) == derive_seed(42, 1, 0, 0)
+
+
+def test_mean_over_updates() -> None:
+    results = [StepResult(1.0, {"kl": 0.2}, 3.0, 1e-3, 5, 9), StepResult(2.0, {"kl": 0.4}, 5.0, 5e-4, 5, 9)]
+    found = mean_result(results, build_rows([group([1.0], [2])], torch.zeros(1, 1)), 5e-4)
+    assert (found.loss, found.grad_norm, found.learning_rate) == (1.5, 4.0, 5e-4)
+    assert found.metrics["kl"] == pytest.approx(0.3) and found.metrics["num_updates"] == 2
+    assert (found.num_target_tokens, found.num_tokens) == (2, 5)
+    nothing = mean_result([], [], 1e-3)
+    assert (nothing.loss, nothing.grad_norm, nothing.metrics) == (0.0, 0.0, {"num_updates": 0})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    family_config("qwen3").save_pretrained(folder)
+    return folder
+
+
+def recipe(base: Path, *overrides: str) -> Recipe:
+    return load_recipe(RECIPE, [f"policy.model_name={base}", *overrides]).recipe
+
+
+REFUSALS: dict[str, tuple[list[str], str]] = {
+    "one answer": (
+        ["grpo.num_generations_per_prompt=1", "grpo.num_prompts_per_step=16", "policy.train_global_batch_size=16"],
+        "num_generations_per_prompt=1",
+    ),
+    "unknown reward": (
+        ["env.reward_functions=[{kind: python, function: 'no_such_module:f'}]"],
+        "there is no module 'no_such_module'",
+    ),
+    "greedy": (["policy.generation.temperature=0"], "draws the same answer"),
+    "rank": (
+        ["policy.megatron_cfg.peft.dim=64", "policy.generation.vllm_kwargs={max_lora_rank: 32}"],
+        "rank 64 is above vLLM's max_lora_rank 32",
+    ),
+    "vllm tp": (["policy.generation.vllm_cfg.tensor_parallel_size=3"], "does not divide the 2 processes"),
+    "too long for the trainer": (["policy.generation.vllm_cfg.max_model_len=65"], "max_model_len=65"),
+    "adapter without one": (
+        [
+            "policy.megatron_cfg.peft.enabled=false",
+            "policy.generation.refit=adapter",
+            "loss_fn.reference_policy_kl_penalty=0",
+        ],
+        "set it to merge",
+    ),
+    "no reference": (["policy.megatron_cfg.peft.enabled=false"], "reference_policy_kl_penalty=0.01"),
+    "native on dtensor": (
+        ["policy.megatron_cfg.enabled=false", "policy.generation.backend=megatron"],
+        "policy.megatron_cfg.enabled",
+    ),
+    "contradiction": (["loss_fn.sequence_level_importance_ratios=true"], "token_level_loss=false"),
+    "shaping": (
+        ["grpo.reward_scaling={enabled: true, source_min: 1.0, source_max: 1.0}"],
+        "reward_scaling.source_max=1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_before_weights_load(name: str, base: Path) -> None:
+    overrides, text = REFUSALS[name]
+    world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(UserError) as error:
+        check_grpo(recipe(base, *overrides), world)
+    assert text in str(error.value)
+
+
+def test_the_recipe_itself_is_accepted(base: Path) -> None:
+    check_grpo(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+
+
+def test_vllm_missing_names_the_command(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    with pytest.raises(UserError, match="make install EXTRAS=rollout-cpu"):
+        check_grpo(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize(("overrides", "limit"), [([], 63), (["data.max_input_seq_length=20"], 20)])
+def test_a_prompt_leaves_room_for_an_answer(base: Path, overrides: list[str], limit: int) -> None:
+    assert longest_prompt(recipe(base, *overrides)) == limit
+
+
+def test_recipe_values_are_whole(base: Path) -> None:
+    values: Any = recipe(base)
+    samples = values.grpo.num_prompts_per_step * values.grpo.num_generations_per_prompt
+    assert samples % values.policy.train_global_batch_size == 0
