@@ -50,3 +50,8 @@ def _save_retied(folder: Path, family: str, *, tied: bool) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
+
+
+def prompt() -> list[int]:
+    """Fixed tokens that every case's model knows."""
+    return [(7919 * position + 3) % 101 for position in range(40)]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf
 from conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
-from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, build, model_of
+from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, build, model_of, prompt
 
 ROOT = Path(__file__).parents[2]
 SPLIT = [layout for layout in LAYOUTS if layout != "dp"]
@@ -138,3 +138,46 @@ def test_a_megatron_checkpoint_is_a_base_to_merge_into(
     merge_lora_to_hf(**arguments, hf_ckpt_path=str(tmp_path / "c"))
     assert bits(tmp_path / "a") == bits(tmp_path / "b") == bits(tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+VLLM = {"llama3": ("llama3", "llama3_head"), "qwen2_wide": ("qwen2_wide",)}
+
+
+@pytest.mark.parametrize("base", VLLM)
+def test_vllm_gives_pefts_log_probabilities(base: str, folder: Path, found: Any) -> None:
+    """Exports of TP=2 checkpoints, unmerged and merged: GQA, qkv biases, padded vocabulary, an adapter on lm_head."""
+    expected = {base: target_logps(AutoModelForCausalLM.from_pretrained(folder / base))}
+    for case in VLLM[base]:
+        step = str(folder / f"adapter_{case}_tp")
+        export_lora_adapter_to_hf(adapter_ckpt=step, hf_ckpt_path=str(folder / f"out_{case}"))
+        merge_lora_to_hf(adapter_ckpt=step, hf_ckpt_path=str(folder / f"merged_{case}"), show_progress=False)
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(folder / base), str(folder / f"{case}_adapter")
+        )
+        expected[f"out_{case}"] = expected[f"merged_{case}"] = target_logps(model)
+        assert (expected[f"out_{case}"] - expected[base]).abs().max() > 1, "the adapter must show"
+    adapters, merged = [[f"{kind}_{case}" for case in VLLM[base]] for kind in ("out", "merged")]
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.conversion_vllm_worker", str(folder), base, *adapters]
+        + ["--merged", *merged],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    actual = json.loads((folder / f"vllm_{base}.json").read_text())
+    assert actual.keys() == expected.keys()
+    for name, values in actual.items():
+        torch.testing.assert_close(
+            torch.tensor(values), expected[name], rtol=0, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def target_logps(model: torch.nn.Module) -> torch.Tensor:
+    """[S - 1] log-probabilities of the prompt's tokens from the second on, nats."""
+    tokens = torch.tensor(prompt())
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0, :-1].float()
+    return torch.log_softmax(logits, -1).gather(1, tokens[1:, None]).squeeze(1)
