@@ -8,6 +8,7 @@ import warnings
 NOISE = (
     r".*\.grad attribute of a Tensor that is not a leaf.*",
     r".*is deprecated.*",
+    r".*invalid escape sequence.*",  # a first import compiles its modules
 )
 
 
