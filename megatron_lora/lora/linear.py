@@ -1,6 +1,5 @@
 """Megatron's fused linears with an adapter: the modules that take the place of the base's."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -115,8 +114,10 @@ class LoRALinear(torch.nn.Module):
 
     def _mask(self, shape: tuple[int, int], like: Tensor, same_on_every_rank: bool) -> Tensor:
         keep = 1.0 - self.dropout
-        stream: AbstractContextManager = nullcontext() if same_on_every_rank else get_cuda_rng_tracker().fork()
-        with stream:
+        # Both streams by name: under sequence parallelism the layers run inside the rank's own stream already, and
+        # what is drawn from the current one then differs between ranks, and again when a layer is recomputed.
+        tracker = get_cuda_rng_tracker()
+        with tracker.fork(get_data_parallel_rng_tracker_name()) if same_on_every_rank else tracker.fork():
             return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
 
     def _normed(self, x: Tensor) -> Tensor:
