@@ -1,7 +1,7 @@
 """What a trainer may ask of whoever generates rollouts. `vllm.py` and the native generator implement `Generator`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,18 +90,24 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
 
 
+def _say_nothing(count: int) -> None:
+    pass
+
+
 class Generator(ABC):
     """Draws answers. Every method is collective: all ranks call it in the same order with the same arguments.
 
     num_replicas: engines that answer different prompts at once. block_size: tokens in a block of the KV cache.
     logprob_tolerance: how far its log-probabilities (nats) may be from the trainer's, for its arithmetic.
     version: of the weights it holds, as given with them; -1 before the first refit.
+    on_answers: told of each few answers that are done, for a progress bar; another replica's are guessed from its own.
     """
 
     num_replicas: int = 1
     block_size: int = 1
     logprob_tolerance: float = 1e-4
     version: int = -1
+    on_answers: Callable[[int], None] = staticmethod(_say_nothing)
 
     @abstractmethod
     def start(self) -> None:

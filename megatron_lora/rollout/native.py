@@ -104,7 +104,7 @@ class NativeGenerator(Generator):
         if mine:
             capacity = max(len(answer.prompt) + answer.limit for answer in mine)
             with self._runner(self._slots(len(mine)), capacity) as runner:
-                complete(runner, mine, options, rule)
+                complete(runner, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas))
         copies = num_samples // draws if draws else 0
         everyone: list[Any] = [None] * self.num_replicas
         dist.all_gather_object(everyone, [self._samples(answer, copies) for answer in mine], group=self.group)

@@ -1,7 +1,7 @@
 """Answers in the making: rows take slots of a lane, advance a token at a time, and make room for the next."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +30,17 @@ class Answer:
     reason: str = ""
 
 
-def complete(runner: LaneRunner, answers: Sequence[Answer], options: SamplingOptions, rule: StopRule) -> None:
-    """Fill in every answer. All ranks of a model copy call this with the same answers and get the same ones."""
+def complete(
+    runner: LaneRunner,
+    answers: Sequence[Answer],
+    options: SamplingOptions,
+    rule: StopRule,
+    on_done: Callable[[int], None],
+) -> None:
+    """Fill in every answer. All ranks of a model copy call this with the same answers and get the same ones.
+
+    on_done: told how many more are done.
+    """
     waiting = deque(answers)
     # A lane's slots are filled from the first on, without gaps: a row's slot is its place in the list.
     lanes: list[list[Answer]] = [[] for _ in range(runner.num_lanes)]
@@ -49,7 +58,7 @@ def complete(runner: LaneRunner, answers: Sequence[Answer], options: SamplingOpt
             tokens = [[answer.ids[-1:] for answer in lane] for lane in lanes]
         steps = _lane_steps(runner, rows, tokens, first_slots)
         _sample(runner, steps, rows, options, rule)
-        _release(runner, lanes)
+        on_done(_release(runner, lanes))
 
 
 def prompt_step(runner: LaneRunner, ids: list[int]) -> LaneStep:
@@ -155,12 +164,15 @@ def _draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
     return torch.stack([tokens.double(), chosen.double()])
 
 
-def _release(runner: LaneRunner, lanes: list[list[Answer]]) -> None:
-    """Free the slots of finished rows; the lane's last row moves into the gap."""
+def _release(runner: LaneRunner, lanes: list[list[Answer]]) -> int:
+    """Free the slots of finished rows; the lane's last row moves into the gap. Returns how many were finished."""
+    finished = 0
     for number, lane in enumerate(lanes):
         for slot in range(len(lane) - 1, -1, -1):
             if lane[slot].reason:
+                finished += 1
                 last = lane.pop()
                 if slot < len(lane):
                     lane[slot] = last
                     runner.session.move(number, len(lane), slot)
+    return finished

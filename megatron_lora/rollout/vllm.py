@@ -4,13 +4,16 @@ With vLLM TP=n over a world of N processes there are N / n engines (replicas), w
 class runs vLLM's CPU and GPU builds.
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
@@ -152,7 +155,8 @@ class VllmGenerator(Generator):
         self, prompts: Sequence[Sequence[int]], mine: list[int], num_samples: int, options: SamplingOptions
     ) -> list[Sample]:
         params = [self._sampling_params(index, len(prompts[index]), num_samples, options) for index in mine]
-        outputs = self._run([list(prompts[index]) for index in mine], params, options.seed + self.replica)
+        bar = partial(_AnswerBar, lambda count: self.on_answers(count * self.num_replicas))
+        outputs = self._run([list(prompts[index]) for index in mine], params, options.seed + self.replica, bar)
         samples: list[Sample] = []
         for index, output in zip(mine, outputs, strict=True):
             # vLLM draws the most likely answer once; asked for several, they are the same.
@@ -197,12 +201,14 @@ class VllmGenerator(Generator):
             detokenize=bool(options.stop_strings),
         )
 
-    def _run(self, prompts: list[list[int]], params: list[Any], seed: int) -> list[Any]:
+    def _run(
+        self, prompts: list[list[int]], params: list[Any], seed: int, bar: Callable[..., Any] | bool = False
+    ) -> list[Any]:
         request = vllm_engine.adapter_request(self.version) if self._mode == "adapter" else None
         state = vllm_engine.own_random_state(self.world.device, seed)
         with self._reporting("generate"), state, device_names_as_given():
             return self._llm.generate(
-                [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=request, use_tqdm=False
+                [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=request, use_tqdm=bar
             )
 
     def _forget_cache(self) -> None:
@@ -227,6 +233,20 @@ class VllmGenerator(Generator):
         except Exception as error:
             self._failure = f"vLLM failed to {what} on rank {self.world.rank}: {type(error).__name__}: {error}"
             raise RolloutError(self._failure) from error
+
+
+class _AnswerBar(tqdm):
+    """What vLLM takes for its progress bar: draws nothing and passes on how many answers are done."""
+
+    def __init__(self, advance: Callable[[int], None], *arguments: Any, **options: Any):
+        # vLLM makes a bar for taking in the prompts, too.
+        self._advance = advance if options.get("desc") == "Processed prompts" else None
+        super().__init__(*arguments, **options | {"file": io.StringIO()})
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if self._advance is not None and n:
+            self._advance(int(n))
+        return super().update(n)
 
 
 class _SentWeights:

@@ -2,7 +2,8 @@
 repeats."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -103,14 +104,33 @@ class RolloutEngine:
         start = time.perf_counter()
         self.generator.wake()
         title = "validation answers" if purpose == VALIDATION else "rollout"
-        with self.session.reporter.progress(title, len(prompts) * num_samples, "answers") as advance:
+        total = len(prompts) * num_samples
+        with self.session.reporter.progress(title, total, "answers") as advance, self._reporting(advance, total):
             samples = self.generator.generate([prompt.input_ids.tolist() for prompt in prompts], num_samples, options)
-            advance(len(samples))
         seconds = time.perf_counter() - start
         stale = {sample.adapter_version for sample in samples} - {self.version}
         if stale:
             raise RolloutError(f"answers come from weights of version {sorted(stale)}, wanted {self.version}")
         return [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)], seconds
+
+    @contextmanager
+    def _reporting(self, advance: Callable[[int], None], total: int) -> Iterator[None]:
+        """Pass the generator's news on; at the end the bar stands at the total, whatever was guessed on the way."""
+        done = 0
+
+        def on_answers(count: int) -> None:
+            nonlocal done
+            count = min(count, total - done)
+            done += count
+            advance(count)
+
+        before = self.generator.on_answers
+        self.generator.on_answers = on_answers
+        try:
+            yield
+            advance(total - done)
+        finally:
+            self.generator.on_answers = before
 
     def sleep(self) -> None:
         """Leave the device's memory to the trainer."""
