@@ -58,6 +58,7 @@ class RunReporter:
         self._file = MetricsFile(self.run_dir / METRICS_NAME, self._resume_step)
         if self._logger is not None:
             self._trackers = build_trackers(self._logger, self.run_dir, self._config, self._resume_step)
+        self._console.start_clock()
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics under the contract's names. kind "train" moves the bar to `step`; any other kind

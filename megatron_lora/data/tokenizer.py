@@ -6,6 +6,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_lora.errors import UserError
 
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
 
 def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load `name` (a hub name or a local folder).
@@ -17,6 +19,13 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     if (name.startswith((".", "/", "~")) or Path(name).exists()) and not Path(name).expanduser().is_dir():
         raise UserError(f"policy.tokenizer.name={name} is not a folder; give an HF tokenizer's folder or hub name")
     path = Path(name).expanduser()
+    if path.is_dir() and not any((path / file).is_file() for file in VOCABULARY_FILES):
+        # transformers would build an empty tokenizer from the model's type.
+        raise UserError(
+            f"policy.tokenizer.name={name}: the folder holds no tokenizer (none of {', '.join(VOCABULARY_FILES)}); put "
+            "tokenizer.json and tokenizer_config.json there, or set policy.tokenizer.name to a folder or hub name that "
+            "has them"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -66,6 +66,10 @@ class RunConsole:
             self._main = self._live.add_task(title, total=total_steps, completed=first_step, metrics="")
             self._live.start()
 
+    def start_clock(self) -> None:
+        """The first step begins: loading does not count towards the estimate of the time left."""
+        self._started = time.monotonic()
+
     def train_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Move the bar to `step`; without a terminal a line for the first and last step and every five seconds."""
         if self._live is not None:
