@@ -220,6 +220,6 @@ def test_the_megatron_backend_gives_the_same_run(runs: Runs) -> None:
 def test_backends_load_each_others_checkpoints(runs: Runs) -> None:
     [got] = runs["exchange"]
     assert got["loaded"] == pytest.approx(got["saved"], rel=1e-5)
-    megatron, ours = got["rates"]
-    assert ours.learning_rate == pytest.approx(megatron.learning_rate)
-    assert ours.grad_norm == pytest.approx(megatron.grad_norm, rel=1e-3)
+    megatron, ours = got["after"]
+    for key in ("losses", "grad_norms", "learning_rates"):
+        assert _relative(ours[key], megatron[key]) < TOLERANCE

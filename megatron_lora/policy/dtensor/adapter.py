@@ -187,7 +187,12 @@ def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
 def full_tensor(parameter: Tensor) -> Tensor:
     """The whole of a parameter, detached, on this rank's device."""
     value = parameter.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    if not isinstance(value, DTensor):
+        return value.clone()
+    if value.device_mesh.ndim == 2:
+        # FSDP has cut TP's slices: they are put together first.
+        value = value.redistribute(placements=[Replicate(), value.placements[1]])
+    return value.full_tensor()
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:

@@ -3,7 +3,6 @@
 layout. The optimizer's moments are under its parameters' HF names.
 """
 
-import logging
 import pickle
 import random
 from collections.abc import Mapping
@@ -26,8 +25,6 @@ from megatron_lora.policy.dtensor import adapter
 from megatron_lora.policy.dtensor.optim import Schedule
 from megatron_lora.runtime.world import World
 
-logger = logging.getLogger(__name__)
-
 _STATE, _COMMON, _RANDOM = "state", "common", "random"
 _READ_ERRORS = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
 
@@ -46,7 +43,7 @@ def load_adapter(model: nn.Module, spec: AdapterSpec, folder: Path) -> None:
     _, tensors = to_hf(spec, fused)
     with torch.no_grad():
         for name, parameter in adapter.peft_tensors(model):
-            _put(parameter, tensors[name])
+            put(parameter, tensors[name])
 
 
 def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
@@ -78,7 +75,7 @@ def load_model(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
     if (folder / ADAPTER_FILE).is_file():
         raise UserError(f"{folder} holds an adapter, and this run trains the whole model; enable lora_cfg")
     state: dict[str, Any] = {name: parameter.detach() for name, parameter in parameters.items()}
-    _load(state, folder)
+    load_state(state, folder)
 
 
 def save_optimizer(
@@ -94,7 +91,8 @@ def save_optimizer(
                 state[name] = value
             else:
                 common["values"][name] = value.cpu() if isinstance(value, Tensor) else value
-    common["groups"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    # Layouts cut the parameters into different groups, but what decays has the same settings in all.
+    common["groups"] = {group["wd_mult"]: _settings(group) for group in optimizer.param_groups}
     state[_COMMON] = _to_bytes(common)
     state[_random_key(world)] = _to_bytes(_random_state())
     dcp.save(state, checkpoint_id=folder)
@@ -103,12 +101,10 @@ def save_optimizer(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, schedule: Schedule, names: Mapping[nn.Parameter, str], folder: Path, world: World
 ) -> None:
-    """Restore moments, schedule and, on the same layout, random states. An optimizer of the Megatron backend gives the
-    schedule's position only."""
-    stored = _stored(folder)
+    """Restore moments, schedule and, on the same layout, random states, as `save_optimizer` wrote them."""
+    stored = _tensors_in(folder)
     if _COMMON not in stored:
-        _load_foreign(schedule, folder)
-        return
+        raise UserError(f"{folder} holds no optimizer of this backend; resume with the backend that wrote it")
     common_bytes = torch.empty(stored[_COMMON].size, dtype=torch.uint8)
     by_name = {name: parameter for parameter, name in names.items()}
     state: dict[str, Any] = {_COMMON: common_bytes}
@@ -120,7 +116,7 @@ def load_optimizer(
             state[key] = torch.zeros_like(parameter.detach(), dtype=entry.properties.dtype)
     if _random_key(world) in stored:
         state[_random_key(world)] = torch.empty(stored[_random_key(world)].size, dtype=torch.uint8)
-    _load(state, folder)
+    load_state(state, folder)
     _put_optimizer_state(optimizer, schedule, names, state, pickle.loads(common_bytes.numpy().tobytes()))
     if _random_key(world) in state:
         _set_random_state(pickle.loads(state[_random_key(world)].numpy().tobytes()))
@@ -143,21 +139,17 @@ def _put_optimizer_state(
     content["state"] = {
         index: fields[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in fields
     }
-    for group, saved in zip(content["param_groups"], common["groups"], strict=True):
-        group.update(saved)
+    for group in content["param_groups"]:
+        group.update(common["groups"][group["wd_mult"]])
     optimizer.load_state_dict(content)
     schedule.load_state_dict(common["schedule"])
 
 
-def _load_foreign(schedule: Schedule, folder: Path) -> None:
-    file = folder / "common.pt"
-    if not file.is_file():
-        raise UserError(f"{folder} holds no optimizer state; the checkpoint was cut short")
-    logger.warning("%s is of the Megatron backend: the schedule goes on, the optimizer's moments start anew", folder)
-    schedule.load_state_dict(torch.load(file, weights_only=False)["scheduler"])
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
 
 
-def _put(parameter: nn.Parameter, value: Tensor) -> None:
+def put(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole value, which every rank has, into this rank's part of a parameter."""
     value = value.to(parameter.device, parameter.dtype)
     if not isinstance(parameter, DTensor):
@@ -173,7 +165,7 @@ def _put(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.to_local().copy_(local.to_local())
 
 
-def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
+def _tensors_in(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         metadata = dcp.FileSystemReader(folder).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
@@ -181,7 +173,8 @@ def _stored(folder: Path) -> dict[str, TensorStorageMetadata]:
     return {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
 
 
-def _load(state: dict[str, Any], folder: Path) -> None:
+def load_state(state: dict[str, Any], folder: Path) -> None:
+    """Fill `state` from a distributed checkpoint. Raises UserError where that does not fit."""
     try:
         dcp.load(state, checkpoint_id=folder)
     except _READ_ERRORS as error:

@@ -21,6 +21,7 @@ from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
 from megatron_lora.policy.dtensor import adapter, checkpoint, optim
+from megatron_lora.policy.dtensor.megatron_optimizer import is_from_megatron, load_from_megatron
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
@@ -176,7 +177,9 @@ class DTensorPolicy(Policy):
             checkpoint.load_adapter(self.base.hf, self.spec, weights)
         else:
             checkpoint.load_model(self._parameters(), weights)
-        if optimizer is not None:
+        if optimizer is not None and self.spec is not None and is_from_megatron(optimizer):
+            load_from_megatron(self.optimizer, self.scheduler, self.base.hf, self.spec, optimizer)
+        elif optimizer is not None:
             checkpoint.load_optimizer(self.optimizer, self.scheduler, self.names, optimizer, self.world)
 
     def trainable_parameters(self) -> tuple[int, int]:
