@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from megatron_lora.errors import UserError
 
 USER_ERROR_STATUS = 2
 FAILURE_STATUS = 1
+SPEAK_AFTER_SECONDS = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _run(loaded, dry_run=options.dry_run)
     except UserError as error:
+        _let_first_rank_speak()
         if options.debug:
             traceback.print_exc()
-        _print_once(f"error: {error}", sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_STATUS
 
 
@@ -56,9 +60,23 @@ def _run(loaded: LoadedRecipe, *, dry_run: bool) -> int:
     return run_recipe(loaded)
 
 
-def _print_once(text: str, stream: object = None) -> None:
+def _print_once(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=stream or sys.stdout, flush=True)  # type: ignore[arg-type]
+        print(text, flush=True)
+
+
+def _let_first_rank_speak() -> None:
+    """Wait, on the other ranks, until torchrun ends them.
+
+    A mistake is met on every rank and told by the first. A rank that left before would have torchrun end the first one
+    with nothing said. Where the first rank does not meet it (a file that only its machine has), another speaks after a
+    while.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(SPEAK_AFTER_SECONDS)
 
 
 def _leave(status: int) -> None:

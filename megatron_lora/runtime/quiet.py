@@ -8,6 +8,8 @@ import warnings
 NOISE = (
     r".*\.grad attribute of a Tensor that is not a leaf.*",
     r".*is deprecated.*",
+    r".*torch.distributed is disabled, unavailable or uninitialized.*",
+    r".*The argument order of load has been changed.*",
     r".*invalid escape sequence.*",  # a first import compiles its modules
 )
 
