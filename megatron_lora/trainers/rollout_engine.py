@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import GenerationConfig as HFGenerationConfig
 
 from megatron_lora.data.dataset import Prompt
@@ -78,7 +79,7 @@ class RolloutEngine:
         if self._refitter is None:
             self.generator.version = version
             return {"refit_seconds": 0.0, "refit_bytes": 0}
-        self.generator.wake()
+        self._wake()
         report = self._refitter.refit(version)
         return {
             "refit_seconds": report.seconds,
@@ -102,7 +103,7 @@ class RolloutEngine:
             validation=purpose == VALIDATION,
         )
         start = time.perf_counter()
-        self.generator.wake()
+        self._wake()
         title = "validation answers" if purpose == VALIDATION else "rollout"
         total = len(prompts) * num_samples
         with self.session.reporter.progress(title, total, "answers") as advance, self._reporting(advance, total):
@@ -112,6 +113,12 @@ class RolloutEngine:
         if stale:
             raise RolloutError(f"answers come from weights of version {sorted(stale)}, wanted {self.version}")
         return [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)], seconds
+
+    def _wake(self) -> None:
+        if self.session.world.device.type == "cuda":
+            # What torch keeps for the next training step is what the engine needs now.
+            torch.cuda.empty_cache()
+        self.generator.wake()
 
     @contextmanager
     def _reporting(self, advance: Callable[[int], None], total: int) -> Iterator[None]:
