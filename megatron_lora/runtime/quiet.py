@@ -32,5 +32,5 @@ def end_children() -> None:
     """Megatron's checkpoint writers keep helper processes alive; without this they outlive the run and hold its
     output open."""
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()
         child.join(timeout=5)

@@ -25,6 +25,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.policy.interface import PendingSave
 from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from megatron_lora.runtime.processes import helpers_survive_signals
 from megatron_lora.runtime.world import World
 
 
@@ -85,9 +86,10 @@ def optimizer_state(optimizer: Any, scheduler: Any, weights: dict[str, Any], wor
 def save_state(state: dict[str, Any], folder: Path, *, asynchronous: bool = False) -> Any:
     """Write into the empty folder; returns Megatron's request where asynchronous, else None when all is written."""
     folder.mkdir(parents=True, exist_ok=True)
-    return dist_checkpointing.save(
-        state, str(folder), validate_access_integrity=True, async_sharded_save=asynchronous, async_strategy="mcore"
-    )
+    with helpers_survive_signals():
+        return dist_checkpointing.save(
+            state, str(folder), validate_access_integrity=True, async_sharded_save=asynchronous, async_strategy="mcore"
+        )
 
 
 def schedule_requests(requests: Sequence[Any]) -> PendingSave:
