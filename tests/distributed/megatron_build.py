@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.policy.megatron.policy import MegatronPolicy
@@ -31,12 +32,23 @@ def policy_config(case: dict[str, Any], megatron: dict[str, Any] | None = None) 
     )
 
 
+def leave_groups() -> None:
+    """End the process groups of the policy before: each has threads that would go on polling."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def build_policy(case: dict[str, Any], megatron: dict[str, Any] | None = None, seed: int = SEED) -> MegatronPolicy:
     """A fresh policy in its own process groups; those of the policy before are gone."""
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         # Megatron's choice of kernels for the model before, of which one process usually has one only.
         del os.environ[name]
     config = policy_config(case, megatron)
+    leave_groups()
     world = init_megatron_world(config, seed)
     # Tensors this small only wait for more threads.
     torch.set_num_threads(1)

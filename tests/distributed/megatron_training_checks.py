@@ -29,7 +29,8 @@ def logits(case: dict[str, Any]) -> dict[str, Any]:
     head = getattr(policy.base.chunks[-1], "output_layer", None)
     if policy.base.has_last_stage:
         assert head is not None
-        hook = head.register_forward_hook(lambda module, args, output: kept.append(output[0].detach().squeeze(1)))
+        # A copy: the log-probabilities are computed in place.
+        hook = head.register_forward_hook(lambda module, args, out: kept.append(out[0].detach().squeeze(1).clone()))
     chunked = policy.engine.head
     policy.engine.head = replace(chunked, chunk_size=0)
     rows = scored_rows()
@@ -102,8 +103,8 @@ def checkpoint(case: dict[str, Any]) -> dict[str, Any]:
         policy.load(weights, optimizer)
         found["continued"][name] = _three_more(policy)
     if options.get("other_rank"):
-        peft = case["megatron"].get("peft", {}) | {"dim": 8}
-        found["refused"] = refusal(build_policy(case, case["megatron"] | {"peft": peft}), weights, optimizer)
+        other = build_policy(case | {"adapter_folder": None}, case["megatron"] | {"peft": {"dim": 8}})
+        found["refused"] = refusal(other, weights, optimizer)
     return found
 
 

@@ -1,0 +1,93 @@
+"""Save, load into a new policy, go on: bit for bit as if nothing had happened on the same layout, equal to 1e-5 on
+another, the optimizer's moments included (without them the next updates would be other ones)."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.megatron_case import CP, PP, SP, TP, VPP, Case
+from tests.support.compare import largest_difference, relative_differences
+
+pytestmark = pytest.mark.timeout(1800)
+
+TOLERANCE = 1e-5
+WHOLE_OPTIMIZER = {"optimizer": {"use_distributed_optimizer": False}}
+DROPOUT = {"peft": {"dropout": 0.2}}
+
+
+def case(name: str, ranks: int, megatron: dict, others: dict[str, dict] | None = None, **fields: Any) -> Case:
+    options = {"layouts": {"same": megatron} | (others or {})} | fields.pop("options", {})
+    return Case(f"checkpoint_{name}", ranks, "checkpoint", megatron=megatron, options=options, **fields)
+
+
+FROM_ONE_RANK = case("one", 1, {}, options={"other_rank": True})
+SAME = [
+    FROM_ONE_RANK,
+    case("one_dropout", 1, DROPOUT),
+    case("one_own_a", 1, {}, adapter="own"),
+    case("sp_dropout", 2, SP | DROPOUT),
+    case("all_to_all", 2, SP | {"peft": {"a2a_experimental": True}}, {"tp": TP}),
+    case("pp_dropout", 2, PP | DROPOUT),
+    case("dp", 2, {}, {"tp": TP, "pp": PP, "whole_optimizer": WHOLE_OPTIMIZER}),
+    case("tp", 2, TP, {"dp": {}, "vpp": VPP, "cp": CP}),
+    case("pp", 2, PP, {"dp": {}, "sp": SP}),
+    case("head", 2, TP, {"dp": {}, "pp": PP}, adapter="head"),
+    case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
+    case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}}),
+    case("full", 2, TP, {"dp": {}, "pp": PP}, family="qwen2", adapter=None),
+]
+REFUSED = [FROM_ONE_RANK]
+
+
+@pytest.mark.parametrize("case", SAME, ids=str)
+def test_the_same_layout_goes_on_bit_for_bit(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    for found in ranks_found:
+        wanted, again = found["uninterrupted"], found["continued"]["same"]
+        assert again["losses"] == wanted["losses"]
+        assert again["grad_norms"] == wanted["grad_norms"]
+        assert set(again["adapter"]) == set(wanted["adapter"])
+        assert all(torch.equal(again["adapter"][name], value) for name, value in wanted["adapter"].items())
+        assert all(torch.equal(mine, other) for mine, other in zip(again["scores"], wanted["scores"], strict=True))
+
+
+def assert_goes_on_like(wanted: dict[str, Any], again: dict[str, Any]) -> None:
+    assert max(relative_differences(again["losses"], wanted["losses"])) < TOLERANCE
+    assert max(relative_differences(again["grad_norms"], wanted["grad_norms"])) < TOLERANCE
+    assert all((a - b).abs().max() < 10 * TOLERANCE for a, b in zip(again["scores"], wanted["scores"], strict=True))
+    if wanted["adapter"]:
+        assert largest_difference(again["adapter"], wanted["adapter"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", [case for case in SAME if len(case.options["layouts"]) > 1], ids=str)
+def test_other_layouts_go_on_alike(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    for found in ranks_found:
+        for name in case.options["layouts"]:
+            assert_goes_on_like(found["uninterrupted"], found["continued"][name])
+
+
+TO_MORE_RANKS = Case(
+    "checkpoint_from_one_rank",
+    2,
+    "checkpoint",
+    options={"from_case": FROM_ONE_RANK.name, "layouts": {"tp": TP, "sp": SP, "pp": PP, "dp": {}, "cp": CP}},
+    needs=FROM_ONE_RANK,
+)
+
+
+@pytest.mark.parametrize("case", [TO_MORE_RANKS], ids=str)
+def test_a_checkpoint_of_one_rank_goes_on_at_two(case: Case, found: dict[str, Any], workers: Any) -> None:
+    assert case.needs is not None
+    wanted = workers.found(case.needs)[0]["uninterrupted"]
+    for again in found["continued"].values():
+        assert_goes_on_like(wanted, again)
+
+
+@pytest.mark.parametrize("case", [case for case in SAME if case.options.get("asynchronous")], ids=str)
+def test_writing_in_the_background_ends(case: Case, found: dict[str, Any]) -> None:
+    assert found["all_written"] is True
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_a_checkpoint_of_other_adapters_is_refused(case: Case, found: dict[str, Any]) -> None:
+    assert "holds other adapters (16 linears, rank [4], alpha [8.0]) than this run's" in found["refused"]

@@ -1,0 +1,47 @@
+"""Ten AdamW steps of full fine-tuning in every layout equal transformers: losses, gradient norms, weights (fp32)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.distributed.megatron_case import CP, FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, VPP, Case
+from tests.support.compare import largest_difference, relative_differences
+from tests.support.reference import Training
+
+pytestmark = pytest.mark.timeout(1800)
+
+TOLERANCE = 1e-4
+
+
+def case(name: str, ranks: int, family: str, megatron: dict | None = None, **fields: Any) -> Case:
+    return Case(f"full_{name}_{family}", ranks, "train", family, adapter=None, megatron=megatron or {}, **fields)
+
+
+# Qwen2's embeddings are tied, Qwen3's are not.
+CASES = [
+    case(*layout[:2], family, *layout[2:])
+    for family in ("qwen2", "qwen3")
+    for layout in (
+        ("tp1", 1),
+        ("sp", 2, SP),
+        ("pp", 2, PP),
+        ("dp", 2),
+    )
+] + [
+    case("tp1_plain_logprobs_full_recompute", 1, "qwen3", PLAIN_LOGPROBS | FULL_RECOMPUTE),
+    case("vpp", 2, "qwen2", VPP),
+    case("cp", 2, "qwen2", CP),
+    case("sp_pp", 4, "qwen2", SP | PP),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ten_steps_equal_transformers(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training]
+) -> None:
+    wanted = reference(case)
+    for found in ranks_found:
+        assert max(relative_differences(found["losses"], wanted.losses)) < TOLERANCE
+        assert max(relative_differences(found["grad_norms"], wanted.grad_norms)) < TOLERANCE
+        assert largest_difference(found["weights"], wanted.adapter) < TOLERANCE

@@ -1,0 +1,76 @@
+"""Each family's logits and log-probabilities equal transformers' (fp32); the padded vocabulary is invisible."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.megatron_case import CP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
+from tests.support.models import FAMILIES
+
+pytestmark = pytest.mark.timeout(1800)
+
+TOLERANCE = 1e-4
+LAYOUTS = {"tp1": (1, {}), "tp": (2, TP), "sp": (2, SP), "pp": (2, PP), "cp": (2, CP), "tp_pp": (4, TP | PP)}
+
+
+def case(layout: str, family: str) -> Case:
+    ranks, megatron = LAYOUTS[layout]
+    return Case(f"logits_{layout}_{family}", ranks, "logits", family, "drawn", megatron=megatron)
+
+
+CASES = [case(layout, family) for layout in ("tp1", "tp", "pp") for family in FAMILIES]
+CASES += [case(layout, family) for layout in ("sp", "cp", "tp_pp") for family in ("qwen2", "gemma3")]
+
+
+@pytest.fixture(scope="module")
+def transformers_logits(room: Any) -> dict[str, list[torch.Tensor]]:
+    """family -> each row's logits [S, vocabulary]."""
+    logits = {}
+    for family in FAMILIES:
+        model = AutoModelForCausalLM.from_pretrained(room.base(family), attn_implementation="eager")
+        with torch.no_grad():
+            logits[family] = [model(row.input_ids[None]).logits[0] for row in scored_rows()]
+    return logits
+
+
+def token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """[S], the first token's being 0."""
+    logps = F.log_softmax(logits[:-1], -1).gather(1, ids[1:, None]).squeeze(1)
+    return torch.cat([torch.zeros(1), logps])
+
+
+# Context parallelism cuts the sequence; there log-probabilities are compared alone.
+@pytest.mark.parametrize("case", [case for case in CASES if case.megatron != CP], ids=str)
+def test_logits(case: Case, ranks_found: list[dict[str, Any]], transformers_logits: dict[str, Any]) -> None:
+    seen = [found["logits"] for found in ranks_found if found["logits"]]
+    assert len(seen) == case.ranks // case.megatron.get("pipeline_model_parallel_size", 1)
+    for logits in seen:
+        for row, found, wanted in zip(scored_rows(), logits, transformers_logits[case.family], strict=True):
+            # Sequence parallelism pads the row; tensor parallelism pads the vocabulary.
+            assert found.shape[0] >= len(row) and found.shape[1] >= VOCAB_SIZE
+            assert (found[: len(row), :VOCAB_SIZE] - wanted).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_log_probabilities(case: Case, ranks_found: list[dict[str, Any]], transformers_logits: dict[str, Any]) -> None:
+    for found in ranks_found:
+        for position, (row, logits) in enumerate(zip(scored_rows(), transformers_logits[case.family], strict=True)):
+            wanted = token_logps(logits, row.input_ids)
+            for path in ("plain", "chunked", "without_adapter"):
+                assert (found[path][position] - wanted).abs().max() < TOLERANCE, path
+            warm = token_logps(logits / 0.7, row.input_ids)
+            assert (found["temperature"][position] - warm).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_parameters_are_counted_once(case: Case, found: dict[str, Any], room: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(room.base(case.family))
+    base = sum(parameter.numel() for parameter in model.parameters())
+    trainable, everything = found["trainable"]
+    padding = everything - trainable - base
+    tensor_parallel = case.megatron.get("tensor_model_parallel_size", 1)
+    copies = 1 if model.config.tie_word_embeddings else 2
+    assert padding == (-VOCAB_SIZE % tensor_parallel) * model.config.hidden_size * copies
