@@ -71,6 +71,7 @@ def write_peft_folder(out: Path, config: dict, tensors: dict[str, Tensor]) -> st
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name} holds NaN or infinity; the adapter is unusable, export an earlier step")
+    out.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_adapter(tensors)
     write_tensor_dict(out / ADAPTER_WEIGHTS, tensors, {"adapter_fingerprint": fingerprint})
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")

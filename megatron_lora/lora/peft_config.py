@@ -134,7 +134,8 @@ def build_config(
         "alpha_pattern": alpha_pattern,
         "use_rslora": use_rslora,
         "use_dora": False,
-        "lora_dropout": float(spec.settings.get("dropout", 0.0)),
+        # peft drops A's input only; a run that drops B's output has its setting in adapter.json.
+        "lora_dropout": 0.0 if spec.settings.get("dropout_position") == "post" else spec.settings.get("dropout", 0.0),
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,

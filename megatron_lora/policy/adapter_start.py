@@ -1,16 +1,14 @@
 """The adapter a run starts with: drawn from a seed, or read from an HF PEFT folder."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from conversion.export import read_peft_folder
 from megatron_lora.config.schema_adapters import PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
@@ -111,16 +109,3 @@ def _ranges(layers: Sequence[int | None]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(adapter_config.json's content, tensors) of an HF PEFT folder. Raises UserError where a file is missing or
-    damaged."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (config, weights):
-        if not path.is_file():
-            raise UserError(f"{folder} is no HF PEFT adapter folder: it lacks {path.name}")
-    try:
-        return json.loads(config.read_text()), load_file(weights)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"the adapter in {folder} is damaged: {error}") from error

@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
+from conversion.export import write_peft_folder
 from megatron_lora.config.loader import dump_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_policy import PolicyConfig
@@ -170,15 +169,6 @@ class Session:
         """Save what is not saved yet and wait for it. Collective."""
         self.save_if_due(force=True)
         self._poll(blocking=True)
-
-
-def write_peft_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft and vLLM load them."""
-    import json
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
 
 
 def check_checkpoint(found: Step, policy: PolicyConfig) -> None:

@@ -190,6 +190,9 @@ def test_a_shared_a_is_written_as_copies_and_alpha_stays():
     for leaf in "qkv":
         assert torch.equal(tensors[f"base_model.model.model.layers.0.self_attn.{leaf}_proj.lora_A.weight"], a)
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 3, 0.1)
+    # peft has no dropout behind B: the file does not claim one before A.
+    spec.settings["dropout_position"] = "post"
+    assert to_hf(spec, {f"{module.name}.lora_A": a, f"{module.name}.lora_B": b})[0]["lora_dropout"] == 0.0
     assert torch.equal(tensors["base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"][:4], b[8:12])
 
 
