@@ -16,6 +16,9 @@ from tests.support.launch import run_ranks
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, save_adapter
 
+# The first test of a world size waits for all of its cases.
+pytestmark = pytest.mark.timeout(1800)
+
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
 ONE = {
     "one": {"family": "qwen3", "layout": {}, "stops": True, "trains": True, "refuses": True},
