@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.init import init_factor
-from megatron_lora.lora.layout import COLUMN_PARALLEL, PARENTS, AdapterSpec, ModelShapes, ModuleLayout
+from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, ModelShapes, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
 from megatron_lora.lora.sharding import shard
 
