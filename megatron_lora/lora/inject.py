@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -72,7 +73,8 @@ def inject(
 def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
     """(full name with the global layer number, parent module, attribute) of each linear that can be adapted."""
     for layer in chunk.decoder.layers:
-        prefix = f"decoder.layers.{layer.layer_number - 1}"
+        number: Any = layer.layer_number
+        prefix = f"decoder.layers.{number - 1}"
         for parent_name, attributes in (
             ("self_attention", ("linear_qkv", "linear_proj")),
             ("mlp", ("linear_fc1", "linear_fc2")),

@@ -30,6 +30,8 @@ class LoRALinear(torch.nn.Module):
     """
 
     parallel_kind: str
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -116,7 +118,7 @@ class LoRALinear(torch.nn.Module):
         keep = 1.0 - self.dropout
         # Both streams by name: under sequence parallelism the layers run inside the rank's own stream already, and
         # what is drawn from the current one then differs between ranks, and again when a layer is recomputed.
-        tracker = get_cuda_rng_tracker()
+        tracker: Any = get_cuda_rng_tracker()
         with tracker.fork(get_data_parallel_rng_tracker_name()) if same_on_every_rank else tracker.fork():
             return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
 
@@ -163,7 +165,7 @@ class LoRAColumnParallelLinear(LoRALinear):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """x [s, b, in] -> ([S, b, out / tp], bias or None)."""
-        weight = self.weight if weight is None else weight
+        weight = weight if weight is not None else self.weight
         bias = None if self.skip_bias_add else self.bias
         x = self._normed(x)
         if self.enabled:

@@ -81,7 +81,7 @@ class NativeLayerNormColumnParallelLinear(ColumnParallelLinear):
             prefix,
             {"weight": 0, "bias": 0},
             sharded_offsets,
-            tp_group=self.tp_group,
+            tp_group=self.tp_group,  # type: ignore[arg-type]
             dp_cp_group=(metadata or {})["dp_cp_group"],
         )
 

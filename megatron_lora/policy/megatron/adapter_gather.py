@@ -37,7 +37,7 @@ def _gather(value: Tensor, linear: LoRALinear) -> list[Tensor]:
 def _over_pipeline(mine: dict[str, Tensor]) -> dict[str, Tensor]:
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return mine
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return {name: tensor for part in everyone for name, tensor in part.items()}

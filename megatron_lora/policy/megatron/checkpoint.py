@@ -108,9 +108,10 @@ def schedule_requests(requests: Sequence[Any]) -> PendingSave:
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fill sharded tensors from the folder. Raises UserError where they do not fit."""
     try:
-        return dist_checkpointing.load(state, str(folder), strict="raise_all")
+        loaded: Any = dist_checkpointing.load(state, str(folder), strict="raise_all")
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this run: {_first_line(error)}") from error
+    return loaded
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], folder: Path, world: World) -> None:
@@ -118,7 +119,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], fold
     state = optimizer_state(optimizer, scheduler, weights, world, loading=True)
     if not _has_random_state(folder, world):
         del state["rng"]
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded: Any = dist_checkpointing.load(state, str(folder))
     load_optimizer_state(optimizer, weights, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
@@ -127,12 +128,13 @@ def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], fold
 
 def random_state() -> dict[str, Any]:
     """Every generator of this process."""
+    tracker: Any = get_cuda_rng_tracker()
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": tracker.get_states(),
     }
 
 
@@ -141,7 +143,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["megatron"])
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states(state["megatron"])
 
 
 def _layout(world: World) -> str:

@@ -40,7 +40,8 @@ def target_logprobs(
 
     weight: the head's [vocabulary / tp, h] where it is the embedding's, else None (the output layer's own).
     """
-    weight = output_layer.weight if weight is None else weight
+    weight = weight if weight is not None else output_layer.weight
+    assert weight is not None
     adapted = isinstance(output_layer, LoRALinear) and output_layer.enabled
     if options.chunk_size == 0:
         return _plain(hidden, output_layer, weight, targets, tp, options)

@@ -53,7 +53,7 @@ def build_base(policy: PolicyConfig, world: World, *, load_weights: bool = True)
     with _bridge_errors(policy.model_name):
         bridge = AutoBridge.from_hf_pretrained(policy.model_name, trust_remote_code=False)
         provider = bridge.to_megatron_provider(load_weights=False)
-    hf_config = bridge.hf_pretrained.config
+    hf_config: Any = bridge.hf_pretrained.config
     shapes = ModelShapes.from_hf_config(hf_config.to_dict())
     _configure(provider, policy, world, shapes)
     with redirect_stdout(StringIO()):  # bridge prints the padded vocabulary, once a chunk

@@ -27,9 +27,12 @@ def sharded_optimizer_state(optimizer: Any, weights: Mapping[str, Any], *, loadi
     """
     tensors: dict[str, Any] = {}
     for key, sharded in weights.items():
-        if not isinstance(sharded, ShardedTensor | ShardedTensorFactory) or not sharded.data.requires_grad:
+        if not isinstance(sharded, ShardedTensor | ShardedTensorFactory):
             continue
-        values = _empty(sharded.data) if loading else _whole(optimizer, sharded.data)
+        parameter: Any = sharded.data
+        if not parameter.requires_grad:
+            continue
+        values = _empty(parameter) if loading else _whole(optimizer, parameter)
         tensors[key] = {
             name: make_sharded_optimizer_tensor(sharded, value, prefix=f"optimizer.{name}")
             for name, value in values.items()
@@ -96,7 +99,7 @@ def _owner(optimizer: Any, parameter: Tensor) -> Any | None:
     return None
 
 
-def _range(part: Any, parameter: Tensor) -> tuple[int, int]:
+def _range(part: Any, parameter: Any) -> tuple[int, int]:
     if not isinstance(part, DistributedOptimizer):
         return 0, parameter.numel()
     owned = part._get_model_param_range_map(parameter)["param"]

@@ -43,7 +43,7 @@ class MegatronPolicy(Policy):
         self.world = world
         self.base: BaseModel = build_base(policy, world)
         self.tp = TensorParallel(
-            group=parallel_state.get_tensor_model_parallel_group(),
+            group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
             size=world.tp,
             rank=world.tp_rank,
             sequence_parallel=bool(self.base.config.sequence_parallel),

@@ -54,7 +54,7 @@ def run_logprobs(engine: Engine, batches: Sequence[MicroBatch]) -> list[Tensor]:
     results = _schedule(engine, batches, _keep_logprobs, forward_only=True)
     logps = [result["logps"] for result in results]
     if engine.world.pp > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         if not logps:
             logps = [torch.empty(batch.tokens.numel(), device=engine.world.device) for batch in batches]
@@ -146,7 +146,8 @@ def _reduce(
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=False))
     if engine.world.pp > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(sums, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(sums, src=last, group=group)
     loss, *metrics = sums.tolist()
     if not math.isfinite(loss):
         raise NonFiniteLoss(loss, _rows_of_non_finite(results))
@@ -161,7 +162,8 @@ def _metric_names(engine: Engine, objective: Objective, results: list[dict[str, 
         if engine.world.pp > 1:
             box = [names]
             last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+            group: Any = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast_object_list(box, src=last, group=group)
             names = box[0]
         engine.metric_names[key] = names
     return engine.metric_names[key]

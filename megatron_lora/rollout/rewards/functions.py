@@ -70,7 +70,8 @@ def load_math_match() -> Reward:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     targets = [LatexExtractionConfig(), ExprExtractionConfig()]
     # The first use builds the parsers, which may take seconds: now, so that no sample's time limit pays for it.
-    verify(*(parse(text, targets, parsing_timeout=0) for text in (r"\boxed{1}", "1")), timeout_seconds=0)
+    first, second = (parse(text, targets, parsing_timeout=0) for text in (r"\boxed{1}", "1"))
+    verify(first, second, timeout_seconds=0)
 
     def reward(prompt: str, completion: str, answer: str, extra: dict) -> float:
         wanted = answer.rpartition(GSM8K_MARKER)[2].strip()
