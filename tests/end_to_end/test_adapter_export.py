@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(ready, tmp_path, monke
     cases = [
         (dict(base_ckpt=str(other)), "model_type=qwen2 .llama."),
         (dict(base_ckpt=str(damaged)), "is truncated"),
-        (dict(base_ckpt=str(tmp_path / "megatron")), "is no Hugging Face folder"),
+        (dict(base_ckpt=str(tmp_path / "megatron")), "is neither a Hugging Face folder"),
         (dict(hf_model_name="no-one/no-such-model"), "no-one/no-such-model is neither a folder"),
         (dict(dtype="int4"), "dtype='int4'"),
     ]
