@@ -146,7 +146,7 @@ def test_load_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "nowhere"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+    with pytest.raises(UserError, match="the folder holds no tokenizer"):
         load_tokenizer(str(empty))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("eos_token")
@@ -154,5 +154,5 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_tokenizer(str(folder))
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+    with pytest.raises(UserError, match="the folder holds no tokenizer"):
         load_tokenizer(str(folder))
