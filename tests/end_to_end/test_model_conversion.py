@@ -21,7 +21,8 @@ from conversion.torch_dist import TorchDistFolder
 from conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
-from tests.end_to_end.test_adapter_export import write_base, write_step
+from megatron_lora.policy.dtensor.checkpoint import save_model
+from tests.end_to_end.test_adapter_export import load, write_base, write_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +82,12 @@ def test_a_step_folder_needs_only_its_recipe(tmp_path: Path) -> None:
     out = to_hf(step, tmp_path / "out")
     assert_same_tensors(base, out)
     assert (out / "tokenizer_config.json").read_text() == '{"of": "the run"}'
+
+
+def test_the_other_backends_checkpoint_is_converted_too(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "gemma2", tied=True)
+    save_model(dict(load(base).named_parameters()), tmp_path / "step_1" / "policy" / "weights")
+    assert_same_tensors(base, to_hf(tmp_path / "step_1", tmp_path / "out", hf_model_name=str(base)))
 
 
 def test_training_in_another_dtype_shows_in_the_config(tmp_path: Path) -> None:
