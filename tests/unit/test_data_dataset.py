@@ -154,5 +154,5 @@ def test_load_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no end-of-sequence token"):
         load_tokenizer(str(folder))
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="the folder holds no tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
         load_tokenizer(str(folder))
