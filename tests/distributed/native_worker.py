@@ -113,6 +113,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             result["base"] = plain(
                 generator.generate(prompts(), 1, SamplingOptions(max_new_tokens=12, temperature=0.0))
             )
+        merged = generator.load_weights(policy.hf_weights(), 4)
+        result["merged"] = [merged.num_bytes, merged.fingerprint, generator.held_fingerprint(), generator.version]
     if case.get("refuses"):
         result["refused"] = refusals(policy, generator)
     if case.get("trains"):

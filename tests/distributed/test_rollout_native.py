@@ -187,6 +187,14 @@ def test_with_adapters_disabled_the_base_answers(name: str, results: Results, re
         assert reference["base"] != reference["qwen3"]
 
 
+@pytest.mark.parametrize("name", [name for name, (_, case) in CASES.items() if case.get("stops")])
+def test_merged_weights_are_those_held_and_nothing_is_copied(name: str, results: Results) -> None:
+    for result in results[name]:
+        num_bytes, given, held, version = result["merged"]
+        assert (num_bytes, version) == (0, 4)
+        assert given == held and given.startswith("merge:")
+
+
 @pytest.mark.parametrize("name", [name for name, (_, case) in CASES.items() if case.get("trains")])
 def test_after_a_step_the_new_adapter_answers_and_a_stale_one_is_noticed(name: str, results: Results) -> None:
     for result in results[name]:
