@@ -20,7 +20,7 @@ def test_steps_of_the_quickstart_on_a_base_of_few_steps(tmp_path: Path, capfd: p
     shown = capfd.readouterr().out
 
     losses = [record["loss"] for record in read_metrics(run_dir)]
-    assert len(losses) == 60 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 60 and losses[-1] < 0.95 * losses[0]
     assert checks.adapter_to_merged <= LOGIT_TOLERANCE < checks.base_to_merged
     assert checks.accuracy_adapter == checks.accuracy_merged
     assert (run_dir / "loss.png").is_file()
