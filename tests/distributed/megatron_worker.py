@@ -29,7 +29,6 @@ def main() -> None:
         # The end of stderr is shown where a rank fails.
         print(f"rank {rank}, {time.process_time():.0f} s: case {name}", file=sys.stderr, flush=True)
         found = CHECKS[case["check"]](case | {"shared_folder": str(folder)})
-        found["cpu_seconds"] = time.process_time()
         partial = folder / f"{name}.{rank}.partial"
         torch.save(found, partial)
         partial.replace(folder / f"{name}.{rank}.pt")
