@@ -81,8 +81,19 @@ def write_torch_dist(folder: Path, entries: Mapping[str, StoredTensor], read: Ca
     except dcp.CheckpointException as error:
         # What went wrong in the writer, a full disk for one, rather than torch's wrapper around it.
         cause = next(iter(error.failures.values()))[0] if error.failures else error
-        raise cause from error
+        raise _system_error(cause) or cause from error
     (folder / BACKEND_FILE).write_text(json.dumps(BACKEND))
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The error of the system behind an error: torch's archive writer complains of its own position when a write
+    fails, and only the context says why."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 class _StreamingPlanner(DefaultSavePlanner):
