@@ -6,14 +6,15 @@ PYTHON := .venv/bin/python
 SITE_PACKAGES := $(CURDIR)/.venv/lib/python3.12/site-packages
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install quickstart quickstart-grpo compare test lint format clean
+.PHONY: help install quickstart quickstart-grpo compare test test-long lint format clean
 
 help:
 	@echo "make install [EXTRAS=\"rollout-cpu\"]  .venv with everything (extras: rollout-cpu, rollout-gpu, gpu)"
 	@echo "make quickstart                      LoRA SFT of a small model at TP=2, on a CPU, with export and checks"
 	@echo "make quickstart-grpo                 the same with GRPO and vLLM rollouts"
 	@echo "make compare                         one recipe on both backends, side by side"
-	@echo "make test                            the whole test suite (CPU)"
+	@echo "make test                            the test suite (CPU)"
+	@echo "make test-long                       whole DPO and GRPO runs, minutes each"
 	@echo "make lint, make format               ruff and pyright; ruff's formatter"
 	@echo "make clean                           remove caches and quickstart-output/"
 
@@ -50,7 +51,10 @@ compare: .venv/.installed
 	$(PYTHON) -m tools.compare
 
 test: .venv/.installed-rollout-cpu
-	$(PYTHON) -m pytest -m "not gpu"
+	$(PYTHON) -m pytest -m "not gpu and not long"
+
+test-long: .venv/.installed-rollout-cpu
+	$(PYTHON) -m pytest -m "long and not gpu"
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

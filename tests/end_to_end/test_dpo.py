@@ -129,6 +129,7 @@ def test_ten_steps_of_the_dtensor_backend_equal_trl(room: Path, tmp_path: Path, 
     assert_equal_runs(folder, *from_adapter)
 
 
+@pytest.mark.long
 def test_ten_steps_of_a_new_adapter_equal_trl(room: Path, tmp_path: Path) -> None:
     # A step too small for fp32 shows where a drawn adapter starts.
     still = recipe(room, init=False, max_num_steps=1)
@@ -138,6 +139,7 @@ def test_ten_steps_of_a_new_adapter_equal_trl(room: Path, tmp_path: Path) -> Non
     assert_equal_runs(folder, *trl_run(room, tmp_path / "trl", start))
 
 
+@pytest.mark.long
 def test_precomputed_reference_is_the_same_run(room: Path, tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", recipe(room), 1)
     ahead = run(tmp_path / "ahead", recipe(room, precompute_reference_logprobs=True), 1)
@@ -145,6 +147,7 @@ def test_precomputed_reference_is_the_same_run(room: Path, tmp_path: Path) -> No
     assert max(relative_differences(*losses)) < 1e-5
 
 
+@pytest.mark.long
 def test_resumed_run_is_the_same_run(room: Path, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", recipe(room), 1)
     halves = recipe(room)
@@ -158,6 +161,7 @@ def test_resumed_run_is_the_same_run(room: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+@pytest.mark.long
 def test_accuracy_rises(room: Path, tmp_path: Path) -> None:
     # Longer answers are preferred: what a model can learn in a few steps, and a random one does not know.
     def rows(numbers: range) -> list[dict[str, str]]:
@@ -174,6 +178,7 @@ def test_accuracy_rises(room: Path, tmp_path: Path) -> None:
     assert after["rewards_chosen"] > after["rewards_rejected"] and after["loss"] < before["loss"]
 
 
+@pytest.mark.long
 def test_refusals(room: Path, tmp_path: Path) -> None:
     full = recipe(room, init=False)
     full["policy"]["megatron_cfg"]["peft"]["enabled"] = False

@@ -16,7 +16,7 @@ from tests.support.compare import largest_difference
 from tests.support.launch import RanksFailed
 from tests.support.runs import adapter_of, metrics, run, save_base, start, wait_until
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 
 STEPS = 4
 SAME = ("step", "reward", "loss", "grad_norm", "kl", "rollout_logprob_error", "response_length", "adapter_version")
