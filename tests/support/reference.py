@@ -115,9 +115,7 @@ def train(
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
         optimizer.step()
     wanted = "lora_" if adapter_folder is not None else ""
-    state = {
-        name.replace(".default", ""): value.detach().clone()
-        for name, value in model.state_dict().items()
-        if wanted in name
-    }
+    # Files hold a tied head once, and a shared A under the name of each of its linears.
+    named = model.named_parameters(remove_duplicate=adapter_folder is None)
+    state = {name.replace(".default", ""): value.detach().clone() for name, value in named if wanted in name}
     return Training(losses, norms, state)
