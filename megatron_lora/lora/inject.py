@@ -33,7 +33,8 @@ def initial_factors(spec: AdapterSpec, a_method: str, b_method: str, seed: int) 
     def draw(module: ModuleLayout) -> tuple[Tensor, Tensor]:
         a = init_factor(a_method, (module.rank, module.in_features(spec.shapes)), seed, f"{module.name}.lora_A")
         b = init_factor(b_method, (module.out_features(spec.shapes), module.rank), seed, f"{module.name}.lora_B")
-        return a, b
+        mask = module.b_mask(spec.shapes)
+        return a, b if mask is None else b * mask
 
     return draw
 

@@ -1,82 +1,131 @@
-"""Which linears get an adapter: names, full paths and wildcards over global layer numbers."""
+"""Which linears get an adapter: HF and fused Megatron names, full paths and wildcards of both, on both backends."""
 
 import difflib
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, ModelShapes, module_name
+from megatron_lora.lora.layout import KINDS, Block, ModelShapes, ModuleLayout, module_name, segments_of
+from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
-DEFAULT_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-HF_NAMES = {
-    "q_proj": "linear_qkv",
-    "k_proj": "linear_qkv",
-    "v_proj": "linear_qkv",
-    "o_proj": "linear_proj",
-    "gate_proj": "linear_fc1",
-    "up_proj": "linear_fc1",
-    "down_proj": "linear_fc2",
-    "lm_head": "output_layer",
-}
+Naming = Literal["megatron", "hf"]
 
 
-def all_linears(shapes: ModelShapes) -> list[str]:
-    """Full names of every linear that can carry an adapter, layer by layer, the output layer last."""
-    layers = [kind for kind in KINDS if kind != "output_layer"]
-    names = [module_name(kind, layer) for layer in range(shapes.num_layers) for kind in layers]
-    return [*names, "output_layer"]
+@dataclass
+class Selection:
+    """linears: the HF linears to adapt, in model order. notices: how names of the other kind were understood."""
+
+    linears: list[HFLinear]
+    notices: list[str] = field(default_factory=list)
 
 
-def select_targets(shapes: ModelShapes, target_modules: Sequence[str], exclude_modules: Sequence[str]) -> list[str]:
-    """Full names of the linears to adapt, in model order.
+def select_linears(
+    shapes: ModelShapes, target_modules: Sequence[str], exclude_modules: Sequence[str], *, key: str, naming: Naming
+) -> Selection:
+    """The linears that a recipe's section `key` adapts.
 
-    A pattern is a linear's name (`linear_qkv`), a full path (`decoder.layers.3.mlp.linear_fc1`) or a wildcard over the
-    full path (`*.layers.1.*` is layer 1 alone: `*` stands for any text, the rest is literal). Without targets: the four
-    fused linears of every layer, less `exclude_modules`. Layer numbers are global, whatever the pipeline layout.
-    Raises UserError where a pattern matches nothing (with near names), for exclusions beside targets, and for an
-    adapter on an output layer that shares its weight with the embedding.
+    A pattern is a linear's name (`linear_qkv`, `q_proj`), a full path (`decoder.layers.3.mlp.linear_fc1`,
+    `model.layers.3.mlp.up_proj`) or a wildcard over full paths (`*.layers.1.*` is layer 1 alone: `*` stands for any
+    text, the rest is literal). Without targets: every linear of attention and MLP, less `exclude_modules`. A fused name
+    stands for the HF linears that it covers; an HF name for its part of the fused linear alone. Layer numbers are
+    global, whatever the pipeline layout. naming: the names that this backend has itself; others are translated, which
+    the notices say. Raises UserError where a pattern matches nothing (with near names), for exclusions beside targets,
+    where nothing is left, and for an adapter on an output layer that shares its weight with the embedding.
     """
     if exclude_modules and target_modules:
         raise UserError(
-            f"peft.exclude_modules={list(exclude_modules)} needs empty peft.target_modules, got "
+            f"{key}.exclude_modules={list(exclude_modules)} needs empty {key}.target_modules, got "
             f"{list(target_modules)}; name the targets alone, or the exclusions alone"
         )
-    names = all_linears(shapes)
-    wanted = {name for pattern in target_modules or DEFAULT_TARGETS for name in _matching(pattern, names, shapes)}
+    linears = list(hf_linears(shapes).values())
+    matcher = _Matcher(linears, key, naming)
+    wanted = {linear.name for linear in linears if linear.layer is not None}
+    if target_modules:
+        wanted = {linear.name for pattern in target_modules for linear in matcher.find(pattern)}
     for pattern in exclude_modules:
-        wanted -= set(_matching(pattern, names, shapes))
+        wanted -= {linear.name for linear in matcher.find(pattern)}
     if not wanted:
-        raise UserError(f"peft.exclude_modules={list(exclude_modules)} leaves no linear to adapt; exclude fewer")
-    if "output_layer" in wanted and shapes.tied_embeddings:
+        raise UserError(f"{key}.exclude_modules={list(exclude_modules)} leaves no linear to adapt; exclude fewer")
+    if "lm_head" in wanted and shapes.tied_embeddings:
         raise UserError(
-            "peft.target_modules names output_layer, but this model's output layer is its embedding (tied): an adapter "
-            "there trains but cannot be exported without untying; leave output_layer out"
+            f"{key}.target_modules names the output layer, but this model's output layer is its embedding (tied): an "
+            "adapter there trains but cannot be exported without untying; leave it out"
         )
-    return [name for name in names if name in wanted]
+    return Selection([linear for linear in linears if linear.name in wanted], list(matcher.notices))
 
 
-def _matching(pattern: str, names: Sequence[str], shapes: ModelShapes) -> list[str]:
-    def fits(name: str) -> bool:
-        if name == pattern or name.rsplit(".", 1)[-1] == pattern:
-            return True
-        # A wildcard never reaches the output layer unless it names it: it is no part of a layer.
-        return _is_wildcard(pattern) and name != "output_layer" and fnmatch.fnmatchcase(name, pattern)
+def build_modules(linears: Sequence[HFLinear], rank: int, alpha: float, shapes: ModelShapes) -> list[ModuleLayout]:
+    """New adapters of the HF linears: those of one fused Megatron linear share one A."""
+    members: dict[str, list[HFLinear]] = {}
+    for linear in linears:
+        members.setdefault(module_name(linear.kind, linear.layer), []).append(linear)
+    modules = []
+    for name, covered in members.items():
+        order = segments_of(covered[0].kind, shapes)
+        present = sorted((linear.segment for linear in covered), key=order.index)
+        modules.append(ModuleLayout(name, covered[0].kind, (Block.build(present, 0, rank, alpha),)))
+    return modules
 
-    found = [name for name in names if fits(name)]
-    if found:
-        return found
-    translated = HF_NAMES.get(pattern)
-    if translated:
-        raise UserError(
-            f"{pattern!r} is a Hugging Face name; in Megatron it is part of {translated!r}: write that in "
-            "policy.megatron_cfg.peft"
+
+@dataclass
+class _Matcher:
+    linears: Sequence[HFLinear]
+    key: str
+    naming: Naming
+    # A dict for its order: each translation is told once.
+    notices: dict[str, None] = field(default_factory=dict)
+
+    def find(self, pattern: str) -> list[HFLinear]:
+        by_naming = {
+            "hf": [linear for linear in self.linears if _fits(pattern, linear.name)],
+            "megatron": [linear for linear in self.linears if _fits(pattern, _fused_name(linear))],
+        }
+        own = by_naming.pop(self.naming)
+        if own:
+            return own
+        [other] = by_naming.values()
+        if not other:
+            raise self._no_match(pattern)
+        self.notices[self._translation(pattern, other)] = None
+        return other
+
+    def _translation(self, pattern: str, found: Sequence[HFLinear]) -> str:
+        if self.naming == "hf":
+            leaves = dict.fromkeys(_leaf(linear.name) for linear in found)
+            return f"{pattern!r} is a fused Megatron name; here it is {', '.join(leaves)}"
+        parts: dict[str, dict[str, None]] = {}
+        for linear in found:
+            parts.setdefault(linear.kind, {})[linear.segment] = None
+        where = ", ".join(f"{kind} ({', '.join(segments)})" for kind, segments in parts.items())
+        return f"{pattern!r} is a Hugging Face name; here it is {where}"
+
+    def _no_match(self, pattern: str) -> UserError:
+        hf_paths, fused_paths = ([linear.name for linear in self.linears], list(map(_fused_name, self.linears)))
+        hf_leaves, fused_leaves = list(dict.fromkeys(map(_leaf, hf_paths))), list(KINDS)
+        own = [*fused_leaves, *fused_paths] if self.naming == "megatron" else [*hf_leaves, *hf_paths]
+        other = [*hf_leaves, *hf_paths] if self.naming == "megatron" else [*fused_leaves, *fused_paths]
+        near = difflib.get_close_matches(pattern, dict.fromkeys([*own, *other]), n=3, cutoff=0.3)
+        near = near or (fused_leaves if self.naming == "megatron" else hf_leaves)
+        num_layers = len({linear.layer for linear in self.linears if linear.layer is not None})
+        return UserError(
+            f"{pattern!r} in {self.key} matches no linear of this model ({num_layers} layers); "
+            f"near names: {', '.join(near)}"
         )
-    near = difflib.get_close_matches(pattern, [*KINDS, *names], n=3, cutoff=0.3) or list(KINDS)
-    raise UserError(
-        f"{pattern!r} in policy.megatron_cfg.peft matches no linear of this model ({shapes.num_layers} layers); "
-        f"near names: {', '.join(near)}"
-    )
 
 
-def _is_wildcard(pattern: str) -> bool:
-    return any(sign in pattern for sign in "*?[")
+def _fused_name(linear: HFLinear) -> str:
+    return module_name(linear.kind, linear.layer)
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    if name == pattern or _leaf(name) == pattern:
+        return True
+    # A wildcard never reaches the output layer unless it names it: it is no part of a layer.
+    wildcard = any(sign in pattern for sign in "*?[")
+    return wildcard and name not in ("lm_head", "output_layer") and fnmatch.fnmatchcase(name, pattern)

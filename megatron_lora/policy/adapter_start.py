@@ -1,7 +1,7 @@
 """The adapter a run starts with: drawn from a seed, or read from an HF PEFT folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +9,58 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from conversion.export import read_peft_folder
-from megatron_lora.config.schema_adapters import PeftConfig
+from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes, build_layout
+from megatron_lora.lora.layout import AdapterSpec, ModelShapes, ModuleLayout, segments_of
 from megatron_lora.lora.peft_format import from_hf
-from megatron_lora.lora.targets import select_targets
+from megatron_lora.lora.targets import Selection, build_modules, select_linears
 from megatron_lora.policy.weights_check import local_fingerprint
 
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """spec: what is adapted. tensors: the whole factors, or None where they are to be drawn."""
+    """spec: what is adapted. tensors: the whole factors, fused, or None where they are to be drawn. notices: how the
+    recipe was understood, for the user."""
 
     spec: AdapterSpec
     tensors: Mapping[str, Tensor] | None
+    notices: list[str] = field(default_factory=list)
 
 
-def starting_adapter(peft: PeftConfig, shapes: ModelShapes, model_name: str) -> StartingAdapter:
+def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model_name: str) -> StartingAdapter:
     """The recipe's adapter. Raises UserError for a pattern that fits nothing, or a folder that does not fit."""
     fingerprint = local_fingerprint(model_name)
-    settings = peft.model_dump(mode="json", exclude={"enabled"})
-    if peft.init_adapter is not None:
-        config, tensors = read_peft_folder(Path(peft.init_adapter))
-        spec, fused = from_hf(config, tensors, shapes, base_model_name=model_name, base_fingerprint=fingerprint)
-        spec.settings = settings | {"init_adapter": peft.init_adapter}
+    settings = config.model_dump(mode="json", exclude={"enabled"})
+    if config.init_adapter is not None:
+        folder = read_peft_folder(Path(config.init_adapter))
+        spec, fused = from_hf(*folder, shapes, base_model_name=model_name, base_fingerprint=fingerprint)
+        spec.settings = settings
         return StartingAdapter(spec, fused)
-    names = select_targets(shapes, peft.target_modules, peft.exclude_modules)
-    modules = [build_layout(name, peft.dim, peft.alpha, shapes) for name in names]
+    chosen = _select(config, shapes)
+    modules = build_modules(chosen.linears, config.dim, config.alpha, shapes)
     spec = AdapterSpec(model_name, shapes, modules, base_fingerprint=fingerprint, settings=settings)
-    return StartingAdapter(spec, None)
+    return StartingAdapter(spec, None, chosen.notices)
 
 
-def planned_adapter(policy: PolicyConfig) -> AdapterSpec | None:
-    """The adapter that the Megatron backend will train, from the model's config alone; None for full fine-tuning.
+def _select(config: PeftConfig | LoraConfig, shapes: ModelShapes) -> Selection:
+    targets, exclusions = config.target_modules, config.exclude_modules
+    if isinstance(config, PeftConfig):
+        return select_linears(shapes, targets, exclusions, key="policy.megatron_cfg.peft", naming="megatron")
+    key = "policy.dtensor_cfg.lora_cfg"
+    if not (config.match_all_linear and targets):
+        return select_linears(shapes, targets, exclusions, key=key, naming="hf")
+    chosen = select_linears(shapes, [], exclusions, key=key, naming="hf")
+    return Selection(chosen.linears, [f"{key}.match_all_linear=true: target_modules={targets} is not used"])
+
+
+def planned_adapter(policy: PolicyConfig) -> StartingAdapter | None:
+    """The adapter that the recipe's backend will train, from the model's config alone; None for full fine-tuning.
     Raises UserError as `starting_adapter` does."""
-    peft = policy.megatron_cfg.peft
-    if not peft.enabled:
+    if not policy.adapter.enabled:
         return None
     config: Any = AutoConfig.from_pretrained(policy.model_name)
-    return starting_adapter(peft, ModelShapes.from_hf_config(config.to_dict()), policy.model_name).spec
+    return starting_adapter(policy.adapter, ModelShapes.from_hf_config(config.to_dict()), policy.model_name)
 
 
 def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
@@ -86,15 +98,22 @@ def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
         a, b = shapes[f"{module.name}.lora_A"], shapes[f"{module.name}.lora_B"]
         alphas = sorted({block.alpha for block in module.blocks})
         alpha = ", ".join(f"{value:g}" for value in alphas)
-        key = (module.kind, str(module.rank), alpha, f"{a[0]} x {a[1]}", f"{b[0]} x {b[1]}")
+        key = (_linear_label(module, spec.shapes), str(module.rank), alpha, f"{a[0]} x {a[1]}", f"{b[0]} x {b[1]}")
         rows.setdefault(key, []).append(module.layer)
     table = []
-    for (kind, rank, alpha, a_shape, b_shape), layers in rows.items():
+    for (label, rank, alpha, a_shape, b_shape), layers in rows.items():
         rows_a, columns_a = map(int, a_shape.split(" x "))
         rows_b, columns_b = map(int, b_shape.split(" x "))
         parameters = len(layers) * (rows_a * columns_a + rows_b * columns_b)
-        table.append((kind, _ranges(layers), rank, alpha, a_shape, b_shape, f"{parameters:,}"))
+        table.append((label, _ranges(layers), rank, alpha, a_shape, b_shape, f"{parameters:,}"))
     return table
+
+
+def _linear_label(module: ModuleLayout, shapes: ModelShapes) -> str:
+    """The fused linear, and where only some of the linears that it covers are adapted, which."""
+    served = {segment for block in module.blocks for segment in block.segments}
+    order = segments_of(module.kind, shapes)
+    return module.kind if served == set(order) else f"{module.kind} ({', '.join(s for s in order if s in served)})"
 
 
 def _ranges(layers: Sequence[int | None]) -> str:

@@ -41,7 +41,12 @@ PendingSave = Callable[[bool], bool]
 
 class Policy(ABC):
     """A model split over ranks, its adapters and its optimizer. Every method is collective: all ranks call it with
-    the same rows; the backend gives each rank its part."""
+    the same rows; the backend gives each rank its part.
+
+    notices: how the recipe was understood, for the user to read at start.
+    """
+
+    notices: Sequence[str] = ()
 
     @abstractmethod
     def train_step(self, groups: Sequence[Sequence[Row]], objective: Objective) -> StepResult:

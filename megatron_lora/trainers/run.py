@@ -156,6 +156,8 @@ def _describe_data(reporter: RunReporter, prepared: Prepared) -> None:
 
 def _describe_policy(reporter: RunReporter, policy: Policy) -> None:
     """The table of adapted linears, and how much of the model trains."""
+    for notice in policy.notices:
+        reporter.message(notice)
     trainable, total = policy.trainable_parameters()
     rows = policy.describe_adapters()
     if rows:

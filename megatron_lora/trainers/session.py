@@ -175,7 +175,7 @@ def check_checkpoint(found: Step, policy: PolicyConfig) -> None:
     """Whether a run of this recipe can go on from the checkpoint, as far as its files tell before weights load.
 
     Raises UserError for an adapter where a whole model is trained or the other way round, for an adapter of another
-    base, and (Megatron backend) for one of other linears, ranks or scales.
+    base, and for one of other linears, ranks or scales.
     """
     has_adapter = (found.weights / ADAPTER_FILE).is_file()
     if has_adapter != policy.adapter.enabled:
@@ -188,10 +188,9 @@ def check_checkpoint(found: Step, policy: PolicyConfig) -> None:
         return
     stored = AdapterSpec.load(found.weights / ADAPTER_FILE)
     fingerprint = local_fingerprint(policy.model_name)
-    if policy.backend == "megatron":
-        wanted = planned_adapter(policy)
-        assert wanted is not None
-        check_same_adapter(wanted, stored, found.path)
+    wanted = planned_adapter(policy)
+    assert wanted is not None
+    check_same_adapter(wanted.spec, stored, found.path)
     if None not in (fingerprint, stored.base_fingerprint) and fingerprint != stored.base_fingerprint:
         raise UserError(
             f"{found.path} was trained on another model ({stored.base_model_name}): its weights differ from those in "

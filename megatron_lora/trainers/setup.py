@@ -40,8 +40,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     shape = model_shape_from_hf_config(recipe.policy.model_name)
     check_layout(recipe.policy, shape, world.size)
     check_base_weights(recipe.policy)
-    if recipe.policy.backend == "megatron":
-        planned_adapter(recipe.policy)
+    planned_adapter(recipe.policy)
     if recipe.algorithm == "dpo":
         check_dpo(recipe)
     elif recipe.algorithm == "grpo":

@@ -6,7 +6,6 @@ Parameter, so that the model is the same on both backends and one key swaps them
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -19,9 +18,8 @@ from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
 from megatron_lora.lora.init import init_factor
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes, segment_rows
-from megatron_lora.lora.peft_format import PREFIX, from_hf, hf_name, to_hf
-from megatron_lora.policy.adapter_start import read_peft_folder
-from megatron_lora.policy.dtensor.targets import build_modules, select_linears
+from megatron_lora.lora.peft_format import PREFIX, hf_name, to_hf
+from megatron_lora.policy.adapter_start import starting_adapter
 
 ADAPTER_NAME = "default"
 _WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
@@ -37,33 +35,22 @@ class Start:
     notices: list[str]
 
 
-def starting_adapter(config: LoraConfig, shapes: ModelShapes, model_name: str, seed: int) -> Start:
+def start(config: LoraConfig, shapes: ModelShapes, model_name: str, seed: int) -> Start:
     """The recipe's adapter, read from `init_adapter` or drawn from the seed as the Megatron backend draws it.
 
     Raises UserError for a pattern that fits nothing, or a folder that does not fit the base.
     """
-    settings = config.model_dump(mode="json", exclude={"enabled"})
-    if config.init_adapter is not None:
-        spec, fused = from_hf(*read_peft_folder(Path(config.init_adapter)), shapes, base_model_name=model_name)
-        spec.settings, notices = settings, []
-    else:
-        linears, notices = select_linears(config, shapes)
-        modules = build_modules(linears, config.dim, config.alpha, shapes)
-        spec = AdapterSpec(base_model_name=model_name, shapes=shapes, modules=modules, settings=settings)
-        fused = {
-            name: init_factor(config.lora_A_init if name.endswith("lora_A") else "zero", shape, seed, name)
-            for name, shape in spec.factor_shapes().items()
-        }
-        _zero_unused_rows(spec, fused)
-    peft_config, tensors = to_hf(spec, fused)
-    return Start(spec, peft_config, tensors, notices)
+    found = starting_adapter(config, shapes, model_name)
+    fused = dict(found.tensors) if found.tensors is not None else _draw(found.spec, config.lora_A_init, seed)
+    peft_config, tensors = to_hf(found.spec, fused)
+    return Start(found.spec, peft_config, tensors, found.notices)
 
 
-def _zero_unused_rows(spec: AdapterSpec, fused: dict[str, Tensor]) -> None:
-    for module in spec.modules:
-        mask = module.b_mask(spec.shapes)
-        if mask is not None:
-            fused[f"{module.name}.lora_B"] *= mask
+def _draw(spec: AdapterSpec, a_method: str, seed: int) -> dict[str, Tensor]:
+    return {
+        name: init_factor(a_method if name.endswith("lora_A") else "zero", shape, seed, name)
+        for name, shape in spec.factor_shapes().items()
+    }
 
 
 class AdaptedLinear(PeftLoraLinear):

@@ -54,7 +54,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
     start = None
     notices: list[str] = []
     if options.lora_cfg.enabled:
-        start = adapter.starting_adapter(options.lora_cfg, shapes, policy.model_name, seed)
+        start = adapter.start(options.lora_cfg, shapes, policy.model_name, seed)
         fused = options.lora_cfg.use_triton and world.tp == 1 and not options.compile
         notices = [*start.notices, *_fused_notices(policy, world)]
         adapter.inject(hf, start, options.lora_cfg, fused=fused, tp_rank=world.tp_rank)

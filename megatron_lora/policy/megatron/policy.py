@@ -71,6 +71,7 @@ class MegatronPolicy(Policy):
         peft = self.config.megatron_cfg.peft
         start = starting_adapter(peft, self.base.shapes, self.config.model_name)
         self.spec = start.spec
+        self.notices = start.notices
         options = AdapterOptions(
             dropout=peft.dropout,
             dropout_before=peft.dropout_position == "pre",

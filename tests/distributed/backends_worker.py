@@ -1,0 +1,164 @@
+"""One rank of the comparison of both backends: twenty steps of each algorithm on each backend, in one process group.
+
+torchrun --nproc-per-node N -m tests.distributed.backends_worker FOLDER
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.data.batch import Row
+from megatron_lora.objectives.dpo import DPOConfig, DPOObjective
+from megatron_lora.objectives.grpo import GRPOObjective
+from megatron_lora.objectives.grpo_config import GRPOConfig
+from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.dtensor.policy import DTensorPolicy
+from megatron_lora.policy.interface import Policy, StepResult
+from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
+from megatron_lora.trainers.dpo import with_reference
+from tests.distributed.megatron_build import leave_groups
+from tests.support.models import SIZES
+from tests.support.reference import make_rows
+
+NUM_STEPS, ROWS_A_STEP = 20, 8
+TP2 = {"tensor_parallel_size": 2}
+MEGATRON_TP2 = {"tensor_model_parallel_size": 2}
+# World size -> (dtensor_cfg, megatron_cfg): one of each backend's ways to spread over that many ranks.
+LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
+    1: ({}, {}),
+    2: (TP2, MEGATRON_TP2 | {"sequence_parallel": True}),
+    4: (TP2, MEGATRON_TP2 | {"pipeline_model_parallel_size": 2}),
+}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """run: takes a policy and a step's number, and trains that step. full: the whole model trains."""
+
+    run: Callable[[Policy, int], StepResult]
+    family: str = "qwen3"
+    full: bool = False
+
+
+def rows_of(step: int, count: int = ROWS_A_STEP) -> list[Row]:
+    return make_rows(count, SIZES["vocab_size"], seed=step)
+
+
+def sft_step(policy: Policy, step: int) -> StepResult:
+    return policy.train_step([[row] for row in rows_of(step)], SFTObjective())
+
+
+def dpo_step(policy: Policy, step: int) -> StepResult:
+    rows = rows_of(step, 2 * ROWS_A_STEP)
+    pairs = [list(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+    return policy.train_step(with_reference(policy, pairs), DPOObjective(DPOConfig(sft_loss_weight=0.1)))
+
+
+def grpo_step(policy: Policy, step: int) -> StepResult:
+    """Fixed answers with fixed advantages; the old policy is the one before the last even step, so that ratios move."""
+    rollout = getattr(policy, "rollout", None)
+    if step % 2 == 0:
+        rows = rows_of(step)
+        old = policy.score(rows)
+        with policy.reference():
+            reference = policy.score(rows)
+        generator = torch.Generator().manual_seed(step)
+        advantages = torch.randn(len(rows), generator=generator).tolist()
+        rollout = [
+            replace(
+                row,
+                token_fields={
+                    "advantages": torch.full((len(row),), advantages[number]),
+                    "old_logps": old[number],
+                    "rollout_logps": old[number],
+                    "reference_logps": reference[number],
+                },
+            )
+            for number, row in enumerate(rows)
+        ]
+        policy.rollout = rollout  # type: ignore[attr-defined]
+    assert rollout is not None
+    objective = GRPOObjective(GRPOConfig(reference_policy_kl_penalty=0.05))
+    with policy.temperature(0.9):
+        return policy.train_step([[row] for row in rollout], objective)
+
+
+ALGORITHMS = {
+    "sft": Algorithm(sft_step),
+    "dpo": Algorithm(dpo_step),
+    "grpo": Algorithm(grpo_step),
+    "full": Algorithm(sft_step, family="qwen2", full=True),
+}
+
+
+def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron: bool) -> PolicyConfig:
+    """One recipe for both backends: only `megatron_cfg.enabled` differs."""
+    dtensor_cfg, megatron_cfg = LAYOUTS[world_size]
+    init_adapter = None if algorithm.full else str(folder / f"{algorithm.family}_adapter")
+    adapter = {"enabled": not algorithm.full, "init_adapter": init_adapter}
+    lora_cfg = adapter | {"use_triton": dtensor_cfg == {}}
+    return PolicyConfig.model_validate(
+        {
+            "model_name": str(folder / algorithm.family),
+            "precision": "float32",
+            "train_global_batch_size": ROWS_A_STEP,
+            "train_micro_batch_size": 2,
+            "max_total_sequence_length": 64,
+            "dtensor_cfg": dtensor_cfg | {"lora_cfg": lora_cfg},
+            "megatron_cfg": megatron_cfg
+            | {
+                "enabled": megatron,
+                "peft": adapter,
+                "optimizer": {"lr": 1e-3, "min_lr": 1e-4, "weight_decay": 0.1, "adam_eps": 1e-8},
+                "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 2},
+            },
+        }
+    )
+
+
+@contextmanager
+def built_policy(config: PolicyConfig) -> Iterator[Policy]:
+    """A policy of the backend that the recipe selects, in process groups of its own."""
+    backend, join = (
+        (MegatronPolicy, init_megatron_world) if config.backend == "megatron" else (DTensorPolicy, init_dtensor_world)
+    )
+    world = join(config, 0)
+    # Tensors this small only wait for more threads.
+    torch.set_num_threads(1)
+    yield backend(config, world, pad_token_id=0, seed=0, num_steps=NUM_STEPS)
+    if config.backend == "megatron":
+        for name in [name for name in os.environ if name.startswith("NVTE_")]:
+            del os.environ[name]
+        # DTensor keeps its meshes' groups for operations that it has planned before; Megatron's are made anew.
+        leave_groups()
+
+
+def main(folder: Path) -> None:
+    size = init_distributed().size
+    found: dict[str, dict[str, Any]] = {}
+    # Megatron comes second: it installs its stand-ins for CUDA.
+    for megatron in (False, True):
+        for name, algorithm in ALGORITHMS.items():
+            with built_policy(policy_config(folder, algorithm, size, megatron)) as policy:
+                results = [algorithm.run(policy, step) for step in range(NUM_STEPS)]
+            found[f"{name}_{'megatron' if megatron else 'dtensor'}"] = {
+                "losses": [result.loss for result in results],
+                "grad_norms": [result.grad_norm for result in results],
+                "learning_rates": [result.learning_rate for result in results],
+                "metrics": [result.metrics for result in results],
+            }
+    torch.save(found, folder / f"backends_{size}.{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

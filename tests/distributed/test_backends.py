@@ -1,0 +1,65 @@
+"""One recipe and starting adapter on both backends, world sizes 1, 2 and 4: SFT, DPO, GRPO and full fine-tuning."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.backends_worker import ALGORITHMS, LAYOUTS, NUM_STEPS
+from tests.support.compare import relative_differences
+from tests.support.launch import run_ranks
+from tests.support.models import save_model
+from tests.support.reference import save_adapter
+
+pytestmark = pytest.mark.timeout(1200)
+
+TOLERANCE = 1e-4
+Found = Callable[[int], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each rank of a world size found; the processes are started when first asked for."""
+    folder = tmp_path_factory.mktemp("backends")
+    for family in {algorithm.family for algorithm in ALGORITHMS.values()}:
+        save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+    started: set[int] = set()
+
+    def results(size: int) -> list[dict[str, Any]]:
+        if size not in started:
+            started.add(size)
+            run_ranks("tests.distributed.backends_worker", size, folder)
+        return [torch.load(folder / f"backends_{size}.{rank}.pt", weights_only=False) for rank in range(size)]
+
+    return results
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_twenty_steps_are_the_same_on_both_backends(name: str, size: int, found: Found) -> None:
+    for rank in found(size):
+        ours, theirs = rank[f"{name}_megatron"], rank[f"{name}_dtensor"]
+        assert len(ours["losses"]) == NUM_STEPS
+        assert max(relative_differences(ours["losses"], theirs["losses"])) < TOLERANCE
+        assert max(relative_differences(ours["grad_norms"], theirs["grad_norms"])) < TOLERANCE
+        assert ours["learning_rates"] == pytest.approx(theirs["learning_rates"])
+        for mine, other in zip(ours["metrics"], theirs["metrics"], strict=True):
+            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_layout_does_not_matter(name: str, found: Found) -> None:
+    wanted = found(1)[0][f"{name}_dtensor"]
+    for size in (2, 4):
+        ours = found(size)[0][f"{name}_megatron"]
+        assert max(relative_differences(ours["losses"], wanted["losses"])) < TOLERANCE
+        assert max(relative_differences(ours["grad_norms"], wanted["grad_norms"])) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_steps_learn_something(name: str, found: Found) -> None:
+    """Equal numbers prove little where nothing moves."""
+    run = found(1)[0][f"{name}_megatron"]
+    assert min(run["grad_norms"]) > 0
+    assert len({round(loss, 6) for loss in run["losses"]}) == NUM_STEPS
