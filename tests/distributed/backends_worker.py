@@ -1,4 +1,5 @@
-"""One rank of the comparison of both backends: twenty steps of each algorithm on each backend, in one process group.
+"""One rank of the comparison of both backends: twenty steps of each algorithm on each, in one process group, and
+the second half of them again from a checkpoint of the other backend.
 
 torchrun --nproc-per-node N -m tests.distributed.backends_worker FOLDER
 """
@@ -29,7 +30,7 @@ from tests.distributed.megatron_build import leave_groups
 from tests.support.models import SIZES
 from tests.support.reference import make_rows
 
-NUM_STEPS, ROWS_A_STEP = 20, 8
+NUM_STEPS, HALF, ROWS_A_STEP = 20, 10, 8
 TP2 = {"tensor_parallel_size": 2}
 MEGATRON_TP2 = {"tensor_model_parallel_size": 2}
 # World size -> (dtensor_cfg, megatron_cfg): one of each backend's ways to spread over that many ranks.
@@ -42,11 +43,14 @@ LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Algorithm:
-    """run: takes a policy and a step's number, and trains that step. full: the whole model trains."""
+    """run: takes a policy and a step's number, and trains that step. full: the whole model trains. drawn: the adapter
+    starts from the seed instead of a folder. exchanged: its checkpoints are taken over."""
 
     run: Callable[[Policy, int], StepResult]
     family: str = "qwen3"
     full: bool = False
+    drawn: bool = False
+    exchanged: bool = False
 
 
 def rows_of(step: int, count: int = ROWS_A_STEP) -> list[Row]:
@@ -93,18 +97,18 @@ def grpo_step(policy: Policy, step: int) -> StepResult:
 
 
 ALGORITHMS = {
-    "sft": Algorithm(sft_step),
+    "sft": Algorithm(sft_step, drawn=True, exchanged=True),
     "dpo": Algorithm(dpo_step),
     "grpo": Algorithm(grpo_step),
-    "full": Algorithm(sft_step, family="qwen2", full=True),
+    "full": Algorithm(sft_step, family="qwen2", full=True, exchanged=True),
 }
 
 
 def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron: bool) -> PolicyConfig:
     """One recipe for both backends: only `megatron_cfg.enabled` differs."""
     dtensor_cfg, megatron_cfg = LAYOUTS[world_size]
-    init_adapter = None if algorithm.full else str(folder / f"{algorithm.family}_adapter")
-    adapter = {"enabled": not algorithm.full, "init_adapter": init_adapter}
+    init_adapter = None if algorithm.full or algorithm.drawn else str(folder / f"{algorithm.family}_adapter")
+    adapter = {"enabled": not algorithm.full, "init_adapter": init_adapter, "dim": 4, "alpha": 8}
     lora_cfg = adapter | {"use_triton": dtensor_cfg == {}}
     return PolicyConfig.model_validate(
         {
@@ -142,20 +146,40 @@ def built_policy(config: PolicyConfig) -> Iterator[Policy]:
         leave_groups()
 
 
+def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> dict[str, Any]:
+    """All steps, a checkpoint after the first half of them; or the second half from a checkpoint that is there."""
+    resumes = saved is not None and saved.is_dir()
+    if saved is not None and resumes:
+        policy.load(saved / "weights", saved / "optimizer")
+    found: dict[str, Any] = {"losses": [], "grad_norms": [], "learning_rates": [], "metrics": []}
+    for step in range(HALF if resumes else 0, NUM_STEPS):
+        if step == HALF and saved is not None and not resumes:
+            policy.save(saved / "weights", saved / "optimizer")
+        result = algorithm.run(policy, step)
+        found["losses"].append(result.loss)
+        found["grad_norms"].append(result.grad_norm)
+        found["learning_rates"].append(result.learning_rate)
+        found["metrics"].append(result.metrics)
+    return found
+
+
 def main(folder: Path) -> None:
     size = init_distributed().size
-    found: dict[str, dict[str, Any]] = {}
-    # Megatron comes second: it installs its stand-ins for CUDA.
-    for megatron in (False, True):
+    found: dict[str, Any] = {}
+    # Megatron first: its groups are ended, which DTensor's plans would not survive.
+    for backend in ("megatron", "dtensor"):
         for name, algorithm in ALGORITHMS.items():
-            with built_policy(policy_config(folder, algorithm, size, megatron)) as policy:
-                results = [algorithm.run(policy, step) for step in range(NUM_STEPS)]
-            found[f"{name}_{'megatron' if megatron else 'dtensor'}"] = {
-                "losses": [result.loss for result in results],
-                "grad_norms": [result.grad_norm for result in results],
-                "learning_rates": [result.learning_rate for result in results],
-                "metrics": [result.metrics for result in results],
-            }
+            with built_policy(policy_config(folder, algorithm, size, backend == "megatron")) as policy:
+                if algorithm.drawn:
+                    found[f"{name}_{backend}_start"] = policy.adapter()
+                saved = folder / f"saved_{size}" / f"{name}_{backend}"
+                found[f"{name}_{backend}"] = train(policy, algorithm, saved if algorithm.exchanged else None)
+    for backend, other in (("dtensor", "megatron"), ("megatron", "dtensor")):
+        for name, algorithm in ALGORITHMS.items():
+            if algorithm.exchanged:
+                with built_policy(policy_config(folder, algorithm, size, backend == "megatron")) as policy:
+                    saved = folder / f"saved_{size}" / f"{name}_{other}"
+                    found[f"{name}_{backend}_resumed"] = train(policy, algorithm, saved)
     torch.save(found, folder / f"backends_{size}.{dist.get_rank()}.pt")
     dist.barrier()
 

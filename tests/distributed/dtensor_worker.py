@@ -176,42 +176,6 @@ def named_optimizer(folder: Path) -> dict[str, Any]:
     return train(policy, steps()[:6])
 
 
-def exchange(folder: Path) -> dict[str, Any]:
-    """The Megatron backend beside this one: the same start from a seed, the same steps, each other's checkpoints."""
-    from megatron_lora.policy.megatron.policy import MegatronPolicy
-    from megatron_lora.runtime.world import init_megatron_world
-
-    changes: dict[str, Any] = {
-        "megatron_cfg": {
-            "peft": {"enabled": True, "dim": 4, "alpha": 8},
-            "optimizer": {"lr": 1e-2, "min_lr": 1e-4, "weight_decay": 0.1},
-            "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 3},
-        }
-    }
-    options = {"lora_cfg": {"init_adapter": None, "dim": 4, "alpha": 8}}
-    batches = steps()
-    ours = make_policy(folder, "qwen3", options, **changes)
-    megatron_changes = {**changes["megatron_cfg"], "enabled": True}
-    config = ours.config.model_copy(
-        update={"megatron_cfg": type(ours.config.megatron_cfg)(**megatron_changes)}, deep=True
-    )
-    theirs = MegatronPolicy(config, init_megatron_world(config, 0), pad_token_id=0, seed=0, num_steps=NUM_STEPS)
-    result: dict[str, Any] = {"starts": (ours.adapter(), theirs.adapter())}
-    result["ours"] = train(ours, batches[:6])
-    result["theirs"] = train(theirs, batches[:6])  # type: ignore[arg-type]
-    theirs.save(folder / "saved" / "megatron" / "weights", folder / "saved" / "megatron" / "optimizer")
-    ours.save(folder / "saved" / "dtensor" / "weights", None)
-    groups = [[row] for row in batches[6]]
-    result["saved"] = (ours.evaluate(groups, SFTObjective())[0], theirs.evaluate(groups, SFTObjective())[0])
-    from_megatron = make_policy(folder, "qwen3", options, **changes)
-    from_megatron.load(folder / "saved" / "megatron" / "weights", folder / "saved" / "megatron" / "optimizer")
-    theirs.load(folder / "saved" / "dtensor" / "weights", None)
-    result["loaded"] = (theirs.evaluate(groups, SFTObjective())[0], from_megatron.evaluate(groups, SFTObjective())[0])
-    # The second of these losses depends on the moments that were taken over.
-    result["after"] = (train(theirs, batches[6:8]), train(from_megatron, batches[6:8]))  # type: ignore[arg-type]
-    return result
-
-
 OTHERS: dict[str, tuple[int, Any]] = {
     "resume_one": (1, lambda f: resume(f, "one", "qwen3", {"lora_cfg": DROPS})),
     "resume_full": (1, lambda f: resume(f, "full", "qwen2", {"full": True})),
@@ -224,8 +188,6 @@ OTHERS: dict[str, tuple[int, Any]] = {
     "bfloat16": (1, lambda f: bfloat16(f, {})),
     "bfloat16_full": (1, lambda f: bfloat16(f, {"full": True})),
     "named_optimizer": (1, named_optimizer),
-    # Last of its world size: it installs Megatron's stand-ins for CUDA.
-    "exchange": (1, exchange),
     "resume_tp": (2, lambda f: resume(f, "tp", "qwen3", TP2)),
     "resume_dp_full": (2, lambda f: resume(f, "dp_full", "qwen2", {"full": True})),
     "tp_to_dp": (2, lambda f: other_layout(f, "tp", "qwen3", {})),

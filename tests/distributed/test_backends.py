@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.backends_worker import ALGORITHMS, LAYOUTS, NUM_STEPS
+from tests.distributed.backends_worker import ALGORITHMS, HALF, LAYOUTS, NUM_STEPS
 from tests.support.compare import relative_differences
 from tests.support.launch import run_ranks
 from tests.support.models import save_model
@@ -46,6 +46,26 @@ def test_twenty_steps_are_the_same_on_both_backends(name: str, size: int, found:
         assert ours["learning_rates"] == pytest.approx(theirs["learning_rates"])
         for mine, other in zip(ours["metrics"], theirs["metrics"], strict=True):
             assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("backend", ["megatron", "dtensor"])
+@pytest.mark.parametrize("name", [name for name, algorithm in ALGORITHMS.items() if algorithm.exchanged])
+def test_a_run_goes_on_from_the_other_backends_checkpoint(name: str, backend: str, size: int, found: Found) -> None:
+    """Weights, Adam's moments and the schedule: the second half of the steps is that of a run that never changed."""
+    for rank in found(size):
+        resumed, straight = rank[f"{name}_{backend}_resumed"], rank[f"{name}_{backend}"]
+        for key in ("losses", "grad_norms"):
+            assert max(relative_differences(resumed[key], straight[key][HALF:])) < TOLERANCE
+        assert resumed["learning_rates"] == pytest.approx(straight["learning_rates"][HALF:])
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_both_backends_draw_the_same_adapter(size: int, found: Found) -> None:
+    ours, theirs = (found(size)[0][f"sft_{backend}_start"] for backend in ("megatron", "dtensor"))
+    assert ours.config == theirs.config
+    assert set(ours.tensors) == set(theirs.tensors)
+    assert all(torch.equal(ours.tensors[name], value) for name, value in theirs.tensors.items())
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -202,24 +202,3 @@ def test_torch_optimizer_and_schedulers(runs: Runs, folder: Path) -> None:
     base, adapter = folder / "llama3", folder / "llama3_adapter"
     first = train(base, adapter, steps()[:2], lr=1e-3)
     assert _relative(got["losses"][:2], first.losses) < TOLERANCE
-
-
-def test_the_megatron_backend_gives_the_same_run(runs: Runs) -> None:
-    [got] = runs["exchange"]
-    ours, theirs = got["starts"]
-    assert ours.config == theirs.config
-    assert set(ours.tensors) == set(theirs.tensors)
-    assert all(torch.equal(ours.tensors[name], value) for name, value in theirs.tensors.items())
-    for key in ("losses", "grad_norms"):
-        assert _relative(got["ours"][key], got["theirs"][key]) < TOLERANCE
-    # Warm-up starts at a rate of 0.
-    assert got["ours"]["learning_rates"] == pytest.approx(got["theirs"]["learning_rates"])
-
-
-def test_backends_load_each_others_checkpoints(runs: Runs) -> None:
-    [got] = runs["exchange"]
-    assert got["loaded"] == pytest.approx(got["saved"], rel=1e-5)
-    megatron, ours = got["after"]
-    for key in ("losses", "grad_norms"):
-        assert _relative(ours[key], megatron[key]) < TOLERANCE
-    assert ours["learning_rates"] == pytest.approx(megatron["learning_rates"])

@@ -21,6 +21,7 @@ from conversion.adapter_checkpoint import read_adapter, write_adapter
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.dtensor import adapter
 from megatron_lora.policy.dtensor.optim import Schedule
 from megatron_lora.runtime.world import World
@@ -44,25 +45,6 @@ def load_adapter(model: nn.Module, spec: AdapterSpec, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in adapter.peft_tensors(model):
             put(parameter, tensors[name])
-
-
-def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
-    """Raises UserError where `found`, in `folder`, is not the adapter of this run."""
-    if wanted.shapes != found.shapes:
-        raise UserError(
-            f"{folder} was trained on another model ({found.base_model_name}: {found.shapes}), this run's is "
-            f"{wanted.base_model_name}: {wanted.shapes}; choose another checkpointing.checkpoint_dir"
-        )
-    if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
-        raise UserError(
-            f"{folder} holds other adapters ({len(found.modules)} fused linears, rank {_ranks(found)}) than this run's "
-            f"({len(wanted.modules)}, rank {_ranks(wanted)}); restore the recipe's lora_cfg or choose another "
-            "checkpointing.checkpoint_dir"
-        )
-
-
-def _ranks(spec: AdapterSpec) -> list[int]:
-    return sorted({module.rank for module in spec.modules})
 
 
 def save_model(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:

@@ -20,8 +20,7 @@ from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
-from megatron_lora.policy.dtensor import adapter, checkpoint, optim
-from megatron_lora.policy.dtensor.megatron_optimizer import is_from_megatron, load_from_megatron
+from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
@@ -175,11 +174,18 @@ class DTensorPolicy(Policy):
         self._drop_gathered()
         if self.spec is not None:
             checkpoint.load_adapter(self.base.hf, self.spec, weights)
+        elif megatron_checkpoint.is_whole_model(weights):
+            megatron_checkpoint.load_whole_model(self._parameters(), self.base.shapes, weights)
         else:
             checkpoint.load_model(self._parameters(), weights)
-        if optimizer is not None and self.spec is not None and is_from_megatron(optimizer):
-            load_from_megatron(self.optimizer, self.scheduler, self.base.hf, self.spec, optimizer)
-        elif optimizer is not None:
+        if optimizer is None:
+            return
+        if megatron_checkpoint.is_optimizer(optimizer):
+            trained = self._parameters() if self.spec is None else dict(adapter.peft_tensors(self.base.hf))
+            megatron_checkpoint.load_optimizer(
+                self.optimizer, self.scheduler, trained, self.spec, self.base.shapes, optimizer
+            )
+        else:
             checkpoint.load_optimizer(self.optimizer, self.scheduler, self.names, optimizer, self.world)
 
     def trainable_parameters(self) -> tuple[int, int]:

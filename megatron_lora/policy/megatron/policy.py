@@ -21,11 +21,11 @@ from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
-from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
+from megatron_lora.policy.adapter_start import check_same_adapter, describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
 from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
-from megatron_lora.policy.megatron import checkpoint, optim, schedule
+from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
@@ -189,13 +189,20 @@ class MegatronPolicy(Policy):
 
     def load(self, weights: Path, optimizer: Path | None) -> None:
         if self.spec is not None:
-            _check_same_adapter(self.spec, AdapterSpec.load(weights / ADAPTER_FILE), weights)
-        state = checkpoint.load_weights(self._weights_state(), weights)
-        self._put_weights(state)
-        if optimizer is not None:
-            checkpoint.load_optimizer(self.optimizer, self.scheduler, self._weights_state(), optimizer, self.world)
+            check_same_adapter(self.spec, AdapterSpec.load(weights / ADAPTER_FILE), weights)
+        state, shapes = self._weights_state(), self.base.shapes
+        if self.spec is None and dtensor_checkpoint.is_whole_model(weights):
+            self._put_weights(dtensor_checkpoint.load_whole_model(state, shapes, weights))
         else:
+            self._put_weights(checkpoint.load_weights(state, weights))
+        if optimizer is None:
             self.optimizer.reload_model_params()
+        elif dtensor_checkpoint.is_optimizer(optimizer):
+            dtensor_checkpoint.load_optimizer(
+                self.optimizer, self.scheduler, self._weights_state(), shapes, self.spec, weights, optimizer
+            )
+        else:
+            checkpoint.load_optimizer(self.optimizer, self.scheduler, self._weights_state(), optimizer, self.world)
 
     def trainable_parameters(self) -> tuple[int, int]:
         adapters = {id(p) for linear in self.adapted for p in (linear.lora_A, linear.lora_B)}
@@ -312,22 +319,3 @@ def _batching_options(policy: PolicyConfig, world: World, config: Any, pad_token
         micro_batch_multiple=world.pp if stages > 1 else 1,
         equal_totals=stages > 1,
     )
-
-
-def _check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
-    if wanted.shapes != found.shapes:
-        raise UserError(
-            f"{folder} was trained on another model ({found.base_model_name}: {found.shapes}), this run's is "
-            f"{wanted.base_model_name}: {wanted.shapes}; choose another checkpointing.checkpoint_dir"
-        )
-    if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
-        raise UserError(
-            f"{folder} holds other adapters ({_describe(found)}) than this run's ({_describe(wanted)}); "
-            "restore the recipe's peft section or choose another checkpointing.checkpoint_dir"
-        )
-
-
-def _describe(spec: AdapterSpec) -> str:
-    ranks = sorted({module.rank for module in spec.modules})
-    alphas = sorted({block.alpha for module in spec.modules for block in module.blocks})
-    return f"{len(spec.modules)} linears, rank {ranks}, alpha {alphas}"
