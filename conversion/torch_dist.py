@@ -97,17 +97,25 @@ def _system_error(error: BaseException) -> OSError | None:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans with tensors on the meta device and fetches each one when its turn comes."""
+    """Plans with tensors on the meta device and fetches each one when its turn comes.
+
+    torch's writer keeps every tensor until the file is closed. So it is given copies, and the memory of one is freed
+    when the next is asked for: by then it is written.
+    """
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._read = read
+        self._written: Tensor | None = None
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         announced = super().lookup_object(index)
         if not isinstance(announced, Tensor):
             return announced
-        tensor = self._read(index.fqn)
+        if self._written is not None:
+            self._written.untyped_storage().resize_(0)
+        tensor = self._read(index.fqn).clone(memory_format=torch.contiguous_format)
+        self._written = tensor
         if (tensor.dtype, tensor.shape) != (announced.dtype, announced.shape):
             raise ValueError(f"{index.fqn} is {tensor.dtype} {tuple(tensor.shape)}, not what was announced")
         return tensor
