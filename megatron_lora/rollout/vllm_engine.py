@@ -29,7 +29,8 @@ CPU_CACHE_BYTES = (64 << 20, 2 << 30)
 # vLLM reads these when it is imported or started; a value that the user has set stays.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Its warnings are about settings that are made here on purpose, from every rank.
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
