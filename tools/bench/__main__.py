@@ -63,7 +63,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         model = options.model or Path(scratch) / "model"
-        _write_model(options, model)
+        write_model(options, model)
         results: dict[str, Any] = {
             "shape": options.shape,
             "rows": options.rows or shape.rows,
@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace) -> list[str]:
     return names
 
 
-def _write_model(options: argparse.Namespace, folder: Path) -> None:
+def write_model(options: argparse.Namespace, folder: Path) -> None:
     """In a process of its own, which leaves no GPU memory behind."""
     code = "import sys; from pathlib import Path; from tools.bench.task import *; "
     code += "save_random_model(shape_of(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"

@@ -54,12 +54,12 @@ SHAPES = {
     ),
     "tiny": Shape(
         {
-            "hidden_size": 64,
+            "hidden_size": 128,  # heads of 32, which vLLM's CPU attention has
             "intermediate_size": 96,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "vocab_size": 128,
+            "vocab_size": 264,
             "tie_word_embeddings": True,
         },
         rows=2,
