@@ -16,7 +16,9 @@ from tests.support.compare import largest_difference
 from tests.support.launch import RanksFailed
 from tests.support.runs import adapter_of, metrics, run, save_base, start, wait_until
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
+pytestmark = pytest.mark.timeout(1800)
+
+long = pytest.mark.long
 
 STEPS = 4
 SAME = ("step", "reward", "loss", "grad_norm", "kl", "rollout_logprob_error", "response_length", "adapter_version")
@@ -74,6 +76,7 @@ def updates_twice(base: Path, **grpo: Any) -> dict[str, Any]:
     return values
 
 
+@long
 def test_answers_by_the_training_model(whole: Path) -> None:
     lines = metrics(whole)
     assert [line["num_updates"] for line in lines] == [2] * STEPS
@@ -87,6 +90,7 @@ def test_answers_by_the_training_model(whole: Path) -> None:
     assert (whole / "reward.png").is_file() and (whole / "loss.png").is_file()
 
 
+@long
 def test_resumed_run_is_the_same_run(base: Path, whole: Path, tmp_path: Path) -> None:
     run(tmp_path, updates_twice(base, max_num_steps=2), 2)
     resumed = run(tmp_path, updates_twice(base), 2)
@@ -112,6 +116,7 @@ def test_vllm_carries_the_adapter_at_every_step(by_adapter: Path) -> None:
     assert sum(rewards[-2:]) > sum(rewards[:2])
 
 
+@long
 def test_merged_refits_give_the_same_curve(base: Path, by_adapter: Path, tmp_path: Path) -> None:
     merged = run(tmp_path, recipe(base, VLLM | {"refit": "merge"}, TP, max_num_steps=8), 2)
     ours, theirs = metrics(merged), metrics(by_adapter)
@@ -123,6 +128,7 @@ def test_merged_refits_give_the_same_curve(base: Path, by_adapter: Path, tmp_pat
     assert min(line["refit_bytes"] for line in ours) > 10 * max(line["refit_bytes"] for line in theirs)
 
 
+@long
 def test_killed_engine_ends_the_run_and_it_resumes(base: Path, by_adapter: Path, tmp_path: Path) -> None:
     values = recipe(base, VLLM | {"refit": "adapter"}, TP, max_num_steps=8)
     process = start(tmp_path, values, 2)
@@ -155,6 +161,7 @@ def _is_child(folder: Path, parent: int) -> bool:
         return False
 
 
+@long
 def test_dtensor_backend_with_vllm_chooses_a_refit(base: Path, tmp_path: Path) -> None:
     values = recipe(base, VLLM | {"refit": "auto"}, max_num_steps=2)
     folder = run(tmp_path, values, 2, "policy.megatron_cfg.enabled=false")
@@ -173,6 +180,7 @@ def _filters(values: dict[str, Any]) -> None:
     values["loss_fn"] |= {"use_importance_sampling_correction": True}
 
 
+@long
 @pytest.mark.parametrize("change", [_dynamic, _filters])
 def test_options_run(change: Callable[[dict[str, Any]], None], base: Path, tmp_path: Path) -> None:
     values = recipe(base, NATIVE | {"temperature": 1.3})
@@ -189,6 +197,7 @@ def test_options_run(change: Callable[[dict[str, Any]], None], base: Path, tmp_p
         assert all(line["num_target_tokens"] < 16 * line["response_length"] for line in lines)
 
 
+@long
 def test_dynamic_sampling_gives_up_with_a_reason(base: Path, tmp_path: Path) -> None:
     values = recipe(base, NATIVE, use_dynamic_sampling=True, dynamic_sampling_max_gen_batches=2, val_period=0)
     values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:always_one"

@@ -100,6 +100,7 @@ def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: l
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_small_run_measures_the_same_model_in_every_engine(tmp_path: Path) -> None:
     out = tmp_path / "out"
