@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart-grpo                 the same with GRPO and vLLM rollouts"
 	@echo "make compare                         one recipe on both backends, side by side"
 	@echo "make test                            the test suite (CPU)"
-	@echo "make test-long                       whole DPO and GRPO runs, minutes each"
+	@echo "make test-long                       whole DPO and GRPO runs, cases of more ranks"
 	@echo "make lint, make format               ruff and pyright; ruff's formatter"
 	@echo "make clean                           remove caches and quickstart-output/"
 

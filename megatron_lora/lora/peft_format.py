@@ -144,6 +144,24 @@ def check_tensors(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
             raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, adapter.json says {shape}")
 
 
+def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
+    """PEFT tensors as the fused factors of `spec`, whose linears share one A where a block serves several: the first
+    one's is read. Raises KeyError for one that is missing."""
+    fused: dict[str, Tensor] = {}
+    for module in spec.modules:
+        names = {segment: f"{PREFIX}{hf_name(segment, module.layer)}" for b in module.blocks for segment in b.segments}
+        fused[f"{module.name}.lora_A"] = torch.cat(
+            [tensors[f"{names[block.segments[0]]}.lora_A.weight"] for block in module.blocks]
+        )
+        out = torch.zeros(module.out_features(spec.shapes), module.rank)
+        for block in module.blocks:
+            for segment in block.segments:
+                rows = segment_rows(module.kind, spec.shapes, segment)
+                out[rows, block.start : block.stop] = tensors[f"{names[segment]}.lora_B.weight"]
+        fused[f"{module.name}.lora_B"] = out
+    return fused
+
+
 def from_hf(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],

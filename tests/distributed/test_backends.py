@@ -15,8 +15,8 @@ from tests.support.reference import save_adapter
 pytestmark = pytest.mark.timeout(1200)
 
 TOLERANCE = 1e-4
-# Four ranks take three minutes of two cores.
-SIZES = [pytest.param(size, marks=[pytest.mark.long] if size > 2 else []) for size in LAYOUTS]
+# Two ranks take two minutes of two cores, four take three.
+SIZES = [pytest.param(size, marks=[pytest.mark.long] if size > 1 else []) for size in LAYOUTS]
 Found = Callable[[int], list[dict[str, Any]]]
 
 
@@ -83,4 +83,4 @@ def test_the_steps_learn_something(name: str, found: Found) -> None:
     """Equal numbers prove little where nothing moves."""
     run = found(1)[0][f"{name}_megatron"]
     assert min(run["grad_norms"]) > 0
-    assert len({round(loss, 6) for loss in run["losses"]}) == NUM_STEPS
+    assert max(run["losses"]) - min(run["losses"]) > 0.1

@@ -23,6 +23,12 @@ TOLERANCE = 1e-4
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
 
 
+def named(cases: dict[str, Any], start: str = "") -> list[Any]:
+    """Parameters of the cases whose names start so; four ranks take a minute of two cores."""
+    names = [name for name in cases if name.startswith(start)]
+    return [pytest.param(name, marks=[pytest.mark.long] if cases[name][0] > 2 else []) for name in names]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dtensor")
@@ -101,7 +107,7 @@ def _distance(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> 
     return max(((got[name] - value).norm() / value.norm()).item() for name, value in wanted.items())
 
 
-@pytest.mark.parametrize("name", TRAIN)
+@pytest.mark.parametrize("name", named(TRAIN))
 def test_training_equals_transformers_and_peft(runs: Runs, name: str) -> None:
     _, family, options = TRAIN[name]
     full = options.get("full", False)
@@ -113,7 +119,7 @@ def test_training_equals_transformers_and_peft(runs: Runs, name: str) -> None:
         assert _distance(got["weights"], wanted.adapter) < 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("resume")])
+@pytest.mark.parametrize("name", named(OTHERS, "resume"))
 def test_resume_is_bit_identical(runs: Runs, name: str) -> None:
     for got in runs[name]:
         assert got["resumed"]["losses"] == got["straight"]["losses"][3:]
@@ -162,7 +168,7 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
             torch.testing.assert_close(got["merged"][key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith("dropout")])
+@pytest.mark.parametrize("name", named(OTHERS, "dropout"))
 def test_dropout(runs: Runs, name: str) -> None:
     for got in runs[name]:
         # Recomputation draws the masks again.

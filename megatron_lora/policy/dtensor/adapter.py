@@ -4,7 +4,7 @@ peft gives each HF linear its own pair of factors. Here the linears that a fused
 Parameter, so that the model is the same on both backends and one key swaps them with equal numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
 from megatron_lora.lora.init import init_factor
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes, segment_rows
+from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import PREFIX, hf_name, to_hf
 from megatron_lora.policy.adapter_start import starting_adapter
 
@@ -152,23 +152,6 @@ def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """PEFT names -> the whole factors on the CPU, on every rank."""
     return {name: full_tensor(parameter).cpu() for name, parameter in peft_tensors(model)}
-
-
-def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
-    """PEFT tensors as the fused factors of `spec`."""
-    fused: dict[str, Tensor] = {}
-    for module in spec.modules:
-        names = {segment: f"{PREFIX}{hf_name(segment, module.layer)}" for b in module.blocks for segment in b.segments}
-        fused[f"{module.name}.lora_A"] = torch.cat(
-            [tensors[f"{names[block.segments[0]]}.lora_A.weight"] for block in module.blocks]
-        )
-        out = torch.zeros(module.out_features(spec.shapes), module.rank)
-        for block in module.blocks:
-            for segment in block.segments:
-                rows = segment_rows(module.kind, spec.shapes, segment)
-                out[rows, block.start : block.stop] = tensors[f"{names[segment]}.lora_B.weight"]
-        fused[f"{module.name}.lora_B"] = out
-    return fused
 
 
 def full_tensor(parameter: Tensor) -> Tensor:

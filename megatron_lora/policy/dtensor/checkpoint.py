@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from conversion.adapter_checkpoint import read_adapter, write_adapter
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
-from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.lora.peft_format import fuse, to_hf
 from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.dtensor import adapter
 from megatron_lora.policy.dtensor.optim import Schedule
@@ -31,7 +31,7 @@ _READ_ERRORS = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyE
 
 
 def save_adapter(model: nn.Module, spec: AdapterSpec, folder: Path, world: World) -> None:
-    fused = adapter.fuse(adapter.gather(model), spec)
+    fused = fuse(adapter.gather(model), spec)
     if world.is_main:
         write_adapter(folder, spec, fused)
     dist.barrier()

@@ -16,7 +16,7 @@ from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.data.packing import split_by_row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
-from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.lora.peft_format import fuse, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
@@ -142,7 +142,7 @@ class DTensorPolicy(Policy):
     def adapter(self) -> AdapterTensors:
         if self.spec is None:
             raise ValueError("full fine-tuning has no adapter")
-        config, tensors = to_hf(self.spec, adapter.fuse(adapter.gather(self.base.hf), self.spec))
+        config, tensors = to_hf(self.spec, fuse(adapter.gather(self.base.hf), self.spec))
         return AdapterTensors(config=config, tensors=tensors)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:

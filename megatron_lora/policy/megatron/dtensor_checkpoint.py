@@ -20,6 +20,7 @@ from conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import PREFIX
+from megatron_lora.lora.peft_format import fuse as fuse_adapter
 from megatron_lora.policy.megatron.optimizer_state import MOMENTS, load_optimizer_state, sharded_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,6 @@ def _fused_reader(stored: TorchDistFolder, shapes: ModelShapes, pattern: str) ->
 
 def _adapter_moment(stored: TorchDistFolder, moment: str, spec: AdapterSpec) -> dict[str, Tensor]:
     """One moment of the fused factors; an A that linears share is stored once, under the first one's name."""
-    from megatron_lora.policy.dtensor.adapter import fuse as fuse_adapter
-
     start, end = f"{_STATE}.", f".{moment}"
     keys = [key for key in stored.tensors if key.startswith(start) and key.endswith(end)]
     found = stored.read(keys)
