@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from conversion.safetensors_io import write_tensor_dict
 from megatron_lora.lora.layout import AdapterSpec
@@ -68,6 +69,7 @@ def _peft_logits(base: Path, spec: AdapterSpec, adapter: Path) -> Tensor:
 
 
 def _load(folder: Path) -> torch.nn.Module:
+    disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 

@@ -185,6 +185,12 @@ class ModuleLayout:
         """[R] fp32: the scale of each rank row of A."""
         return torch.cat([torch.full((block.rank,), block.scale, dtype=torch.float32) for block in self.blocks])
 
+    def num_parameters(self, shapes: ModelShapes) -> int:
+        """Entries of A and B that train."""
+        mask = self.b_mask(shapes)
+        size_of_b = self.out_features(shapes) * self.rank if mask is None else int(mask.sum())
+        return self.rank * self.in_features(shapes) + size_of_b
+
     def b_mask(self, shapes: ModelShapes) -> Tensor | None:
         """[out, R] bool: the entries of B that may be non-zero; None where all may."""
         names = set(segments_of(self.kind, shapes))

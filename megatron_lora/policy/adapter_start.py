@@ -92,21 +92,24 @@ def _summary(spec: AdapterSpec) -> str:
 
 def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
     """Linears of the same kind and shape in one row: (linear, layers, rank, alpha, A, B, parameters)."""
-    rows: dict[tuple[str, ...], list[int | None]] = {}
+    rows: dict[tuple[str, ...], list[ModuleLayout]] = {}
     shapes = spec.factor_shapes()
     for module in spec.modules:
         a, b = shapes[f"{module.name}.lora_A"], shapes[f"{module.name}.lora_B"]
         alphas = sorted({block.alpha for block in module.blocks})
         alpha = ", ".join(f"{value:g}" for value in alphas)
-        key = (_linear_label(module, spec.shapes), str(module.rank), alpha, f"{a[0]} x {a[1]}", f"{b[0]} x {b[1]}")
-        rows.setdefault(key, []).append(module.layer)
-    table = []
-    for (label, rank, alpha, a_shape, b_shape), layers in rows.items():
-        rows_a, columns_a = map(int, a_shape.split(" x "))
-        rows_b, columns_b = map(int, b_shape.split(" x "))
-        parameters = len(layers) * (rows_a * columns_a + rows_b * columns_b)
-        table.append((label, _ranges(layers), rank, alpha, a_shape, b_shape, f"{parameters:,}"))
-    return table
+        label = _linear_label(module, spec.shapes)
+        key = (label, str(module.rank), alpha, f"{a[0]} x {a[1]}", f"{b[0]} x {b[1]}")
+        rows.setdefault(key, []).append(module)
+    return [
+        (
+            label,
+            _ranges([module.layer for module in modules]),
+            *sizes,
+            f"{sum(module.num_parameters(spec.shapes) for module in modules):,}",
+        )
+        for (label, *sizes), modules in rows.items()
+    ]
 
 
 def _linear_label(module: ModuleLayout, shapes: ModelShapes) -> str:

@@ -154,3 +154,5 @@ def test_the_table_names_the_parts_that_are_adapted():
     modules = build_modules(select(["v_proj", "q_proj", "linear_fc2"]).linears, 4, 8.0, SHAPES)
     rows = describe_modules(AdapterSpec("base", SHAPES, modules))
     assert [row[:2] for row in rows] == [("linear_qkv (q, v)", "0-11"), ("linear_fc2", "0-11")]
+    # A and the rows of q (64) and v (32), not those of k.
+    assert rows[0][-1] == f"{12 * 4 * (64 + 64 + 32):,}"

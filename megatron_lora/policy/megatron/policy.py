@@ -219,7 +219,7 @@ class MegatronPolicy(Policy):
         base = int(total)
         if self.spec is None:
             return base, base
-        trainable = sum(rows * columns for rows, columns in self.spec.factor_shapes().values())
+        trainable = sum(module.num_parameters(self.spec.shapes) for module in self.spec.modules)
         return trainable, base + trainable
 
     def describe_adapters(self) -> list[tuple[str, ...]]:
