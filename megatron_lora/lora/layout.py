@@ -208,12 +208,15 @@ def module_name(kind: str, layer: int | None) -> str:
     return kind if layer is None else f"decoder.layers.{layer}.{PARENTS[kind]}.{kind}"
 
 
-def build_layout(name: str, rank: int, alpha: float, shapes: ModelShapes, use_rslora: bool = False) -> ModuleLayout:
-    """The layout of a new adapter on the linear `name`: one block, A shared among all of its segments."""
+def build_layout(
+    name: str, rank: int, alpha: float, shapes: ModelShapes, segments: Sequence[str] | None = None
+) -> ModuleLayout:
+    """The layout of a new adapter on the linear `name`: one block, A shared among its segments (None: all of them)."""
     kind = name.rsplit(".", 1)[-1]
     if kind not in KINDS:
         raise UserError(f"{name} is not a linear that can carry an adapter; their names end in {', '.join(KINDS)}")
-    block = Block.build(segments_of(kind, shapes), 0, rank, alpha, use_rslora)
+    covered = [name for name in segments_of(kind, shapes) if segments is None or name in segments]
+    block = Block.build(covered, 0, rank, alpha)
     return ModuleLayout(name=name, kind=kind, blocks=(block,))
 
 

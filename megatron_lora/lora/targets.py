@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, Block, ModelShapes, ModuleLayout, module_name, segments_of
+from megatron_lora.lora.layout import KINDS, ModelShapes, ModuleLayout, build_layout, module_name
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
 Naming = Literal["megatron", "hf"]
@@ -58,15 +58,10 @@ def select_linears(
 
 def build_modules(linears: Sequence[HFLinear], rank: int, alpha: float, shapes: ModelShapes) -> list[ModuleLayout]:
     """New adapters of the HF linears: those of one fused Megatron linear share one A."""
-    members: dict[str, list[HFLinear]] = {}
+    segments: dict[str, list[str]] = {}
     for linear in linears:
-        members.setdefault(module_name(linear.kind, linear.layer), []).append(linear)
-    modules = []
-    for name, covered in members.items():
-        order = segments_of(covered[0].kind, shapes)
-        present = sorted((linear.segment for linear in covered), key=order.index)
-        modules.append(ModuleLayout(name, covered[0].kind, (Block.build(present, 0, rank, alpha),)))
-    return modules
+        segments.setdefault(_fused_name(linear), []).append(linear.segment)
+    return [build_layout(name, rank, alpha, shapes, present) for name, present in segments.items()]
 
 
 @dataclass

@@ -4,7 +4,6 @@ the second half of them again from a checkpoint of the other backend.
 torchrun --nproc-per-node N -m tests.distributed.backends_worker FOLDER
 """
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from megatron_lora.policy.interface import Policy, StepResult
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
 from megatron_lora.trainers.dpo import with_reference
-from tests.distributed.megatron_build import leave_groups
+from tests.distributed.megatron_build import forget_kernels, leave_groups
 from tests.support.models import SIZES
 from tests.support.reference import make_rows
 
@@ -140,8 +139,7 @@ def built_policy(config: PolicyConfig) -> Iterator[Policy]:
     torch.set_num_threads(1)
     yield backend(config, world, pad_token_id=0, seed=0, num_steps=NUM_STEPS)
     if config.backend == "megatron":
-        for name in [name for name in os.environ if name.startswith("NVTE_")]:
-            del os.environ[name]
+        forget_kernels()
         # DTensor keeps its meshes' groups for operations that it has planned before; Megatron's are made anew.
         leave_groups()
 

@@ -42,11 +42,15 @@ def leave_groups() -> None:
             dist.destroy_process_group(group)
 
 
+def forget_kernels() -> None:
+    """Megatron's choice of kernels for the model before, of which one process usually has one only."""
+    for name in [name for name in os.environ if name.startswith("NVTE_")]:
+        del os.environ[name]
+
+
 def build_policy(case: dict[str, Any], megatron: dict[str, Any] | None = None, seed: int = SEED) -> MegatronPolicy:
     """A fresh policy in its own process groups; those of the policy before are gone."""
-    for name in [name for name in os.environ if name.startswith("NVTE_")]:
-        # Megatron's choice of kernels for the model before, of which one process usually has one only.
-        del os.environ[name]
+    forget_kernels()
     config = policy_config(case, megatron)
     leave_groups()
     world = init_megatron_world(config, seed)

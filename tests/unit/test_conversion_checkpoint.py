@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from conversion.adapter_checkpoint import read_adapter, write_adapter
+from conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
+from tests.support.launch import ROOT
 
 SHAPES = ModelShapes("llama", 8, 12, 2, 4, 2, 2, 13, False)
 
@@ -155,3 +157,23 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(step, damage, message):
     damage(step / "policy" / "weights")
     with pytest.raises(UserError, match=message):
         read_adapter(step)
+
+
+def test_writing_holds_a_few_tensors_not_the_checkpoint(tmp_path: Path) -> None:
+    """Twelve tensors of 64 MB, in a process of its own whose peak memory is read."""
+    code = """
+import sys; from pathlib import Path
+import torch
+from conversion.torch_dist import StoredTensor, write_torch_dist
+def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 1024
+entries = {f'w{n}': StoredTensor(torch.float32, (4096, 4096)) for n in range(12)}
+write_torch_dist(Path(sys.argv[1]) / 'first', {'w': StoredTensor(torch.float32, (8,))}, lambda name: torch.ones(8))
+before = peak()
+write_torch_dist(Path(sys.argv[1]) / 'all', entries, lambda name: torch.full((4096, 4096), float(name[1:])))
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 5 * 64
+    stored = TorchDistFolder(tmp_path / "all").read(["w3", "w11"])
+    assert [float(value.unique()) for value in stored.values()] == [3.0, 11.0]

@@ -12,16 +12,15 @@ have the full length; rewards are drawn, so that every step has something to lea
 
 import argparse
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from megatron_lora.errors import UserError
 from tools.bench.__main__ import write_model
 from tools.bench.task import shape_of
+from tools.quickstart import run_command
 from tools.tiny_model import build_tokenizer
 
 RECIPE = "recipes/grpo-gsm8k-qwen2.5-1.5b-megatron.yaml"
@@ -95,17 +94,13 @@ def measure(way: str, model: Path, options: argparse.Namespace) -> dict[str, flo
     ]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.nproc)]
     command = [sys.executable, *launcher, "-m", "megatron_lora.train", RECIPE, *settings, *WAYS[way][1]]
-    subprocess.run([*command, *options.overrides], check=True, env=os.environ | {"PYTHONPATH": _with_here()})
+    run_command([*command, *options.overrides])
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     return {
         name: statistics.median(line.get(name, 0.0) for line in steps[1:] or steps) / (1e6 if "bytes" in name else 1)
         for name in COLUMNS
     }
-
-
-def _with_here() -> str:
-    return os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -130,8 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    options.out = options.out.resolve()
     options.out.mkdir(parents=True)
-    model = (options.out / "model").resolve()
+    model = options.out / "model"
     write_model(options, model)
     build_tokenizer().save_pretrained(model)
     found = {}
