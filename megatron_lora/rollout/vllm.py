@@ -67,6 +67,9 @@ class VllmGenerator(Generator):
         self.max_model_len = config.model_config.max_model_len
         self.dtype: torch.dtype = config.model_config.dtype
         self.logprob_tolerance = LOGPROB_TOLERANCE[self.dtype]
+        # An answer with a random stream of its own depends on nothing but its seed. vLLM's older GPU runner pays a
+        # kernel launch an answer and token for that; there the batch draws from one stream (see `_run`).
+        self.own_streams = self.world.device.type == "cpu" or config.use_v2_model_runner
 
     def wake(self) -> None:
         if self._asleep:
@@ -181,11 +184,7 @@ class VllmGenerator(Generator):
         from vllm import SamplingParams
 
         greedy = options.temperature == 0
-        # On a CPU each answer has its own random stream, so it depends on nothing but its seed. On a GPU that would
-        # cost a kernel launch an answer and token; there the batch draws from one stream (see `_run`).
-        own_seed = (
-            None if greedy or self.world.device.type == "cuda" else options.seed * SEED_STRIDE + index * num_samples
-        )
+        own_seed = options.seed * SEED_STRIDE + index * num_samples if self.own_streams and not greedy else None
         return SamplingParams(
             n=1 if greedy else num_samples,
             temperature=options.temperature,

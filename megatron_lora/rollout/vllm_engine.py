@@ -199,11 +199,17 @@ def _prepare_environment(world: World) -> None:
 
 @contextmanager
 def own_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Whatever the engine draws or seeds in here, the trainer's random states are as before afterwards."""
+    """Whatever the engine draws or seeds in here, the trainer's random states are as before afterwards.
+
+    seed: where every generator starts in here, the same on all ranks of one engine: vLLM's GPU runner draws a seed for
+    an answer that has none from NumPy's, on each rank by itself.
+    """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % (1 << 32))
             torch.manual_seed(seed)
         yield
     finally:
