@@ -159,6 +159,8 @@ def full_tensor(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     if not isinstance(value, DTensor):
         return value.clone()
+    # cpu_offload keeps the shards in CPU memory, where the mesh's backend (NCCL) cannot gather them.
+    value = value.to(value.device_mesh.device_type)
     if value.device_mesh.ndim == 2:
         # FSDP has cut TP's slices: they are put together first.
         value = value.redistribute(placements=[Replicate(), value.placements[1]])

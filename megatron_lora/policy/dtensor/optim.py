@@ -116,7 +116,10 @@ def sum_gradients_over_tp(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) 
     for parameter in parameters:
         if parameter.grad is not None:
             local = local_part(parameter.grad)
-            dist.all_reduce(local, group=mesh.get_group())
+            # cpu_offload keeps gradients in CPU memory, where the mesh's backend (NCCL) cannot add them up.
+            total = local.to(mesh.device_type)
+            dist.all_reduce(total, group=mesh.get_group())
+            local.copy_(total)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], mesh: DeviceMesh, device: torch.device) -> float:
