@@ -13,6 +13,7 @@ from tools.bench.worker import ENGINES
 
 RESULTS = {
     "shape": "tiny",
+    "name": "tiny",
     "rows": 2,
     "length": 32,
     "rank": 4,
@@ -81,8 +82,9 @@ def test_every_documented_command_parses_and_has_its_place() -> None:
     for command in commands:
         options = parse(command.split())
         assert set(options.engines.split(",")) <= set(ENGINES)
-        fill(text, RESULTS | {"shape": options.shape, "tp": options.tp}, "image.png")
-        assert slot(RESULTS | {"shape": options.shape, "tp": options.tp}) in text
+        results = RESULTS | {"name": options.name or options.shape, "tp": options.tp}
+        fill(text, results, "image.png")
+        assert slot(results) in text
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--shape", default="qwen2.5-1.5b", help=f"one of {', '.join(SHAPES)}")
+    parser.add_argument("--name", help="what the table is called in docs/benchmarks.md; default: the shape")
     parser.add_argument("--engines", default="ours-lora,peft-lora,bridge-lora", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md, chart.png, logs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -66,6 +67,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         write_model(options, model)
         results: dict[str, Any] = {
             "shape": options.shape,
+            "name": options.name or options.shape,
             "rows": options.rows or shape.rows,
             "length": options.length or shape.length,
             "rank": options.rank,

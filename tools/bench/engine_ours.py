@@ -1,4 +1,4 @@
-"""This project's step: MegatronPolicy.train_step, as the SFT trainer calls it."""
+"""This project's step, as the SFT trainer calls it: MegatronPolicy.train_step, or DTensorPolicy.train_step."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +13,6 @@ from tools.bench.task import Task
 def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any]]:
     """(one training step that returns its loss, what to report of the model)."""
     from megatron_lora.config.schema import PolicyConfig
-    from megatron_lora.data.batch import Row
-    from megatron_lora.objectives.sft import SFTObjective
     from megatron_lora.runtime.world import init_megatron_world
 
     config = PolicyConfig(**_policy(task, lora))
@@ -22,16 +20,39 @@ def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any
     from megatron_lora.policy.megatron.policy import MegatronPolicy
 
     policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=1000)
-    ids = task.input_ids(policy.base.shapes.vocab_size)
-    every_token = torch.arange(task.length) > 0
-    groups = [[Row(input_ids=row, target_mask=every_token, index=index + 1)] for index, row in enumerate(ids)]
-    objective = SFTObjective()
-
-    def step() -> float:
-        return policy.train_step(groups, objective).loss
-
+    step = _step(policy, task, policy.base.shapes.vocab_size)
     trainable, total = policy.trainable_parameters()
     return step, {"trainable": trainable, "total": total, "chunk": task.chunk, "policy": policy}
+
+
+def build_dtensor(task: Task, *, fused: bool = True, **options: Any) -> tuple[Callable[[], float], dict[str, Any]]:
+    """The same on the DTensor backend. fused: `lora_cfg.use_triton`. options: further keys of `policy.dtensor_cfg`."""
+    from megatron_lora.config.schema import PolicyConfig
+    from megatron_lora.runtime.world import init_dtensor_world
+
+    lora = {"enabled": True, "dim": task.rank, "alpha": task.rank, "use_triton": fused}
+    settings = _policy(task, lora=True)
+    settings["megatron_cfg"]["enabled"] = False
+    settings["dtensor_cfg"] = {"lora_cfg": lora, **options}
+    config = PolicyConfig(**settings)
+    world = init_dtensor_world(config, 0)
+    from megatron_lora.policy.dtensor.policy import DTensorPolicy
+
+    policy = DTensorPolicy(config, world, pad_token_id=0, seed=0, num_steps=1000)
+    trainable, total = policy.trainable_parameters()
+    return _step(policy, task, policy.base.shapes.vocab_size), {"trainable": trainable, "total": total}
+
+
+def _step(policy: Any, task: Task, vocab_size: int) -> Callable[[], float]:
+    """One training step that returns its loss."""
+    from megatron_lora.data.batch import Row
+    from megatron_lora.objectives.sft import SFTObjective
+
+    every_token = torch.arange(task.length) > 0
+    ids = task.input_ids(vocab_size)
+    groups = [[Row(input_ids=row, target_mask=every_token, index=index + 1)] for index, row in enumerate(ids)]
+    objective = SFTObjective()
+    return lambda: policy.train_step(groups, objective).loss
 
 
 def sweep_chunks(step: Callable[[], float], policy: Any, task: Task) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,10 @@ from megatron_lora.errors import UserError
 LABELS = {
     "ours-lora": "Megatron-LoRA, LoRA",
     "ours-full": "Megatron-LoRA, full",
+    "dtensor-lora": "DTensor backend, LoRA",
+    "dtensor-lora-plain": "DTensor backend, LoRA, use_triton=false",
+    "dtensor-lora-compile": "DTensor backend, LoRA, compile=true",
+    "dtensor-lora-offload": "DTensor backend, LoRA, cpu_offload=true",
     "peft-lora": "transformers + peft, LoRA",
     "peft-lora-bf16": "transformers + peft, LoRA, bf16 factors",
     "hf-full": "transformers, full",
@@ -87,18 +91,19 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [(LABELS[name], name, row) for name, row in results["engines"].items() if "step_ms" in row]
-    if not rows:
+    rows = [(LABELS[name], name, row) for name, row in results["engines"].items()]
+    if not any("step_ms" in row for _, _, row in rows):
         return
     labels = [label for label, _, _ in rows]
-    colors = [OURS if name.startswith("ours") else PEER for _, name, _ in rows]
+    colors = [OURS if name.startswith(("ours", "dtensor")) else PEER for _, name, _ in rows]
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.55 * len(rows) + 1.6), sharey=True)
-    for axis, key, title in (
-        (axes[0], "tokens_per_s", "tokens per second (more is better)"),
-        (axes[1], "peak_gib", "peak memory, GiB (less is better)"),
+    for axis, key, form, title in (
+        (axes[0], "tokens_per_s", "{:,.0f}", "tokens per second (more is better)"),
+        (axes[1], "peak_gib", "{:.1f}", "peak memory, GiB (less is better)"),
     ):
-        bars = axis.barh(labels, [row[key] for _, _, row in rows], color=colors)
-        axis.bar_label(bars, fmt="{:,.0f}" if key == "tokens_per_s" else "{:.1f}", padding=3)
+        bars = axis.barh(labels, [row.get(key, 0) for _, _, row in rows], color=colors)
+        values = [form.format(row[key]) if key in row else _short(row.get("error", "failed")) for _, _, row in rows]
+        axis.bar_label(bars, values, padding=3)
         axis.set_title(title, fontsize=10)
         axis.margins(x=0.18)
         axis.spines[["top", "right"]].set_visible(False)
@@ -113,7 +118,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
 
 def slot(results: dict[str, Any]) -> str:
     """The name of the place in the document that these results fill."""
-    return f"step-{results['shape']}" + (f"-tp{results['tp']}" if results["tp"] > 1 else "")
+    return f"step-{results['name']}" + (f"-tp{results['tp']}" if results["tp"] > 1 else "")
 
 
 def fill(text: str, results: dict[str, Any], image: str) -> str:

@@ -40,7 +40,6 @@ COLUMNS = {
     "refit_bytes": ("refit, MB", "{:,.1f}"),
     "step_time_seconds": ("step, s", "{:.2f}"),
     "rollout_logprob_error": ("rollout error, nats", "{:.1e}"),
-    "peak_memory_gib": ("trainer's peak, GiB", "{:.1f}"),
 }
 
 

@@ -21,6 +21,10 @@ from tools.bench.task import Task
 ENGINES = {
     "ours-lora": partial(engine_ours.build, lora=True),
     "ours-full": partial(engine_ours.build, lora=False),
+    "dtensor-lora": engine_ours.build_dtensor,
+    "dtensor-lora-plain": partial(engine_ours.build_dtensor, fused=False),
+    "dtensor-lora-compile": partial(engine_ours.build_dtensor, compile=True),
+    "dtensor-lora-offload": partial(engine_ours.build_dtensor, cpu_offload=True),
     "peft-lora": partial(engine_hf.build, lora=True),
     "peft-lora-bf16": partial(engine_hf.build, lora=True, fp32_adapter=False),
     "hf-full": partial(engine_hf.build, lora=False),
