@@ -9,7 +9,7 @@ from numpy.random import Generator as RandomStream
 from torch import Tensor
 
 from megatron_lora.rollout.generator import RolloutError, SamplingOptions
-from megatron_lora.rollout.native_cache import LaneStep
+from megatron_lora.rollout.native_cache import LaneStep, whole_reads
 from megatron_lora.rollout.native_forward import LaneRunner
 from megatron_lora.rollout.sampling import StopRule, draw, processed_logprobs
 
@@ -124,7 +124,7 @@ def _flat_step(
         positions=torch.tensor(positions + padding, dtype=torch.int64, device=device),
         first_slot=first_slot,
         lengths=[len(part) for part in tokens],
-        longest=max(positions, default=-1) + 1,
+        longest=whole_reads(max(positions, default=-1) + 1),
         decoding=decoding,
     )
 

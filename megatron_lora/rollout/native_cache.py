@@ -20,14 +20,22 @@ from torch import Tensor
 
 from megatron_lora.runtime.native_layers import NativeAttention
 
+# Tokens of the cache are read in multiples of this (what lies behind a row's newest token is masked): attention kernels
+# want aligned masks, and see few different shapes.
+READ_TOKENS = 64
+
+
+def whole_reads(num_tokens: int) -> int:
+    return -(-num_tokens // READ_TOKENS) * READ_TOKENS
+
 
 @dataclass(frozen=True)
 class LaneStep:
     """New tokens of one lane (the rows that pass the pipeline together).
 
     tokens, positions: [T] int64, padded at the end. lengths: new tokens of each row; the rows are the lane's slots
-    first_slot, first_slot + 1, ... longest: tokens of the longest row, cached and new. decoding: one token a row,
-    behind what is cached; else whole prompts.
+    first_slot, first_slot + 1, ... longest: tokens of the longest row, cached and new, rounded up to what the cache is
+    read in. decoding: one token a row, behind what is cached; else whole prompts.
     """
 
     lane: int
@@ -65,7 +73,7 @@ class CacheSession:
 
     def __init__(self, num_slots: int, capacity: int, max_position: int):
         self.num_slots = num_slots
-        self.capacity = capacity
+        self.capacity = whole_reads(capacity)
         self.max_position = max_position
         self.layers: list[CachedAttention] = []
         self.step: LaneStep | None = None

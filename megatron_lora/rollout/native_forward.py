@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lora.lora.arithmetic import TensorParallel, column_parallel
 from megatron_lora.lora.linear import LoRALinear
@@ -20,6 +21,7 @@ from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
 from megatron_lora.policy.megatron.schedule import Engine
 from megatron_lora.rollout.native_cache import CacheSession, LaneStep
 
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # (hidden states [t, 1, h] (this rank's part), output layer, its weight if shared, the step) -> what to keep.
 Head = Callable[[Tensor, Any, Tensor | None, LaneStep], Tensor]
 
@@ -103,7 +105,11 @@ def num_lanes(engine: Engine) -> int:
 
 @contextmanager
 def generating(engine: Engine, chunks: Sequence[GPTModel]) -> Iterator[None]:
-    """No gradients, no dropout, steps of equal length; every module's mode is as before afterwards."""
+    """No gradients, no dropout, steps of equal length; every module's mode is as before afterwards.
+
+    Attention is not cuDNN's, which PyTorch prefers on Hopper: it builds a plan for every new number of cached tokens,
+    which takes longer than the step itself.
+    """
     modules = [module for chunk in chunks for module in chunk.modules()]
     modes = [module.training for module in modules]
     variable = engine.config.variable_seq_lengths
@@ -111,7 +117,7 @@ def generating(engine: Engine, chunks: Sequence[GPTModel]) -> Iterator[None]:
         engine.config.variable_seq_lengths = False
         for chunk in chunks:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(ATTENTION_KERNELS):
             yield
     finally:
         engine.config.variable_seq_lengths = variable

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_lora.rollout.generator import Decoder, SamplingOptions
 
 # Tokens beyond a stop string's bytes that are decoded with it: some tokens decode to nothing (special tokens).
 STOP_SLACK = 8
+DRAW_BLOCK = 512
 
 
 def processed_logprobs(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -36,13 +38,30 @@ def processed_logprobs(logits: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens [n] from log-probabilities [n, vocabulary] and numbers in [0, 1) [n], by inversion in fp64."""
-    cumulative = logprobs.double().exp().cumsum(-1)
+    """Tokens [n] from log-probabilities [n, vocabulary] and numbers in [0, 1) [n], by inversion in fp64.
+
+    In two steps, a block of tokens and then the token in it: a running sum over a whole vocabulary is slow on a GPU.
+    """
+    num_tokens = logprobs.shape[-1]
+    size = min(DRAW_BLOCK, num_tokens)
+    blocks = F.pad(logprobs.double().exp(), (0, -num_tokens % size)).unflatten(-1, (-1, size))
+    block, rest = _invert(blocks.sum(-1), uniforms.double()[:, None])
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1)
+    token, _ = _invert(inside, rest)
+    return (block * size + token).squeeze(1)
+
+
+def _invert(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a share of the row's total weight falls: (index [n, 1], share of that entry's own weight [n, 1]).
+
+    weights [n, k] fp64; shares [n, 1] in [0, 1). Never an entry of weight zero.
+    """
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    # Below the total, so that the token found has a probability above zero.
-    point = torch.minimum(uniforms.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, point, right=True).squeeze(1)
-    return tokens.clamp(max=logprobs.shape[-1] - 1)
+    point = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, point, right=True).clamp(max=weights.shape[-1] - 1)
+    before = F.pad(cumulative, (1, 0)).gather(1, index)
+    return index, ((point - before) / weights.gather(1, index)).clamp(0.0, 1.0)
 
 
 def random_stream(seed: int, prompt_index: int, sample_index: int) -> numpy.random.Generator:

@@ -75,6 +75,19 @@ def test_draws_follow_the_distribution_and_never_take_what_was_cut() -> None:
     assert shares[3] == 0
 
 
+def test_draws_from_a_large_vocabulary_are_those_of_one_running_sum() -> None:
+    random = torch.Generator().manual_seed(2)
+    logprobs = (3 * torch.randn(500, 1300, generator=random)).log_softmax(-1)
+    logprobs[:, 600:900] = float("-inf")
+    uniforms = torch.rand(500, dtype=torch.float64, generator=random)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    wanted = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    assert torch.equal(draw(logprobs, uniforms), wanted)
+    ends = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
+    only = torch.full((2, 1300), float("-inf")).index_fill(1, torch.tensor([700]), 0.0)
+    assert draw(only, ends).tolist() == [700, 700]
+
+
 def test_draws_at_the_edges() -> None:
     logprobs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log().expand(3, -1)
     uniforms = torch.tensor([0.0, 0.5, 1.0 - 2**-53], dtype=torch.float64)

@@ -161,6 +161,7 @@ def full_tensor(parameter: Tensor) -> Tensor:
         return value.clone()
     # cpu_offload keeps the shards in CPU memory, where the mesh's backend (NCCL) cannot gather them.
     value = value.to(value.device_mesh.device_type)
+    assert isinstance(value, DTensor)
     if value.device_mesh.ndim == 2:
         # FSDP has cut TP's slices: they are put together first.
         value = value.redistribute(placements=[Replicate(), value.placements[1]])
