@@ -28,6 +28,12 @@ ONE_GPU = {
     # cuDNN adds up attention gradients in no fixed order.
     "resume.qwen2.bfloat16": 1e-3,
 }
+DTENSOR = {
+    f"dtensor.qwen2.{precision}.{option}": tolerance
+    for precision, tolerance in (("float32", FP32), ("bfloat16", BF16))
+    for option in ("one", "plain", "compile", "offload", "recompute")
+}
+ROLLOUTS = tuple(f"rollout.qwen2.{precision}.one" for precision in ("float32", "bfloat16"))
 LOGPROBS = ("logprobs.llama2.bfloat16", "logprobs.qwen2.bfloat16", "logprobs.gemma3.bfloat16")
 # Without a second GPU there is nothing to run them on.
 TWO_GPUS = {
@@ -38,16 +44,24 @@ TWO_GPUS = {
 }
 
 
+DTENSOR_TWO = {
+    f"dtensor.qwen2.float32.{option}": FP32
+    for option in ("tp2", "sp2", "dp2", "dp2_offload", "tp2_offload")
+    if torch.cuda.device_count() >= 2
+}
+ROLLOUTS_TWO = ("rollout.qwen2.bfloat16.tp2",) if torch.cuda.device_count() >= 2 else ()
+
+
 @pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("one-gpu")
-    return folder, run_cases(folder, [*ONE_GPU, *LOGPROBS], processes=1)
+    return folder, run_cases(folder, [*ONE_GPU, *LOGPROBS, *DTENSOR], processes=1)
 
 
 @pytest.fixture(scope="module")
 def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("two-gpus")
-    return folder, run_cases(folder, list(TWO_GPUS), processes=2)
+    return folder, run_cases(folder, [*TWO_GPUS, *DTENSOR_TWO], processes=2)
 
 
 @pytest.mark.parametrize("case", ONE_GPU)
@@ -62,6 +76,29 @@ def test_logprobs_are_as_exact_as_transformers(one_gpu: tuple[Path, str], case: 
     folder, log = one_gpu
     values = result(folder, case, log)
     assert values["ours"] < 1.5 * values["theirs"] + 1e-3, values
+
+
+@pytest.mark.parametrize("case", [*DTENSOR, *DTENSOR_TWO])
+def test_dtensor_backend_follows_the_reference(request: pytest.FixtureRequest, case: str) -> None:
+    folder, log = request.getfixturevalue("one_gpu" if case in DTENSOR else "two_gpus")
+    values = result(folder, case, log)
+    assert worst_difference(values) < (DTENSOR | DTENSOR_TWO)[case], values
+    assert values["adapter_difference"] < (0.02 if "float32" in case else 0.2), values
+    assert values["merged"] > 0 and values["device"] == "{'cuda'}", values
+
+
+@pytest.mark.parametrize("engine", ["native", "vllm"])
+@pytest.mark.parametrize("case", [*ROLLOUTS, *ROLLOUTS_TWO])
+def test_rollouts_have_the_trainers_weights_after_every_refit(tmp_path: Path, case: str, engine: str) -> None:
+    """Each in a process of its own: vLLM's sleep mode serves one engine a process."""
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    log = run_cases(tmp_path, [f"{case}.{engine}"], processes=2 if case in ROLLOUTS_TWO else 1)
+    values = result(tmp_path, f"{case}.{engine}", log)
+    assert max(values["errors"].values()) < values["tolerance"], values
+    assert values["same_seed"] and not values["other_seed"], values
+    if engine == "vllm":
+        assert 0 < values["bytes"]["adapter"] < values["bytes"]["merge"], values
 
 
 @pytest.mark.parametrize("case", TWO_GPUS)

@@ -16,7 +16,9 @@ import torch
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.objectives.sft import SFTObjective
-from megatron_lora.runtime.world import init_distributed, init_megatron_world
+from megatron_lora.rollout.generator import SamplingOptions
+from megatron_lora.rollout.refit import RefitMode, Refitter
+from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
 from tests.support.models import save_model
 from tests.support.reference import make_rows, save_adapter, token_logps, train
 
@@ -32,6 +34,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
     "dp2": {},
+}
+
+DTENSOR: dict[str, dict[str, Any]] = {
+    "one": {},
+    "plain": {"lora_cfg": {"use_triton": False}},
+    "compile": {"compile": True},
+    "offload": {"cpu_offload": True},
+    "recompute": {"activation_checkpointing": True},
+    "tp2": {"tensor_parallel_size": 2},
+    "sp2": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "dp2": {},
+    "dp2_offload": {"cpu_offload": True},
+    "tp2_offload": {"tensor_parallel_size": 2, "cpu_offload": True},
 }
 
 
@@ -50,26 +65,41 @@ def make_policy(
     folder: Path, family: str, precision: str, layout: str, *, lora: bool = True, rate: float = 0.0, **policy: Any
 ) -> Any:
     """A MegatronPolicy on the family's model, from its adapter. rate: learning rate, 0 for the precision's own."""
-    config = PolicyConfig(
-        model_name=str(folder / family),
-        precision=precision,
-        train_global_batch_size=ROWS,
-        train_micro_batch_size=2,
-        max_total_sequence_length=2 * LONGEST,
-        **policy,
-        megatron_cfg={
-            "enabled": True,
-            "peft": {"enabled": lora, "init_adapter": str(folder / f"{family}-adapter") if lora else None},
-            "optimizer": {"lr": rate or RATES[precision], "weight_decay": 0.1},
-            "use_fused_linear_logprobs": True,
-            "fused_linear_logprobs_chunk_size": 64,
-            **LAYOUTS[layout],
-        },
-    )
+    adapter = str(folder / f"{family}-adapter") if lora else None
+    settings = common_settings(folder, family, precision, rate) | policy
+    settings["megatron_cfg"] |= {"enabled": True, "peft": {"enabled": lora, "init_adapter": adapter}} | LAYOUTS[layout]
+    config = PolicyConfig.model_validate(settings)
     world = init_megatron_world(config, 0)
     from megatron_lora.policy.megatron.policy import MegatronPolicy
 
     return MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=STEPS)
+
+
+def make_dtensor_policy(folder: Path, family: str, precision: str, option: str) -> Any:
+    """A DTensorPolicy on the family's model, from its adapter."""
+    options = dict(DTENSOR[option])
+    lora = {"enabled": True, "init_adapter": str(folder / f"{family}-adapter"), **options.pop("lora_cfg", {})}
+    settings = common_settings(folder, family, precision, 0.0)
+    config = PolicyConfig.model_validate(settings | {"dtensor_cfg": {"lora_cfg": lora, **options}})
+    world = init_dtensor_world(config, 0)
+    from megatron_lora.policy.dtensor.policy import DTensorPolicy
+
+    return DTensorPolicy(config, world, pad_token_id=0, seed=0, num_steps=STEPS)
+
+
+def common_settings(folder: Path, family: str, precision: str, rate: float) -> dict[str, Any]:
+    return {
+        "model_name": str(folder / family),
+        "precision": precision,
+        "train_global_batch_size": ROWS,
+        "train_micro_batch_size": 2,
+        "max_total_sequence_length": 2 * LONGEST,
+        "megatron_cfg": {
+            "optimizer": {"lr": rate or RATES[precision], "weight_decay": 0.1},
+            "use_fused_linear_logprobs": True,
+            "fused_linear_logprobs_chunk_size": 64,
+        },
+    }
 
 
 def losses(policy: Any, rows: list[list[Row]]) -> list[float]:
@@ -83,6 +113,75 @@ def train_case(folder: Path, family: str, precision: str, layout: str, lora: str
     ours = losses(make_policy(folder, family, precision, layout, lora=adapted, rate=rate), steps())
     reference = train(folder / family, folder / f"{family}-adapter" if adapted else None, steps(), lr=rate)
     return {"ours": ours, "reference": reference.losses}
+
+
+def dtensor_case(folder: Path, family: str, precision: str, option: str) -> dict[str, Any]:
+    """Ten steps on the other backend and in transformers + peft (fp32, CPU), and the adapters that both end with."""
+    policy = make_dtensor_policy(folder, family, precision, option)
+    ours = losses(policy, steps())
+    reference = train(folder / family, folder / f"{family}-adapter", steps(), lr=RATES[precision])
+    found = policy.adapter().tensors
+    merged = dict(policy.hf_weights())
+    largest = max(float(value.abs().max()) for value in reference.adapter.values())
+    difference = max(float((found[name].cpu() - value).abs().max()) for name, value in reference.adapter.items())
+    return {
+        "ours": ours,
+        "reference": reference.losses,
+        "adapter_difference": difference / largest,
+        "merged": len(merged),
+        "device": str({value.device.type for value in merged.values()}),
+    }
+
+
+def rollout_case(folder: Path, family: str, precision: str, layout: str, engine: str) -> dict[str, Any]:
+    """Answers by `engine` (`vllm` or `native`) after a training step: their log-probabilities beside the trainer's,
+    after each way of refitting and after a sleep; whether draws follow their seed."""
+    tp = LAYOUTS[layout].get("tensor_model_parallel_size", 1)
+    cfg = {"tensor_parallel_size": tp, "enforce_eager": True, "gpu_memory_utilization": 0.3}
+    generation = {"vllm_cfg": cfg | {"max_model_len": 2 * LONGEST}}
+    policy = make_policy(folder, family, precision, layout, generation=generation)
+    generator = _native(policy) if engine == "native" else _vllm(policy)
+    generator.start()
+    refitter = Refitter(policy, generator, "adapter", vocab_size=VOCAB, max_length=2 * LONGEST)
+    refitter.refit(0)
+    losses(policy, steps()[:1])
+    found: dict[str, Any] = {"errors": {}, "tolerance": generator.logprob_tolerance, "bytes": {}}
+    modes: tuple[RefitMode, ...] = ("adapter", "merge", "adapter")
+    for version, mode in enumerate(modes, start=1):
+        refitter.mode = mode
+        found["bytes"][mode] = refitter.refit(version).bytes
+        generator.sleep()
+        generator.wake()
+        found["errors"][f"{version}-{mode}"] = _rollout_error(policy, _answers(generator, seed=1))
+    texts = [[sample.completion_ids for sample in _answers(generator, seed=seed)] for seed in (2, 2, 3)]
+    found["same_seed"], found["other_seed"] = texts[0] == texts[1], texts[0] == texts[2]
+    generator.close()
+    return found
+
+
+def _native(policy: Any) -> Any:
+    from megatron_lora.rollout.native import NativeGenerator
+
+    return NativeGenerator(policy, None)
+
+
+def _vllm(policy: Any) -> Any:
+    from megatron_lora.rollout.vllm import VllmGenerator
+
+    return VllmGenerator(policy.config, policy.world, None, policy.adapter())
+
+
+def _answers(generator: Any, seed: int) -> Any:
+    prompts = [row.input_ids[:40].tolist() for row in make_rows(4, VOCAB, seed=5, longest=LONGEST)]
+    return generator.generate(prompts, 4, SamplingOptions(max_new_tokens=24, temperature=1.0, seed=seed))
+
+
+def _rollout_error(policy: Any, samples: Any) -> float:
+    """Mean |trainer - engine| over the sampled tokens, nats."""
+    ids = [torch.tensor(sample.prompt_ids + sample.completion_ids) for sample in samples]
+    scores = policy.score([Row(input_ids=row, target_mask=torch.arange(len(row)) > 0) for row in ids])
+    pairs = zip(scores, samples, strict=True)
+    return float(torch.cat([score[-len(s.logprobs) :] - s.logprobs for score, s in pairs]).abs().mean())
 
 
 def packing_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
@@ -133,6 +232,8 @@ CASES = {
     "packing": packing_case,
     "logprobs": logprobs_case,
     "resume": resume_case,
+    "dtensor": dtensor_case,
+    "rollout": rollout_case,
 }
 
 
