@@ -61,10 +61,11 @@ def train_grpo(session: Session, loader: GroupLoader[Prompt], validation: GroupL
 
 @dataclass
 class Rollout:
-    """A step's groups, and what drawing them took. num_dropped: groups that dynamic sampling left out."""
+    """A step's groups, and what drawing and rewarding them took. num_dropped: groups that dynamic sampling left out."""
 
     groups: list[Group]
     seconds: float
+    reward_seconds: float
     num_tokens: int
     num_dropped: int
     num_batches: int
@@ -95,7 +96,9 @@ class GRPOTrainer:
         start = time.perf_counter()
         version = self.engine.version
         rollout = self._sample()
+        sampled = time.perf_counter()
         self.engine.sleep()
+        asleep = time.perf_counter()
         rows, values = self._score(rollout.groups)
         scored = time.perf_counter()
         result = self._update(rows)
@@ -106,7 +109,9 @@ class GRPOTrainer:
         timing = {
             "generation_seconds": rollout.seconds,
             "generation_tokens_per_second": rollout.num_tokens / rollout.seconds,
-            "scoring_seconds": scored - start - rollout.seconds,
+            "reward_seconds": rollout.reward_seconds,
+            "sleep_seconds": asleep - sampled,
+            "scoring_seconds": scored - asleep,
             "training_seconds": trained - scored,
         }
         sampling = {
@@ -126,13 +131,15 @@ class GRPOTrainer:
         """Groups for a step: one batch of prompts, or with dynamic sampling (DAPO, Yu et al. 2025, section 3.2) as many
         batches as it takes until enough groups have different rewards."""
         options = self.options
-        rollout = Rollout([], 0.0, 0, 0, 0)
+        rollout = Rollout([], 0.0, 0.0, 0, 0, 0)
         while True:
             prompts = next(self.prompts)
             answers, seconds = self.engine.generate(
                 prompts, options.num_generations_per_prompt, purpose=TRAINING, batch=rollout.num_batches
             )
+            drawn = time.perf_counter()
             groups = reward_answers(self.runner, prompts, answers, self.session.world)
+            rollout.reward_seconds += time.perf_counter() - drawn
             rollout.seconds += seconds
             rollout.num_tokens += num_generated(groups)
             rollout.num_batches += 1

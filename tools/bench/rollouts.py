@@ -33,6 +33,8 @@ WAYS = {
 COLUMNS = {
     "generation_seconds": ("generation, s", "{:.2f}"),
     "generation_tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "reward_seconds": ("rewards, s", "{:.2f}"),
+    "sleep_seconds": ("engine to sleep, s", "{:.2f}"),
     "scoring_seconds": ("log-probabilities, s", "{:.2f}"),
     "training_seconds": ("training, s", "{:.2f}"),
     "refit_seconds": ("refit, s", "{:.3f}"),
