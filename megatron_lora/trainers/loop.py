@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron_lora.trainers.session import Session
+from megatron_lora.trainers.session import Session, StepAbandoned
 
 
 class LoopOptions(Protocol):
@@ -20,7 +20,7 @@ def run_steps(
     """Take steps until the run's last, validating and saving when due.
 
     take_step: does one step, raises `session.step` and logs. Both are collective. A step that raises leaves the last
-    checkpoint as it is.
+    checkpoint as it is; one that a signal made it abandon is taken again, from the same data, by the run that goes on.
     """
     if options.val_at_start and session.step == 0:
         validate()
@@ -29,7 +29,13 @@ def run_steps(
         return
     last = stopping = False
     while not last and not stopping:
-        take_step()
+        position = session.loader.state_dict()
+        try:
+            take_step()
+        except StepAbandoned:
+            session.loader.load_state_dict(position)
+            stopping = True
+            break
         last = session.step >= session.total_steps
         due = options.val_period > 0 and session.step % options.val_period == 0
         if due or (last and options.val_at_end):

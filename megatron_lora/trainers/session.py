@@ -24,6 +24,10 @@ from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.run_folder import RunFolder, Step
 
 
+class StepAbandoned(Exception):
+    """A signal ended a step before it had changed the policy."""
+
+
 class Resumable(Protocol):
     """Something whose position is part of a checkpoint: a data loader."""
 
@@ -105,11 +109,17 @@ class Session:
         """Whether a signal asked this run to end. Collective."""
         return self.interrupt.agreed(self.world)
 
+    def abandon_step_if_asked(self) -> None:
+        """For steps of several long phases, before the policy changes: a scheduler that sends a signal does not wait
+        for long. Collective; raises StepAbandoned on every rank."""
+        if self.should_stop():
+            raise StepAbandoned
+
     def save_if_due(self, *, force: bool = False) -> None:
         """Write a checkpoint every `save_period` steps, and where forced, once a step. Collective."""
         checkpointing = self.recipe.checkpointing
         self._poll(blocking=False)
-        if not checkpointing.enabled or self.step == self._saved_step:
+        if not checkpointing.enabled or self.step in (0, self._saved_step):
             return
         if force or self.step % checkpointing.save_period == 0:
             self.save()

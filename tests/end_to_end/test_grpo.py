@@ -100,6 +100,24 @@ def test_resumed_run_is_the_same_run(base: Path, whole: Path, tmp_path: Path) ->
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
+@long
+def test_a_signal_abandons_the_step_before_its_update(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 answers a step: the signal comes while the third step's are rewarded."""
+    values = recipe(base, NATIVE, val_period=0)
+    values["checkpointing"]["save_period"] = 100
+    whole = run(tmp_path / "whole", values, 1)
+    monkeypatch.setenv("REWARD_CALLS", str(tmp_path / "calls"))
+    values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:digit_share_and_signal"
+    stopped = run(tmp_path / "stopped", values, 1)
+    assert [line["step"] for line in metrics(stopped)] == [1, 2]
+    assert (stopped / "latest_step.txt").read_text().strip() == "2"
+    resumed = run(tmp_path / "stopped", values, 1)
+    found, wanted = ([[line[name] for name in SAME] for line in metrics(folder)] for folder in (resumed, whole))
+    assert found == wanted
+
+
 @pytest.fixture(scope="module")
 def by_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     generation = VLLM | {"refit": "adapter"}

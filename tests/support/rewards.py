@@ -1,5 +1,9 @@
 """Rewards that the tests' recipes name."""
 
+import os
+import signal
+from pathlib import Path
+
 
 def digit_share(prompt: str, completion: str, answer: str, extra: dict) -> float:
     """The share of digits among an answer's characters: what a random model learns in a few steps."""
@@ -8,3 +12,18 @@ def digit_share(prompt: str, completion: str, answer: str, extra: dict) -> float
 
 def always_one(prompt: str, completion: str, answer: str, extra: dict) -> float:
     return 1.0
+
+
+def digit_share_and_signal(prompt: str, completion: str, answer: str, extra: dict) -> float:
+    """As `digit_share`; from its 40th call on it asks the trainer to stop, once, as a scheduler would. Workers call it
+    side by side: calls are counted in a file, and the signal is sent by who makes another."""
+    calls = Path(os.environ["REWARD_CALLS"])
+    with calls.open("a") as stream:
+        stream.write(".")
+    if calls.stat().st_size >= 40:
+        try:
+            calls.with_suffix(".signalled").touch(exist_ok=False)
+        except FileExistsError:
+            return digit_share(prompt, completion, answer, extra)
+        os.kill(os.getppid(), signal.SIGTERM)
+    return digit_share(prompt, completion, answer, extra)
