@@ -98,6 +98,11 @@ if __name__ == "__mp_main__":
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path.cwd()))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Without torchrun, which holds the store, a rank waits for the others for ever and keeps its GPU.
+        from megatron_lora.runtime.processes import die_with_parent
+
+        die_with_parent()
     try:
         exit_status = main()
     except BaseException:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,19 @@ def test_killed_engine_ends_the_run_and_it_resumes(base: Path, by_adapter: Path,
     assert [line["step"] for line in metrics(resumed)] == list(range(1, 9))
     difference = largest_difference(adapter_of(resumed / "step_8"), adapter_of(by_adapter / "step_8"))
     assert difference < 1e-5
+
+
+@long
+def test_ranks_do_not_outlive_torchrun(base: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, recipe(base, NATIVE, max_num_steps=10_000), 2)
+    wait_until(lambda: (tmp_path / "run" / "step_1" / "training_info.json").is_file(), process)
+    ranks = [Path(f"/proc/{pid_of_rank(process, rank)}") for rank in range(2)]
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(rank.exists() for rank in ranks):
+        assert time.monotonic() < deadline, "ranks still run"
+        time.sleep(0.2)
 
 
 def pid_of_rank(process: subprocess.Popen[str], rank: int) -> int:
