@@ -10,7 +10,7 @@ LINES_SHOWN = 80
 
 
 class RanksFailed(AssertionError):
-    """A rank ended badly; the message holds the end of what all of them wrote to stderr."""
+    """A rank ended badly; the message holds the first traceback and the end of what all of them wrote to stderr."""
 
 
 def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 1500.0) -> str:
@@ -32,4 +32,8 @@ def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 
 
 
 def _end(text: str) -> str:
-    return "\n".join(text.splitlines()[-LINES_SHOWN:])
+    """The first traceback, which is the cause (the other ranks' follow from it), and the end."""
+    lines = text.splitlines()
+    first = next((number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+    early = lines[first : first + LINES_SHOWN] if first is not None and first < len(lines) - LINES_SHOWN else []
+    return "\n".join([*early, *(["..."] if early else []), *lines[-LINES_SHOWN:]])
