@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -92,17 +92,43 @@ def save_state(state: dict[str, Any], folder: Path, *, asynchronous: bool = Fals
         )
 
 
-def schedule_requests(requests: Sequence[Any]) -> PendingSave:
-    """Start Megatron's background writers; the answer polls them, or waits. Collective."""
+def schedule_requests(requests: Sequence[AsyncRequest]) -> PendingSave:
+    """Write Megatron's requests in the background, one after the other; the answer polls, or waits. Collective."""
     queue = AsyncCallsQueue()
-    for request in requests:
-        queue.schedule_async_request(request)
+    queue.schedule_async_request(_in_one_process(requests))
 
     def poll(blocking: bool) -> bool:
         queue.maybe_finalize_async_calls(blocking=blocking)
         return queue.get_num_unfinalized_calls() == 0
 
     return poll
+
+
+def _in_one_process(requests: Sequence[AsyncRequest]) -> AsyncRequest:
+    """One request that does what these do, in their order.
+
+    Megatron's writers hand their results back through one queue of the process, first come, first served. Two writers
+    at a time may take each other's results, and the metadata then lacks tensors that are on disk.
+    """
+    # A rank that has nothing to write has no function either, but takes part in the end.
+    writing = [request for request in requests if request.async_fn is not None]
+
+    def stage() -> list[Any]:
+        return [request.preload_fn() if request.preload_fn else request.async_fn_args[1] for request in writing]
+
+    return AsyncRequest(
+        async_fn=_write_in_order if writing else None,
+        async_fn_args=(writing, None, None),
+        finalize_fns=[finish for request in requests for finish in request.finalize_fns],
+        preload_fn=stage if writing else None,
+    )
+
+
+def _write_in_order(requests: Sequence[AsyncRequest], staged: Sequence[Any], _: None) -> None:
+    for request, buckets in zip(requests, staged, strict=True):
+        write: Any = request.async_fn
+        rank, _unstaged, results = request.async_fn_args
+        write(rank, buckets, results, **request.async_fn_kwargs)
 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
