@@ -64,8 +64,10 @@ class PolicyConfig(Section):
     logprob_batch_size: PositiveInt | None = Field(
         default=None, description="Rows a forward pass for log-probabilities; null: `train_micro_batch_size`."
     )
-    generation_batch_size: PositiveInt = Field(
-        default=32, description="Prompts that the `megatron` generation backend answers at once."
+    generation_batch_size: PositiveInt | None = Field(
+        default=None,
+        description="Answers that the `megatron` generation backend draws at once; null: as many as half of the "
+        "GPU's free memory has caches for, 32 on a CPU.",
     )
     max_total_sequence_length: PositiveInt = Field(default=1024, description="Longest sequence, in tokens.")
     make_sequence_length_divisible_by: PositiveInt = Field(

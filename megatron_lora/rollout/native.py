@@ -18,14 +18,18 @@ from megatron_lora.policy.interface import AdapterTensors, Policy
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.native_answers import Answer, complete, prompt_step
-from megatron_lora.rollout.native_cache import cached_attention
+from megatron_lora.rollout.native_cache import cached_attention, row_bytes
 from megatron_lora.rollout.native_forward import LaneRunner, generating, num_lanes
 from megatron_lora.rollout.sampling import StopRule, random_stream
 from megatron_lora.rollout.vllm_fingerprint import checksum, digest
+from megatron_lora.runtime.memory import free_memory_bytes
 
 # |trainer - generator| in nats. float32: the same sums in another order. bfloat16: decoding attends with another
 # kernel than training, and logits of size 16 to 32 are rounded to 0.125.
 LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+CPU_ROWS = 32
+# A row's logits while a token is drawn: three copies in fp32, two in fp64.
+LOGIT_BYTES = 3 * 4 + 2 * 8
 
 
 class NativeGenerator(Generator):
@@ -103,7 +107,7 @@ class NativeGenerator(Generator):
         mine = answers[self.group.rank() :: self.num_replicas]
         if mine:
             capacity = max(len(answer.prompt) + answer.limit for answer in mine)
-            with self._runner(self._slots(len(mine)), capacity) as runner:
+            with self._runner(self._slots(len(mine), capacity), capacity) as runner:
                 complete(runner, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas))
         copies = num_samples // draws if draws else 0
         everyone: list[Any] = [None] * self.num_replicas
@@ -134,10 +138,23 @@ class NativeGenerator(Generator):
                 "at once; lower policy.generation_batch_size or policy.generation.max_new_tokens"
             ) from error
 
-    def _slots(self, num_answers: int) -> int:
-        """Rows a lane."""
-        at_once = min(self.policy.config.generation_batch_size, num_answers)
-        return -(-at_once // num_lanes(self.policy.engine))
+    def _slots(self, num_answers: int, capacity: int) -> int:
+        """Rows a lane. Collective in a copy of the model."""
+        at_once = self.policy.config.generation_batch_size or self._rows_that_fit(capacity)
+        return -(-min(at_once, num_answers) // num_lanes(self.policy.engine))
+
+    def _rows_that_fit(self, capacity: int) -> int:
+        """Rows of up to `capacity` tokens for which every rank of this copy of the model has room."""
+        world = self.policy.world
+        if world.device.type == "cpu":
+            return CPU_ROWS
+        # The other half is for activations and whatever else uses the GPU.
+        room = free_memory_bytes(world.device) // 2
+        logits = self.policy.base.shapes.vocab_size * LOGIT_BYTES
+        rows = room // (row_bytes(self.policy.base.chunks, capacity) + logits)
+        fewest = torch.tensor(max(1, rows), device=world.device)
+        dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
+        return int(fewest)
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
         for index, prompt in enumerate(prompts):

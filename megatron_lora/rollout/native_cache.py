@@ -25,6 +25,13 @@ from megatron_lora.runtime.native_layers import NativeAttention
 READ_TOKENS = 64
 
 
+def row_bytes(chunks: Sequence[GPTModel], capacity: int) -> int:
+    """What one row of up to `capacity` tokens keeps on this rank."""
+    attentions: list[Any] = [layer.self_attention for chunk in chunks for layer in chunk.decoder.layers]
+    widths = [a.num_query_groups_per_partition * a.hidden_size_per_attention_head for a in attentions]
+    return 2 * sum(widths) * whole_reads(capacity) * chunks[0].config.params_dtype.itemsize
+
+
 def whole_reads(num_tokens: int) -> int:
     return -(-num_tokens // READ_TOKENS) * READ_TOKENS
 

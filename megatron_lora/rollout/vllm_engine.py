@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Triton's own default for float32 is TF32: 1e-3 nats of the trainer's float32. Other dtypes do not use it.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 CPU_ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 # vLLM overwrites these; child processes of the trainer (rewards) are to see them as they were.

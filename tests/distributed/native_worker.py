@@ -20,6 +20,8 @@ from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.native_answers import prompt_step
+from megatron_lora.rollout.native_cache import row_bytes
 from megatron_lora.runtime.world import init_megatron_world
 
 LENGTHS = (1, 5, 17, 2, 30)
@@ -77,6 +79,15 @@ def state_of(policy: Any) -> dict[str, Any]:
     }
 
 
+def cache_bytes(generator: Any, prompt: list[int]) -> tuple[int, int]:
+    """(what the caches of two rows a lane hold, what was expected of them)."""
+    with generator._runner(2, 42) as runner:
+        step = prompt_step(runner, prompt)
+        runner.target_logprobs(step, step.tokens)
+        caches = [tensor for layer in runner.session.layers for lane in layer.lanes.values() for tensor in lane]
+        return sum(tensor.nbytes for tensor in caches), 2 * runner.num_lanes * row_bytes(runner.chunks, 42)
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     for name in [name for name in os.environ if name.startswith("NVTE_")]:
         # Megatron's choice of kernels for the model before, of which one process usually has one only.
@@ -106,6 +117,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "fingerprints": [handover.fingerprint, generator.held_fingerprint()],
         "state_kept": before == after,
         "replicas": generator.num_replicas,
+        "cache_bytes": cache_bytes(generator, probe),
     }
     if case.get("stops"):
         result["stopped"] = plain(generator.generate(prompts(), 1, stop_options(greedy)))

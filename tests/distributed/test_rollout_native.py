@@ -23,7 +23,7 @@ FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
 ONE = {
     "one": {"family": "qwen3", "layout": {}, "stops": True, "trains": True, "refuses": True},
     "gemma": {"family": "gemma3", "layout": {}},
-    "llama": {"family": "llama3", "layout": {}, "batch": 100},
+    "llama": {"family": "llama3", "layout": {}, "batch": None},
     "head": {"family": "qwen3_head", "layout": {}},
 }
 TP = {"tensor_model_parallel_size": 2}
@@ -153,6 +153,13 @@ def test_samples_do_not_depend_on_the_layout_and_differ_from_each_other(name: st
     assert len({tuple(ids) for ids in found}) == len(found)
     if CASES[name][1]["family"] == "qwen3":
         assert found == _completions(results["one"][0]["sampled"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_caches_take_the_memory_that_is_reckoned_with(name: str, results: Results) -> None:
+    for result in results[name]:
+        held, reckoned = result["cache_bytes"]
+        assert held == reckoned > 0
 
 
 @pytest.mark.parametrize("name", [name for name, (_, case) in CASES.items() if case.get("stops")])
