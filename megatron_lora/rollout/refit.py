@@ -155,23 +155,22 @@ def choose_refitter(
     vocab_size: int,
     max_length: int,
     tokens_per_step: int,
-    has_adapter: bool,
+    merge_only: str | None = None,
     version: int = 0,
     say: Callable[[str], None] = print,
 ) -> Refitter:
     """The refitter of `policy.generation.refit`, after its first refit, which is `version`.
 
     auto: refits and generates both ways and takes the one with fewer seconds a step of tokens_per_step tokens; one
-    whose probe fails is out. say: told the choice and why, on every rank (give a no-op where it is not to speak).
+    whose probe fails is out. merge_only: why merging is the only way, where it is. say: told the choice and why, on
+    every rank (give a no-op where it is not to speak).
     """
-    if requested == "adapter" and not has_adapter:
-        raise UserError(
-            "policy.generation.refit=adapter, but full fine-tuning (peft.enabled=false) has no adapter; set it to merge"
-        )
-    mode: RefitMode = "merge" if requested == "merge" or not has_adapter else "adapter"
+    if requested == "adapter" and merge_only:
+        raise UserError(f"policy.generation.refit=adapter, but {merge_only}; set it to merge")
+    mode: RefitMode = "merge" if requested == "merge" or merge_only else "adapter"
     refitter = Refitter(policy, generator, mode, vocab_size=vocab_size, max_length=max_length)
-    if requested != "auto" or not has_adapter:
-        say(f"refit by {mode}" + (", as asked" if has_adapter else ": full fine-tuning has no adapter"))
+    if requested != "auto" or merge_only:
+        say(f"refit by {mode}" + (f": {merge_only}" if merge_only else ", as asked"))
         refitter.refit(version)
         return refitter
     trials: dict[RefitMode, Trial] = {}

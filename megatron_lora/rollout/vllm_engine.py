@@ -64,6 +64,11 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
     if model.num_attention_heads % size:
         raise UserError(f"{key} does not divide the model's {model.num_attention_heads} attention heads")
     if adapter_rank is not None:
+        if reason := merge_only_reason(policy, world):
+            raise UserError(
+                f"vLLM cannot take an adapter here: {reason}; set policy.generation.refit=merge or "
+                "policy.generation.backend=megatron"
+            )
         _check_rank(adapter_rank, max_lora_rank(policy, adapter_rank))
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     if world.device.type == "cpu" and head_dim not in CPU_HEAD_DIMS:
@@ -71,6 +76,19 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
             f"vLLM's CPU attention cannot run {policy.model_name}: its head_dim is {head_dim}, wanted one of "
             f"{list(CPU_HEAD_DIMS)}; set policy.generation.backend=megatron"
         )
+
+
+def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
+    """Why the engine can be given merged weights only; None where it can be given the adapter."""
+    if not policy.adapter.enabled:
+        return "full fine-tuning (peft.enabled=false) has no adapter"
+    if world.device.type == "cuda" and engine_dtype(policy) == "float32":
+        return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
+    return None
+
+
+def engine_dtype(policy: PolicyConfig) -> str:
+    return policy.generation.vllm_cfg.precision or policy.precision
 
 
 def max_lora_rank(policy: PolicyConfig, adapter_rank: int) -> int:
@@ -111,7 +129,7 @@ def engine_arguments(
     """
     generation = policy.generation
     on_gpu = world.device.type == "cuda"
-    dtype = generation.vllm_cfg.precision or policy.precision
+    dtype = engine_dtype(policy)
     max_model_len = generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
     arguments: dict[str, Any] = {
         "model": policy.model_name,

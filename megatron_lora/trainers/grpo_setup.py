@@ -114,20 +114,19 @@ def _check_native(policy: PolicyConfig) -> None:
 
 
 def _check_vllm(policy: PolicyConfig, world: World) -> None:
-    generation, adapter = policy.generation, policy.adapter
+    generation = policy.generation
     vllm_engine.check_installed(world.device)
-    if generation.refit == "adapter" and not adapter.enabled:
-        raise UserError(
-            "policy.generation.refit=adapter, but full fine-tuning (peft.enabled=false) has no adapter; set it to merge"
-        )
+    merge_only = vllm_engine.merge_only_reason(policy, world)
+    if generation.refit == "adapter" and merge_only:
+        raise UserError(f"policy.generation.refit=adapter, but {merge_only}; set it to merge")
     longest = generation.vllm_cfg.max_model_len
     if longest is not None and longest > policy.max_total_sequence_length:
         raise UserError(
             f"policy.generation.vllm_cfg.max_model_len={longest} is above policy.max_total_sequence_length="
             f"{policy.max_total_sequence_length}, so answers could be longer than what can be trained on; lower it"
         )
-    serves_adapter = adapter.enabled and generation.refit != "merge"
-    rank = _adapter_rank(policy) if serves_adapter else None
+    merged = generation.refit == "merge" or merge_only
+    rank = None if merged else _adapter_rank(policy)
     vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
 
 

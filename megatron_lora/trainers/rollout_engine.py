@@ -42,8 +42,8 @@ class RolloutEngine:
             return NativeGenerator(session.policy, session.tokenizer)
         from megatron_lora.rollout.vllm import VllmGenerator
 
-        merged_only = config.generation.refit == "merge" or not config.adapter.enabled
-        adapter = None if merged_only else session.policy.adapter()
+        merged = config.generation.refit == "merge" or vllm_engine.merge_only_reason(config, session.world)
+        adapter = None if merged else session.policy.adapter()
         return VllmGenerator(config, session.world, session.tokenizer, adapter)
 
     @property
@@ -67,7 +67,7 @@ class RolloutEngine:
             vocab_size=vllm_engine.base_config(self.policy_config).vocab_size,
             max_length=generation.vllm_cfg.max_model_len,
             tokens_per_step=grpo.num_prompts_per_step * grpo.num_generations_per_prompt * generation.max_new_tokens,
-            has_adapter=self.policy_config.adapter.enabled,
+            merge_only=vllm_engine.merge_only_reason(self.policy_config, session.world),
             version=session.step,
             say=session.reporter.message,
         )

@@ -223,7 +223,6 @@ def check_llama(folder: Path, found: dict[str, Any]) -> None:
         vocab_size=VOCAB,
         max_length=256,
         tokens_per_step=1000,
-        has_adapter=True,
         say=said.append,
     )
     found["auto"] = [refitter.mode, said]

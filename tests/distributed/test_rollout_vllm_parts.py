@@ -17,7 +17,12 @@ from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.errors import UserError
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions, rollout_logprob_error
 from megatron_lora.rollout.refit import PROBE_CONTINUATION, probe_prompt
-from megatron_lora.rollout.vllm_engine import check_installed, check_request, engine_arguments
+from megatron_lora.rollout.vllm_engine import (
+    check_installed,
+    check_request,
+    engine_arguments,
+    merge_only_reason,
+)
 from megatron_lora.rollout.vllm_fingerprint import checksum, digest, join_ranks, to_numbers
 from megatron_lora.runtime.world import World
 
@@ -25,11 +30,12 @@ CPU = torch.device("cpu")
 
 
 def policy(**generation: Any) -> PolicyConfig:
-    return PolicyConfig.model_validate({"model_name": "org/model", "generation": generation})
+    lora = {"lora_cfg": {"enabled": True}}
+    return PolicyConfig.model_validate({"model_name": "org/model", "dtensor_cfg": lora, "generation": generation})
 
 
-def world(size: int) -> World:
-    return World(rank=0, size=size, local_rank=0, device=CPU)
+def world(size: int, device: torch.device = CPU) -> World:
+    return World(rank=0, size=size, local_rank=0, device=device)
 
 
 def model(**changes: Any) -> Any:
@@ -79,6 +85,17 @@ def test_tensor_parallel_size_must_divide() -> None:
         check_request(policy(vllm_cfg={"tensor_parallel_size": 3}), world(4), model(), None)
     with pytest.raises(UserError, match="does not divide the model's 4 attention heads"):
         check_request(policy(vllm_cfg={"tensor_parallel_size": 8}), world(8), model(), None)
+
+
+def test_a_float32_adapter_on_a_gpu_is_refused() -> None:
+    """vLLM's kernels there assert 16-bit floats after the model has been loaded."""
+    gpu = world(1, torch.device("cuda"))
+    float32 = policy(vllm_cfg={"precision": "float32"})
+    with pytest.raises(UserError, match="take bfloat16 and float16, not float32; set policy.generation.refit=merge"):
+        check_request(float32, gpu, model(), 32)
+    check_request(float32, gpu, model(), None)
+    check_request(policy(vllm_cfg={"precision": "bfloat16"}), gpu, model(), 32)
+    assert merge_only_reason(float32, world(1)) is None
 
 
 def test_rank_above_max_lora_rank() -> None:

@@ -97,7 +97,9 @@ def test_rollouts_have_the_trainers_weights_after_every_refit(tmp_path: Path, ca
     values = result(tmp_path, f"{case}.{engine}", log)
     assert max(values["errors"].values()) < values["tolerance"], values
     assert values["same_seed"] and not values["other_seed"], values
-    if engine == "vllm":
+    if engine == "vllm" and "float32" in case:
+        assert set(values["bytes"]) == {"merge"}, values
+    elif engine == "vllm":
         assert 0 < values["bytes"]["adapter"] < values["bytes"]["merge"], values
 
 

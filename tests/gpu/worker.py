@@ -18,6 +18,7 @@ from megatron_lora.data.batch import Row
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.rollout.generator import SamplingOptions
 from megatron_lora.rollout.refit import RefitMode, Refitter
+from megatron_lora.rollout.vllm_engine import merge_only_reason
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
 from tests.support.models import save_model
 from tests.support.reference import make_rows, save_adapter, token_logps, train
@@ -140,13 +141,14 @@ def rollout_case(folder: Path, family: str, precision: str, layout: str, engine:
     cfg = {"tensor_parallel_size": tp, "enforce_eager": True, "gpu_memory_utilization": 0.3}
     generation = {"vllm_cfg": cfg | {"max_model_len": 2 * LONGEST}}
     policy = make_policy(folder, family, precision, layout, generation=generation)
-    generator = _native(policy) if engine == "native" else _vllm(policy)
+    merge_only = engine == "vllm" and merge_only_reason(policy.config, policy.world) is not None
+    generator = _native(policy) if engine == "native" else _vllm(policy, merge_only)
     generator.start()
-    refitter = Refitter(policy, generator, "adapter", vocab_size=VOCAB, max_length=2 * LONGEST)
+    modes: tuple[RefitMode, ...] = ("merge", "merge") if merge_only else ("adapter", "merge", "adapter")
+    refitter = Refitter(policy, generator, modes[0], vocab_size=VOCAB, max_length=2 * LONGEST)
     refitter.refit(0)
     losses(policy, steps()[:1])
     found: dict[str, Any] = {"errors": {}, "tolerance": generator.logprob_tolerance, "bytes": {}}
-    modes: tuple[RefitMode, ...] = ("adapter", "merge", "adapter")
     for version, mode in enumerate(modes, start=1):
         refitter.mode = mode
         found["bytes"][mode] = refitter.refit(version).bytes
@@ -165,10 +167,10 @@ def _native(policy: Any) -> Any:
     return NativeGenerator(policy, None)
 
 
-def _vllm(policy: Any) -> Any:
+def _vllm(policy: Any, merge_only: bool) -> Any:
     from megatron_lora.rollout.vllm import VllmGenerator
 
-    return VllmGenerator(policy.config, policy.world, None, policy.adapter())
+    return VllmGenerator(policy.config, policy.world, None, None if merge_only else policy.adapter())
 
 
 def _answers(generator: Any, seed: int) -> Any:
