@@ -25,7 +25,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.policy.interface import PendingSave
 from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
-from megatron_lora.runtime.processes import helpers_survive_signals
+from megatron_lora.runtime.processes import die_with_parent, helpers_survive_signals
 from megatron_lora.runtime.world import World
 
 
@@ -125,6 +125,8 @@ def _in_one_process(requests: Sequence[AsyncRequest]) -> AsyncRequest:
 
 
 def _write_in_order(requests: Sequence[AsyncRequest], staged: Sequence[Any], _: None) -> None:
+    # The run that goes on after a kill may write to a folder of the same name.
+    die_with_parent()
     for request, buckets in zip(requests, staged, strict=True):
         write: Any = request.async_fn
         rank, _unstaged, results = request.async_fn_args
