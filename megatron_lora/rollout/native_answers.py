@@ -30,6 +30,28 @@ class Answer:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A lane's part of a step.
+
+    rows: answers that get a token, in slots first_slot, first_slot + 1, ... sources: for each the row whose tokens it
+    stands behind; only these go through the model, and they come first.
+    """
+
+    rows: list[Answer]
+    sources: list[int]
+    first_slot: int
+
+    @property
+    def read(self) -> list[Answer]:
+        return self.rows[: max(self.sources, default=-1) + 1]
+
+    @property
+    def followers(self) -> range:
+        """The rows behind another row's tokens."""
+        return range(len(self.read), len(self.rows))
+
+
 def complete(
     runner: LaneRunner,
     answers: Sequence[Answer],
@@ -46,18 +68,15 @@ def complete(
     lanes: list[list[Answer]] = [[] for _ in range(runner.num_lanes)]
     while waiting or any(lanes):
         new = _admit(lanes, waiting, runner.session.num_slots)
-        if any(new):
-            first_slots = [len(lane) for lane in lanes]
-            rows = new
-            tokens = [[answer.prompt for answer in lane] for lane in new]
-            for lane, more in zip(lanes, new, strict=True):
-                lane.extend(more)
+        decoding = not any(new)
+        if decoding:
+            parts = [_Part(list(lane), list(range(len(lane))), first_slot=0) for lane in lanes]
         else:
-            first_slots = [0] * len(lanes)
-            rows = [list(lane) for lane in lanes]
-            tokens = [[answer.ids[-1:] for answer in lane] for lane in lanes]
-        steps = _lane_steps(runner, rows, tokens, first_slots)
-        _sample(runner, steps, rows, options, rule)
+            parts = [_by_prompt(more, first_slot=len(lane)) for more, lane in zip(new, lanes, strict=True)]
+            for lane, part in zip(lanes, parts, strict=True):
+                lane.extend(part.rows)
+        steps = _lane_steps(runner, parts, decoding)
+        _sample(runner, steps, parts, options, rule)
         on_done(_release(runner, lanes))
 
 
@@ -73,29 +92,39 @@ def _admit(lanes: list[list[Answer]], waiting: deque[Answer], num_slots: int) ->
     while waiting:
         sizes = [len(lane) + len(more) for lane, more in zip(lanes, new, strict=True)]
         chosen = sizes.index(min(sizes))
-        size = len(waiting[0].prompt)
-        if sizes[chosen] == num_slots or (new[chosen] and tokens[chosen] + size > PREFILL_TOKENS):
+        answer, beside = waiting[0], new[chosen]
+        # Answers to one prompt wait one behind the other.
+        size = 0 if beside and beside[-1].prompt_index == answer.prompt_index else len(answer.prompt)
+        if sizes[chosen] == num_slots or (beside and tokens[chosen] + size > PREFILL_TOKENS):
             break
-        new[chosen].append(waiting.popleft())
+        beside.append(waiting.popleft())
         tokens[chosen] += size
     return new
 
 
-def _lane_steps(
-    runner: LaneRunner, rows: list[list[Answer]], tokens: list[list[list[int]]], first_slots: list[int]
-) -> list[LaneStep]:
-    total = runner.padded(max(sum(len(part) for part in lane) for lane in tokens))
+def _by_prompt(answers: list[Answer], first_slot: int) -> _Part:
+    """New answers, of which one a prompt has its tokens read."""
+    firsts: dict[int, Answer] = {}
+    followers = [answer for answer in answers if firsts.setdefault(answer.prompt_index, answer) is not answer]
+    rows = [*firsts.values(), *followers]
+    place = {prompt_index: number for number, prompt_index in enumerate(firsts)}
+    return _Part(rows, [place[answer.prompt_index] for answer in rows], first_slot)
+
+
+def _lane_steps(runner: LaneRunner, parts: list[_Part], decoding: bool) -> list[LaneStep]:
+    tokens = [[answer.ids[-1:] if decoding else answer.prompt for answer in part.read] for part in parts]
+    total = runner.padded(max(sum(len(row) for row in lane) for lane in tokens))
     return [
         _flat_step(
             runner,
             lane,
             tokens[lane],
-            [_position(answer) for answer in rows[lane]],
-            first_slots[lane],
+            [_position(answer) for answer in part.read],
+            part.first_slot,
             total,
-            decoding=any(answer.ids for answer in rows[lane]),
+            decoding=decoding,
         )
-        for lane in range(len(rows))
+        for lane, part in enumerate(parts)
     ]
 
 
@@ -130,11 +159,18 @@ def _flat_step(
 
 
 def _sample(
-    runner: LaneRunner, steps: list[LaneStep], rows: list[list[Answer]], options: SamplingOptions, rule: StopRule
+    runner: LaneRunner, steps: list[LaneStep], parts: list[_Part], options: SamplingOptions, rule: StopRule
 ) -> None:
     """One more token for each row: drawn on the last stage, told to all."""
     logits = runner.next_token_logits(steps)
-    flat = [answer for lane in rows for answer in lane]
+    for step, part in zip(steps, parts, strict=True):
+        if part.followers:
+            slots = range(part.first_slot, part.first_slot + len(part.rows))
+            sources = [slots[part.sources[row]] for row in part.followers]
+            runner.session.copy(step.lane, sources, [slots[row] for row in part.followers], step.longest)
+    if logits:  # there are none on stages before the last
+        logits = [found[part.sources] if part.followers else found for found, part in zip(logits, parts, strict=True)]
+    flat = [answer for part in parts for answer in part.rows]
     uniforms = torch.tensor([answer.stream.random() for answer in flat], dtype=torch.float64)
     drawn = _draw(torch.cat(logits), uniforms, options) if logits else None
     tokens, logprobs = runner.from_last_stage(drawn, (2, len(flat)), torch.float64).tolist()
@@ -174,5 +210,5 @@ def _release(runner: LaneRunner, lanes: list[list[Answer]]) -> int:
                 last = lane.pop()
                 if slot < len(lane):
                     lane[slot] = last
-                    runner.session.move(number, len(lane), slot)
+                    runner.session.copy(number, [len(lane)], [slot], runner.session.capacity)
     return finished

@@ -85,11 +85,11 @@ class CacheSession:
         self.layers: list[CachedAttention] = []
         self.step: LaneStep | None = None
 
-    def move(self, lane: int, source: int, target: int) -> None:
-        """Put a row's keys and values into another slot."""
+    def copy(self, lane: int, sources: list[int], targets: list[int], length: int) -> None:
+        """Put the first `length` keys and values of the source slots into the target slots."""
         for layer in self.layers:
             for tensor in layer.lanes[lane]:
-                tensor[target] = tensor[source]
+                tensor[targets, :, :length] = tensor[sources, :, :length]
 
 
 class CachedAttention(torch.nn.Module):

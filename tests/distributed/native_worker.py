@@ -6,10 +6,12 @@ Arguments: a JSON file (see `test_rollout_native.py`) with `cases`, and the fold
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -21,8 +23,10 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.native_answers import prompt_step
-from megatron_lora.rollout.native_cache import row_bytes
+from megatron_lora.rollout.native_cache import LaneStep, row_bytes
+from megatron_lora.rollout.native_forward import LaneRunner
 from megatron_lora.runtime.world import init_megatron_world
+from tests.distributed.megatron_build import leave_groups
 
 LENGTHS = (1, 5, 17, 2, 30)
 
@@ -79,6 +83,20 @@ def state_of(policy: Any) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def counted_prompt_tokens() -> Iterator[list[int]]:
+    """Prompt tokens that go through the model meanwhile, a number a step."""
+    counts: list[int] = []
+    whole = LaneRunner.next_token_logits
+
+    def counting(self: LaneRunner, steps: Sequence[LaneStep]) -> list[torch.Tensor]:
+        counts.append(sum(sum(step.lengths) for step in steps if not step.decoding))
+        return whole(self, steps)
+
+    with mock.patch.object(LaneRunner, whole.__name__, counting):
+        yield counts
+
+
 def cache_bytes(generator: Any, prompt: list[int]) -> tuple[int, int]:
     """(what the caches of two rows a lane hold, what was expected of them)."""
     with generator._runner(2, 42) as runner:
@@ -93,6 +111,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         # Megatron's choice of kernels for the model before, of which one process usually has one only.
         del os.environ[name]
     config = policy_config(case)
+    leave_groups()
     world = init_megatron_world(config, 0)
     from megatron_lora.policy.megatron.policy import MegatronPolicy
     from megatron_lora.rollout.native import NativeGenerator
@@ -103,7 +122,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     handover = generator.load_adapter(policy.adapter(), 3)
     before = state_of(policy)
     greedy = generator.generate(prompts(), 1, SamplingOptions(max_new_tokens=12, temperature=0.0))
-    sampled = generator.generate(prompts(), 3, SamplingOptions(max_new_tokens=12, temperature=0.7, seed=5))
+    with counted_prompt_tokens() as read:
+        sampled = generator.generate(prompts(), 3, SamplingOptions(max_new_tokens=12, temperature=0.7, seed=5))
     after = state_of(policy)
     with policy.temperature(0.7):
         trainer = policy.score(rows_of(sampled))
@@ -118,6 +138,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "state_kept": before == after,
         "replicas": generator.num_replicas,
         "cache_bytes": cache_bytes(generator, probe),
+        "prompt_tokens": sum(read),
     }
     if case.get("stops"):
         result["stopped"] = plain(generator.generate(prompts(), 1, stop_options(greedy)))

@@ -155,6 +155,12 @@ def test_samples_do_not_depend_on_the_layout_and_differ_from_each_other(name: st
         assert found == _completions(results["one"][0]["sampled"])
 
 
+@pytest.mark.parametrize("name", ["one", "llama", "tp", "sp"])
+def test_a_prompt_is_read_once_for_all_its_answers(name: str, results: Results) -> None:
+    for result in results[name]:
+        assert result["prompt_tokens"] == sum(len(prompt) for prompt in prompts())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_caches_take_the_memory_that_is_reckoned_with(name: str, results: Results) -> None:
     for result in results[name]:
