@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.data.batch import Row
-from megatron_lora.errors import UserError
 from megatron_lora.policy.interface import Policy
 from megatron_lora.rollout.generator import Generator, Handover, RolloutError, Sample, SamplingOptions
 
@@ -165,8 +164,6 @@ def choose_refitter(
     whose probe fails is out. merge_only: why merging is the only way, where it is. say: told the choice and why, on
     every rank (give a no-op where it is not to speak).
     """
-    if requested == "adapter" and merge_only:
-        raise UserError(f"policy.generation.refit=adapter, but {merge_only}; set it to merge")
     mode: RefitMode = "merge" if requested == "merge" or merge_only else "adapter"
     refitter = Refitter(policy, generator, mode, vocab_size=vocab_size, max_length=max_length)
     if requested != "auto" or merge_only:

@@ -64,11 +64,6 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
     if model.num_attention_heads % size:
         raise UserError(f"{key} does not divide the model's {model.num_attention_heads} attention heads")
     if adapter_rank is not None:
-        if reason := merge_only_reason(policy, world):
-            raise UserError(
-                f"vLLM cannot take an adapter here: {reason}; set policy.generation.refit=merge or "
-                "policy.generation.backend=megatron"
-            )
         _check_rank(adapter_rank, max_lora_rank(policy, adapter_rank))
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     if world.device.type == "cpu" and head_dim not in CPU_HEAD_DIMS:
@@ -85,6 +80,14 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
     if world.device.type == "cuda" and engine_dtype(policy) == "float32":
         return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
     return None
+
+
+def hands_over_adapter(policy: PolicyConfig, world: World) -> bool:
+    """Whether the engine may be given the adapter. Raises UserError where the recipe wants it and it cannot be."""
+    reason = merge_only_reason(policy, world)
+    if reason and policy.generation.refit == "adapter":
+        raise UserError(f"policy.generation.refit=adapter, but {reason}; set it to merge")
+    return reason is None and policy.generation.refit != "merge"
 
 
 def engine_dtype(policy: PolicyConfig) -> str:

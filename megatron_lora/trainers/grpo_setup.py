@@ -116,17 +116,13 @@ def _check_native(policy: PolicyConfig) -> None:
 def _check_vllm(policy: PolicyConfig, world: World) -> None:
     generation = policy.generation
     vllm_engine.check_installed(world.device)
-    merge_only = vllm_engine.merge_only_reason(policy, world)
-    if generation.refit == "adapter" and merge_only:
-        raise UserError(f"policy.generation.refit=adapter, but {merge_only}; set it to merge")
     longest = generation.vllm_cfg.max_model_len
     if longest is not None and longest > policy.max_total_sequence_length:
         raise UserError(
             f"policy.generation.vllm_cfg.max_model_len={longest} is above policy.max_total_sequence_length="
             f"{policy.max_total_sequence_length}, so answers could be longer than what can be trained on; lower it"
         )
-    merged = generation.refit == "merge" or merge_only
-    rank = None if merged else _adapter_rank(policy)
+    rank = _adapter_rank(policy) if vllm_engine.hands_over_adapter(policy, world) else None
     vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
 
 

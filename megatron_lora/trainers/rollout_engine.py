@@ -42,8 +42,7 @@ class RolloutEngine:
             return NativeGenerator(session.policy, session.tokenizer)
         from megatron_lora.rollout.vllm import VllmGenerator
 
-        merged = config.generation.refit == "merge" or vllm_engine.merge_only_reason(config, session.world)
-        adapter = None if merged else session.policy.adapter()
+        adapter = session.policy.adapter() if vllm_engine.hands_over_adapter(config, session.world) else None
         return VllmGenerator(config, session.world, session.tokenizer, adapter)
 
     @property

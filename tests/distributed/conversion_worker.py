@@ -4,7 +4,6 @@ torchrun --nproc-per-node 2 -m tests.distributed.conversion_worker FOLDER
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_lora.policy.megatron.model import build_base
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.runtime.world import World, init_distributed, init_megatron_world
 from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, model_of
-from tests.distributed.megatron_build import leave_groups
+from tests.distributed.megatron_build import forget_kernels, leave_groups
 
 
 def config_of(folder: Path, case: str, layout: str, **peft: Any) -> PolicyConfig:
@@ -38,9 +37,7 @@ def config_of(folder: Path, case: str, layout: str, **peft: Any) -> PolicyConfig
 
 
 def start_world(config: PolicyConfig) -> World:
-    # Megatron leaves a model's attention kernel in the environment; families differ in it.
-    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
-        os.environ.pop(name, None)
+    forget_kernels()
     leave_groups()
     return init_megatron_world(config, 0)
 

@@ -4,7 +4,6 @@ Arguments: a JSON file (see `test_rollout_native.py`) with `cases`, and the fold
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from megatron_lora.rollout.native_answers import prompt_step
 from megatron_lora.rollout.native_cache import LaneStep, row_bytes
 from megatron_lora.rollout.native_forward import LaneRunner
 from megatron_lora.runtime.world import init_megatron_world
-from tests.distributed.megatron_build import leave_groups
+from tests.distributed.megatron_build import forget_kernels, leave_groups
 
 LENGTHS = (1, 5, 17, 2, 30)
 
@@ -107,10 +106,8 @@ def cache_bytes(generator: Any, prompt: list[int]) -> tuple[int, int]:
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    for name in [name for name in os.environ if name.startswith("NVTE_")]:
-        # Megatron's choice of kernels for the model before, of which one process usually has one only.
-        del os.environ[name]
     config = policy_config(case)
+    forget_kernels()
     leave_groups()
     world = init_megatron_world(config, 0)
     from megatron_lora.policy.megatron.policy import MegatronPolicy

@@ -21,7 +21,7 @@ from megatron_lora.rollout.vllm_engine import (
     check_installed,
     check_request,
     engine_arguments,
-    merge_only_reason,
+    hands_over_adapter,
 )
 from megatron_lora.rollout.vllm_fingerprint import checksum, digest, join_ranks, to_numbers
 from megatron_lora.runtime.world import World
@@ -90,12 +90,12 @@ def test_tensor_parallel_size_must_divide() -> None:
 def test_a_float32_adapter_on_a_gpu_is_refused() -> None:
     """vLLM's kernels there assert 16-bit floats after the model has been loaded."""
     gpu = world(1, torch.device("cuda"))
-    float32 = policy(vllm_cfg={"precision": "float32"})
-    with pytest.raises(UserError, match="take bfloat16 and float16, not float32; set policy.generation.refit=merge"):
-        check_request(float32, gpu, model(), 32)
-    check_request(float32, gpu, model(), None)
-    check_request(policy(vllm_cfg={"precision": "bfloat16"}), gpu, model(), 32)
-    assert merge_only_reason(float32, world(1)) is None
+    float32: dict[str, Any] = {"vllm_cfg": {"precision": "float32"}}
+    with pytest.raises(UserError, match="refit=adapter, but .* take bfloat16 .*, not float32; set it to merge"):
+        hands_over_adapter(policy(refit="adapter", **float32), gpu)
+    assert not hands_over_adapter(policy(refit="auto", **float32), gpu)
+    assert hands_over_adapter(policy(refit="adapter", **float32), world(1))
+    assert hands_over_adapter(policy(refit="adapter", vllm_cfg={"precision": "bfloat16"}), gpu)
 
 
 def test_rank_above_max_lora_rank() -> None:
