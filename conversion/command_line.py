@@ -15,7 +15,7 @@ def add_debug(parser: ArgumentParser) -> None:
 def run(main: Callable[[Namespace], None], arguments: Namespace) -> int:
     """Run main; returns the process's exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("conversion").setLevel(logging.INFO)
+    logging.getLogger("megatron_lora.conversion").setLevel(logging.INFO)
     try:
         main(arguments)
     except UserError as error:

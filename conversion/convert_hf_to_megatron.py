@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from conversion.command_line import add_debug, run
-from conversion.whole_model import convert_hf_to_megatron
+from megatron_lora.conversion.whole_model import convert_hf_to_megatron
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from conversion.command_line import add_debug, run
-from conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
+from megatron_lora.conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
 from megatron_lora.errors import UserError
 
 

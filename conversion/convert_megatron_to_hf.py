@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from conversion.command_line import add_debug, run
-from conversion.whole_model import convert_megatron_to_hf
+from megatron_lora.conversion.whole_model import convert_megatron_to_hf
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

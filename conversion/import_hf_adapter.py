@@ -7,7 +7,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from conversion.command_line import add_debug, run
-from conversion.export import import_hf_adapter
+from megatron_lora.conversion.export import import_hf_adapter
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

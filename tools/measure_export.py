@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from conversion.adapter_checkpoint import write_adapter
-from conversion.model_names import hf_shape, model_parameters
-from conversion.safetensors_io import write_tensors
+from megatron_lora.conversion.adapter_checkpoint import write_adapter
+from megatron_lora.conversion.model_names import hf_shape, model_parameters
+from megatron_lora.conversion.safetensors_io import write_tensors
 from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
 
 CONFIG = {
@@ -50,11 +50,11 @@ print(json.dumps([(kib("VmHWM") - before) / 2**20, time.perf_counter() - start])
 # name -> (imports, work)
 ROWS = {
     "`--mode adapter`": (
-        "from conversion.export import export_lora_adapter_to_hf",
+        "from megatron_lora.conversion.export import export_lora_adapter_to_hf",
         'export_lora_adapter_to_hf(adapter_ckpt=f"{folder}/step", hf_ckpt_path=f"{folder}/adapter")',
     ),
     "`--mode merged`": (
-        "from conversion.export import merge_lora_to_hf",
+        "from megatron_lora.conversion.export import merge_lora_to_hf",
         'merge_lora_to_hf(adapter_ckpt=f"{folder}/step", hf_ckpt_path=f"{folder}/merged", show_progress=False)',
     ),
     "peft `merge_and_unload`": (
@@ -63,12 +63,12 @@ ROWS = {
         'PeftModel.from_pretrained(base, f"{folder}/adapter").merge_and_unload().save_pretrained(f"{folder}/peft")',
     ),
     "`convert_hf_to_megatron.py`": (
-        "from conversion.whole_model import convert_hf_to_megatron",
+        "from megatron_lora.conversion.whole_model import convert_hf_to_megatron",
         'convert_hf_to_megatron(hf_model_name=f"{folder}/base", megatron_ckpt_path=f"{folder}/megatron",'
         " show_progress=False)",
     ),
     "`convert_megatron_to_hf.py`": (
-        "from conversion.whole_model import convert_megatron_to_hf",
+        "from megatron_lora.conversion.whole_model import convert_megatron_to_hf",
         'convert_megatron_to_hf(megatron_ckpt_path=f"{folder}/megatron", hf_ckpt_path=f"{folder}/back",'
         " show_progress=False)",
     ),

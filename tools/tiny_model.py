@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from conversion.output_folder import output_folder
+from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.data.arithmetic import arithmetic_rows
 from megatron_lora.errors import UserError
 from megatron_lora.reporting.console import RunConsole

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
-from conversion.export import read_peft_folder
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.conversion.export import read_peft_folder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes, ModuleLayout, segments_of
 from megatron_lora.lora.peft_format import from_hf

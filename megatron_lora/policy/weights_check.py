@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from conversion.fingerprint import fingerprint_base
-from conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.fingerprint import fingerprint_base
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.errors import UserError
 
 MEGATRON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from conversion.export import write_peft_folder
 from megatron_lora.config.loader import dump_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.conversion.export import write_peft_folder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.metrics import RunReporter

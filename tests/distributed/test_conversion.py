@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf
-from conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_lora.conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf
+from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, build, model_of, prompt
 
 ROOT = Path(__file__).parents[2]

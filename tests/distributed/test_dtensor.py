@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from conversion.adapter_checkpoint import read_adapter
+from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.peft_format import to_hf
 from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps
 from tests.support.compare import largest_difference, relative_differences

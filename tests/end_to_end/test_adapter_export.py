@@ -13,10 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conversion.adapter_checkpoint import write_adapter
-from conversion.export import export_lora_adapter_to_hf, import_hf_adapter, merge_lora_to_hf
-from conversion.fingerprint import fingerprint_base
-from conversion.safetensors_io import write_tensors
+from megatron_lora.conversion.adapter_checkpoint import write_adapter
+from megatron_lora.conversion.export import export_lora_adapter_to_hf, import_hf_adapter, merge_lora_to_hf
+from megatron_lora.conversion.fingerprint import fingerprint_base
+from megatron_lora.conversion.safetensors_io import write_tensors
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
 from megatron_lora.lora.peft_format import hf_linears, segment_features
@@ -98,7 +98,7 @@ def test_both_modes_give_one_model(family, tied, tmp_path):
 def test_a_merge_in_bf16_reports_what_rounding_costs(tmp_path, caplog):
     base = write_base(tmp_path / "base", dtype=torch.bfloat16)
     step = write_step(tmp_path / "step_1", base)
-    with caplog.at_level("INFO", logger="conversion"):
+    with caplog.at_level("INFO", logger="megatron_lora.conversion"):
         merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(tmp_path / "merged"), show_progress=False)
     lost = [float(number) for number in re.findall(r"([\d.]+)%", caplog.text)]
     assert len(lost) == 2 and 0 < lost[0] <= lost[1] < 5, caplog.text
@@ -252,7 +252,7 @@ def test_nan_in_the_adapter_is_refused(ready, tmp_path):
 
 MEASURE = """
 import json, sys, time
-from conversion import export
+from megatron_lora.conversion import export
 def kib(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 before, start = kib("VmRSS"), time.perf_counter()

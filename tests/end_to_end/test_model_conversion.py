@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion.command_line import run
-from conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf
-from conversion.megatron_weights import MegatronWeights
-from conversion.torch_dist import TorchDistFolder
-from conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_lora.conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf
+from megatron_lora.conversion.megatron_weights import MegatronWeights
+from megatron_lora.conversion.torch_dist import TorchDistFolder
+from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.policy.dtensor.checkpoint import save_model
@@ -59,7 +59,7 @@ def test_bf16_shards_and_small_files_come_back(tmp_path: Path, monkeypatch: pyte
     base = write_base(tmp_path / "base", "qwen2", tied=True, dtype=torch.bfloat16)
     megatron = to_megatron(base, tmp_path / "megatron", tp=2, pp=3)
     assert json.loads((megatron / "source.json").read_text())["hf_model_name"] == str(base)
-    monkeypatch.setattr("conversion.megatron_weights.MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr("megatron_lora.conversion.megatron_weights.MAX_SHARD_BYTES", 20_000)
     out = to_hf(megatron, tmp_path / "out")
     assert len(list(out.glob("model-*.safetensors"))) > 2
     assert_same_tensors(base, out)

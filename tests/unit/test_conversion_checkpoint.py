@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conversion.adapter_checkpoint import read_adapter, write_adapter
-from conversion.torch_dist import TorchDistFolder
+from megatron_lora.conversion.adapter_checkpoint import read_adapter, write_adapter
+from megatron_lora.conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
 from tests.support.launch import ROOT
@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lora.runtime.cpu import install_cpu_stand_ins
-from conversion.adapter_checkpoint import read_adapter
+from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.sharding import placement, shard
 
 
@@ -164,7 +164,7 @@ def test_writing_holds_a_few_tensors_not_the_checkpoint(tmp_path: Path) -> None:
     code = """
 import sys; from pathlib import Path
 import torch
-from conversion.torch_dist import StoredTensor, write_torch_dist
+from megatron_lora.conversion.torch_dist import StoredTensor, write_torch_dist
 def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) / 1024
 entries = {f'w{n}': StoredTensor(torch.float32, (4096, 4096)) for n in range(12)}
 write_torch_dist(Path(sys.argv[1]) / 'first', {'w': StoredTensor(torch.float32, (8,))}, lambda name: torch.ones(8))

@@ -11,9 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion.fingerprint import fingerprint_adapter, fingerprint_base
-from conversion.output_folder import output_folder
-from conversion.safetensors_io import SafetensorsFolder, read_header, read_tensor, write_tensor_dict, write_tensors
+from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_base
+from megatron_lora.conversion.output_folder import output_folder
+from megatron_lora.conversion.safetensors_io import (
+    SafetensorsFolder,
+    read_header,
+    read_tensor,
+    write_tensor_dict,
+    write_tensors,
+)
 from megatron_lora.errors import UserError
 
 
@@ -109,8 +115,8 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 import torch
-from conversion.output_folder import output_folder
-from conversion.safetensors_io import write_tensor_dict
+from megatron_lora.conversion.output_folder import output_folder
+from megatron_lora.conversion.safetensors_io import write_tensor_dict
 from megatron_lora.errors import UserError
 try:
     with output_folder(sys.argv[1]) as folder:

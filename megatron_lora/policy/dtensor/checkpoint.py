@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from conversion.adapter_checkpoint import read_adapter, write_adapter
+from megatron_lora.conversion.adapter_checkpoint import read_adapter, write_adapter
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.peft_format import fuse, to_hf

@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from conversion.megatron_weights import MegatronWeights
-from conversion.model_names import EMBEDDING, model_parameters, unfuse
-from conversion.torch_dist import COMMON_STATE, TorchDistFolder
+from megatron_lora.conversion.megatron_weights import MegatronWeights
+from megatron_lora.conversion.model_names import EMBEDDING, model_parameters, unfuse
+from megatron_lora.conversion.torch_dist import COMMON_STATE, TorchDistFolder
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.policy.dtensor.checkpoint import load_state, put

@@ -14,9 +14,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import Placement, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conversion.base_model import find_base
-from conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.base_model import find_base
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelShapes
 from megatron_lora.lora.peft_format import PREFIX

@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from torch import Tensor
 
-from conversion.adapter_checkpoint import read_adapter
-from conversion.megatron_weights import HF_EMBEDDING
-from conversion.model_names import fuse, model_parameters
-from conversion.torch_dist import TorchDistFolder
+from megatron_lora.conversion.adapter_checkpoint import read_adapter
+from megatron_lora.conversion.megatron_weights import HF_EMBEDDING
+from megatron_lora.conversion.model_names import fuse, model_parameters
+from megatron_lora.conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import PREFIX

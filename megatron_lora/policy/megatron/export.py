@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from conversion.model_names import ModelParameter, model_parameters, unfuse, unshard_parameter
+from megatron_lora.conversion.model_names import ModelParameter, model_parameters, unfuse, unshard_parameter
 from megatron_lora.lora.layout import ModuleLayout
 from megatron_lora.lora.peft_format import HFLinear, hf_linears, segment_delta
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
-from conversion.fingerprint import fingerprint_weights
-from conversion.megatron_weights import MegatronWeights
-from conversion.safetensors_io import SafetensorsFolder
-from conversion.shard_writer import write_shards
-from conversion.weight_source import WeightSource
+from megatron_lora.conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
+from megatron_lora.conversion.fingerprint import fingerprint_weights
+from megatron_lora.conversion.megatron_weights import MegatronWeights
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder
+from megatron_lora.conversion.shard_writer import write_shards
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, ModelShapes
 

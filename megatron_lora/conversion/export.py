@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
-from conversion.base_model import find_base, read_config
-from conversion.fingerprint import fingerprint_adapter, fingerprint_base, fingerprint_stream
-from conversion.merge import Merger
-from conversion.model_source import check_base, open_base
-from conversion.output_folder import output_folder
-from conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
+from megatron_lora.conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
+from megatron_lora.conversion.base_model import find_base, read_config
+from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_base, fingerprint_stream
+from megatron_lora.conversion.merge import Merger
+from megatron_lora.conversion.model_source import check_base, open_base
+from megatron_lora.conversion.output_folder import output_folder
+from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import from_hf, to_hf
@@ -55,7 +55,7 @@ def export_lora_adapter_to_hf(
             factors.clear()
         write_peft_folder(out, config, tensors)
         if check_logits:
-            from conversion.logit_check import check_adapter_logits
+            from megatron_lora.conversion.logit_check import check_adapter_logits
 
             with base.as_hf_folder(out.parent) as folder:
                 logger.info("logits agree to %.1e", check_adapter_logits(folder, spec, factors, out))
@@ -112,7 +112,7 @@ def merge_lora_to_hf(
         merger.write(out, metadata, show_progress=show_progress)
         logger.info("%s", merger.report)
         if check_logits:
-            from conversion.logit_check import check_merged_logits
+            from megatron_lora.conversion.logit_check import check_merged_logits
 
             coarsest = max((merger.target_dtype(name) for name in merger.targets), key=lambda d: torch.finfo(d).eps)
             with base.as_hf_folder(out.parent) as folder:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from conversion.torch_dist import StoredTensor, TorchDistFolder, write_torch_dist
+from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder, write_torch_dist
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.peft_format import check_tensors

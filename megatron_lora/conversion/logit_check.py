@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from conversion.safetensors_io import write_tensor_dict
+from megatron_lora.conversion.safetensors_io import write_tensor_dict
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.peft_format import hf_linears, segment_delta, to_hf
 

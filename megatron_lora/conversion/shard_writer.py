@@ -8,7 +8,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from conversion.safetensors_io import INDEX_FILE, SINGLE_FILE, read_header, write_tensors
+from megatron_lora.conversion.safetensors_io import INDEX_FILE, SINGLE_FILE, read_header, write_tensors
 
 Description = tuple[torch.dtype, tuple[int, ...]]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.safetensors_io import SafetensorsFolder
-from conversion.weight_source import WeightSource
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder
+from megatron_lora.conversion.weight_source import WeightSource
 
 DIGITS = 32
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.model_names import ModelParameter, check_names, hf_shape, model_parameters, unfuse
-from conversion.safetensors_io import SINGLE_FILE, sample_positions, tensor_bytes
-from conversion.torch_dist import StoredTensor, TorchDistFolder
+from megatron_lora.conversion.model_names import ModelParameter, check_names, hf_shape, model_parameters, unfuse
+from megatron_lora.conversion.safetensors_io import SINGLE_FILE, sample_positions, tensor_bytes
+from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelShapes
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from conversion.base_model import find_base
-from conversion.fingerprint import fingerprint_weights
-from conversion.megatron_weights import MegatronWeights
-from conversion.merge import FLOATS
-from conversion.model_names import ModelParameter, check_names, fuse, model_parameters
-from conversion.model_source import HF_FOLDER, ModelSource, open_checkpoint, write_config_dtype
-from conversion.output_folder import output_folder
-from conversion.safetensors_io import SafetensorsFolder, tensor_bytes
-from conversion.shard_writer import check_shards, progress_bar, write_shards
-from conversion.torch_dist import StoredTensor, write_torch_dist
-from conversion.weight_source import WeightSource
+from megatron_lora.conversion.base_model import find_base
+from megatron_lora.conversion.fingerprint import fingerprint_weights
+from megatron_lora.conversion.megatron_weights import MegatronWeights
+from megatron_lora.conversion.merge import FLOATS
+from megatron_lora.conversion.model_names import ModelParameter, check_names, fuse, model_parameters
+from megatron_lora.conversion.model_source import HF_FOLDER, ModelSource, open_checkpoint, write_config_dtype
+from megatron_lora.conversion.output_folder import output_folder
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.conversion.shard_writer import check_shards, progress_bar, write_shards
+from megatron_lora.conversion.torch_dist import StoredTensor, write_torch_dist
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import KINDS, ModelShapes
 from megatron_lora.lora.sharding import placement

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.shard_writer import check_shards, write_shards
-from conversion.weight_source import WeightSource
+from megatron_lora.conversion.shard_writer import check_shards, write_shards
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModuleLayout
 from megatron_lora.lora.peft_format import block_of, hf_linears, segment_factors, segment_features
