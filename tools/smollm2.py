@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from conversion.output_folder import output_folder
+from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
