@@ -25,7 +25,8 @@ class Prompt:
     """What GRPO samples answers for.
 
     input_ids: [S] int64. text: the same as text. answer: the reference answer ("" if the row has none). index: the
-    row's number, counted from 1. extra: the row's other fields, for reward functions.
+    row's number, counted from 1. extra: the row's other fields, for reward functions. no_reference: why there is no
+    reference answer, "" where there is one (`references.rows_without_reference` says which rows lack one).
     """
 
     input_ids: Tensor
@@ -33,6 +34,7 @@ class Prompt:
     answer: str
     index: int
     extra: dict[str, Any] = field(default_factory=dict)
+    no_reference: str = ""
 
 
 class TokenizedDataset(Sequence[list[Row]]):
@@ -168,7 +170,9 @@ def _encode_prompt(
 ) -> Prompt:
     example = parse_prompt(row, keys, instructions)
     ids, text = encoder.encode_prompt(example)
-    return Prompt(torch.tensor(ids, dtype=torch.int64), text, example.answer, number, example.extra)
+    return Prompt(
+        torch.tensor(ids, dtype=torch.int64), text, example.answer, number, example.extra, example.no_reference
+    )
 
 
 def _encode_all(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.data.references import Reference, final_answer, find_reference
 from megatron_lora.errors import UserError
 
 Message = dict[str, Any]
@@ -72,11 +73,13 @@ class ChatExample:
 
 @dataclass(frozen=True)
 class PromptExample:
-    """What GRPO samples answers for: plain text or messages, the reference answer, and the row's other fields."""
+    """What GRPO samples answers for: plain text or messages, the reference answer, the row's other fields, and why
+    there is no reference ("" where there is one)."""
 
     prompt: str | list[Message]
     answer: str
     extra: dict[str, Any] = field(default_factory=dict)
+    no_reference: str = ""
 
 
 Example = TextExample | ChatExample
@@ -176,25 +179,16 @@ def parse_prompt(row: Mapping[str, Any], keys: Keys, instructions: Instructions)
         else:
             prompt = instructions.wrap_messages(_as_messages(question, "user"))
         answer = ""
-    answer_key = keys.output_key or next(
-        (k for k in ("answer", "completion", "output", "expected_answer", "ground_truth", "solution") if k in row), None
-    )
-    if answer_key is not None:
-        if row.get(answer_key) is None:
-            raise RowError(f"field {answer_key!r} is missing")
-        answer = str(row[answer_key])
-        used.add(answer_key)
+    reference = find_reference(row, keys.output_key)
+    if answer and not reference.text:
+        reference = Reference(answer, "messages")
+    elif not reference.problem:
+        used.add(reference.column)
     extra = {key: value for key, value in row.items() if key not in used}
-    final = final_answer(answer)
-    if final != answer:
-        extra["solution"] = answer
-    return PromptExample(prompt, final, extra)
-
-
-def final_answer(answer: str) -> str:
-    """GSM8K's answers end with `#### number`: that number without thousands separators; other answers as they are."""
-    _, mark, final = answer.rpartition("####")
-    return final.strip().replace(",", "") if mark else answer
+    final = final_answer(reference.text)
+    if final != reference.text:
+        extra["solution"] = reference.text
+    return PromptExample(prompt, final, extra, reference.problem)
 
 
 def _check_row(row: Any) -> None:

@@ -14,13 +14,13 @@ from megatron_lora.data.examples import (
     Keys,
     RowError,
     TextExample,
-    final_answer,
     load_instructions,
     parse_preference,
     parse_prompt,
     parse_sft,
 )
 from megatron_lora.data.hub import HUB_DATASETS
+from megatron_lora.data.references import final_answer
 from megatron_lora.data.sources import GSM8K_VARIABLE, Source, SourceSpec, load_source, load_sources
 from megatron_lora.errors import UserError
 
