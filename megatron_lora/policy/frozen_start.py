@@ -1,4 +1,4 @@
-"""The adapter as it was when the run began, put back for as long as a reference policy is asked for."""
+"""The adapter as it was when the run began: put back for as long as a reference policy is asked for, and compared."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +21,12 @@ def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
         yield
     finally:
         _put(parameters, before)
+
+
+@torch.no_grad()
+def product_is_zero(lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether an adapter adds nothing to its base, bit for bit: one of its factors is all zeros."""
+    return not bool(lora_a.any()) or not bool(lora_b.any())
 
 
 @torch.no_grad()

@@ -58,7 +58,8 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Each row's token log-probabilities: [S] fp32 CPU, nats, [0] is 0; on every rank, no gradients."""
+        """Each row's token log-probabilities: [S] fp32 CPU, nats, [0] is 0; on every rank, no gradients. Raises
+        NonFiniteLoss, on every rank, where one is not finite."""
 
     @abstractmethod
     def adapters_disabled(self) -> AbstractContextManager[None]:
@@ -71,8 +72,16 @@ class Policy(ABC):
         fine-tuning, which keeps no copy of where it started."""
 
     @abstractmethod
-    def temperature(self, value: float) -> AbstractContextManager[None]:
-        """Within it log-probabilities are those of the distribution sampled at this temperature."""
+    def at_reference(self) -> bool:
+        """Whether the policy's weights are its reference's (the adapter's product is zero, or its factors are those of
+        `init_adapter`), so that a KL divergence between them is zero whatever kernels compute it. On every rank the
+        same. Raises ValueError for full fine-tuning."""
+
+    @abstractmethod
+    def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> AbstractContextManager[None]:
+        """Within it log-probabilities are those of the distribution that answers are drawn from: at this temperature,
+        and of what top_k, then top_p leave of the vocabulary (-1 and 1: all). A target outside of that counts as the
+        last token inside."""
 
     @abstractmethod
     def trainable_parameters(self) -> tuple[int, int]:
@@ -101,9 +110,20 @@ class Policy(ABC):
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or a gradient was NaN or infinite; names the data set rows of the micro-batches that caused it."""
+    """The loss, a gradient or a log-probability was NaN or infinite; names the data set rows that caused it, as far as
+    they can be told apart."""
 
     def __init__(self, value: float, row_indices: list[int], what: str = "loss"):
         super().__init__(f"the {what} is {value} for data rows {row_indices}")
         self.value = value
         self.row_indices = row_indices
+
+
+def check_scores(rows: Sequence[Row], scores: Sequence[Tensor]) -> None:
+    """Raises NonFiniteLoss where a row's log-probabilities [S] are not all finite: a number put in their place would
+    train on."""
+    bad = [(row, values) for row, values in zip(rows, scores, strict=True) if not bool(values.isfinite().all())]
+    if bad:
+        values = bad[0][1]
+        first = float(values[~values.isfinite()][0])
+        raise NonFiniteLoss(first, sorted({row.index for row, _ in bad}), what="log-probability of a token")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_lora.policy.tail_cut import tail_cut
 from megatron_lora.rollout.generator import Decoder, SamplingOptions
 
 # Tokens beyond a stop string's bytes that are decoded with it: some tokens decode to nothing (special tokens).
@@ -17,23 +18,15 @@ DRAW_BLOCK = 512
 def processed_logprobs(logits: Tensor, options: SamplingOptions) -> Tensor:
     """Log-probabilities [n, vocabulary] (fp32, nats) of the distribution that is sampled from; -inf where cut off.
 
-    logits: [n, vocabulary]. Temperature first, then the top_k most likely tokens (ties with the last are kept), then
-    the smallest set of the rest with probability top_p (Holtzman et al. 2019, section 3.1), as vLLM's
+    logits: [n, vocabulary]. Temperature first, then top-k, then top-p (`policy.tail_cut`), as vLLM's
     `processed_logprobs`. At temperature 0 the model's own distribution.
     """
     logits = logits.float()
     if options.temperature == 0:
         return logits.log_softmax(-1)
     logits = logits / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        least = logits.topk(options.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if options.top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(-1)
-        likelier = probabilities.cumsum(-1) - probabilities
-        cut = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, likelier >= options.top_p)
-        logits = logits.masked_fill(cut, float("-inf"))
+    if options.top_p < 1.0 or 0 < options.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(tail_cut(logits, options.top_k, options.top_p), float("-inf"))
     return logits.log_softmax(-1)
 
 

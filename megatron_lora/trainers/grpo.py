@@ -10,9 +10,9 @@ for a batch of prompts q:
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from megatron_lora.data.batch import Row
@@ -190,11 +190,16 @@ class GRPOTrainer:
 
     def _with_logps(self, rows: list[Row]) -> list[Row]:
         config = self.objective.config
-        with self.policy.temperature(self._temperature):
+        with self._sampling():
             fields: dict[str, list[Tensor]] = {"old_logps": self.policy.score(rows)}
             if config.reference_policy_kl_penalty > 0:
-                with self.policy.reference():
-                    fields["reference_logps"] = self.policy.score(rows)
+                # The base alone takes other kernels than the base with an adapter that adds nothing: their difference
+                # is rounding, and no divergence to learn from.
+                if self.policy.at_reference():
+                    fields["reference_logps"] = fields["old_logps"]
+                else:
+                    with self.policy.reference():
+                        fields["reference_logps"] = self.policy.score(rows)
         if config.use_kl_in_reward and config.reference_policy_kl_penalty > 0:
             fields["advantages"] = subtract_kl(
                 [row.token_fields["advantages"] for row in rows],
@@ -208,15 +213,16 @@ class GRPOTrainer:
             for number, row in enumerate(rows)
         ]
 
-    @property
-    def _temperature(self) -> float:
-        return self.session.recipe.policy.generation.temperature
+    def _sampling(self) -> AbstractContextManager[None]:
+        """Within it log-probabilities are those of the distribution that the answers were drawn from."""
+        generation = self.session.recipe.policy.generation
+        return self.policy.sampling(generation.temperature, top_k=generation.top_k or -1, top_p=generation.top_p)
 
     def _update(self, rows: list[Row]) -> StepResult:
         """An optimizer step for each `policy.train_global_batch_size` rows, in order; the mean of what they report."""
         size = self.session.recipe.policy.train_global_batch_size
         results = []
-        with self.policy.temperature(self._temperature):
+        with self._sampling():
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
                 if self._teaches(part):
@@ -229,19 +235,14 @@ class GRPOTrainer:
 
     def _teaches(self, rows: Sequence[Row]) -> bool:
         """Whether the loss of these rows has any gradient: not where every group's rewards are equal (or every answer
-        is filtered out) and the policy is still its reference."""
+        is filtered out) and the policy's weights are still its reference's. Adam divides a gradient by its own size,
+        so rounding in place of a zero would become a whole step. Collective."""
         config = self.objective.config
-        if self.objective.count(list(rows)) == 0:
-            return False
-        if config.positive_example_nll_weight > 0:
+        if any(bool(row.token_fields["advantages"][row.target_mask].any()) for row in rows):
             return True
-        for row in rows:
-            fields, mask = row.token_fields, row.target_mask
-            if bool(fields["advantages"][mask].any()):
-                return True
-            if config.kl_in_loss and not torch.equal(fields["old_logps"][mask], fields["reference_logps"][mask]):
-                return True
-        return False
+        if config.positive_example_nll_weight > 0 and any(r.row_fields["reward"] > 0 and r.num_targets for r in rows):
+            return True
+        return config.kl_in_loss and self.objective.count(list(rows)) > 0 and not self.policy.at_reference()
 
 
 def mean_result(results: Sequence[StepResult], rows: Sequence[Row], learning_rate: float) -> StepResult:

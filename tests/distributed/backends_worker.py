@@ -91,7 +91,7 @@ def grpo_step(policy: Policy, step: int) -> StepResult:
         policy.rollout = rollout  # type: ignore[attr-defined]
     assert rollout is not None
     objective = GRPOObjective(GRPOConfig(reference_policy_kl_penalty=0.05))
-    with policy.temperature(0.9):
+    with policy.sampling(0.9):
         return policy.train_step([[row] for row in rollout], objective)
 
 
@@ -149,8 +149,10 @@ def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> di
     resumes = saved is not None and saved.is_dir()
     if saved is not None and resumes:
         policy.load(saved / "weights", saved / "optimizer")
-    found: dict[str, Any] = {"losses": [], "grad_norms": [], "learning_rates": [], "metrics": []}
+    found: dict[str, Any] = {"losses": [], "grad_norms": [], "learning_rates": [], "metrics": [], "at_reference": []}
     for step in range(HALF if resumes else 0, NUM_STEPS):
+        if not algorithm.full and step < 2:
+            found["at_reference"].append(policy.at_reference())
         if step == HALF and saved is not None and not resumes:
             policy.save(saved / "weights", saved / "optimizer")
         result = algorithm.run(policy, step)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node N -m tests.distributed.dtensor_worker FOLDER
 
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.dtensor import optim
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
+from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world
 from tests.support.reference import make_rows
 
@@ -125,12 +128,29 @@ def scores(folder: Path, family: str, options: dict[str, Any]) -> dict[str, Any]
     adapted = policy.score(rows)
     with policy.adapters_disabled():
         base = policy.score(rows)
-    with policy.temperature(0.5):
+    with policy.sampling(0.5):
         sharp = policy.score(rows)
+    with policy.sampling(0.5, top_k=30, top_p=0.6):
+        cut = policy.score(rows)
     loss, _ = policy.evaluate([[row] for row in rows], SFTObjective())
     merged = dict(policy.hf_weights())
     again = policy.score(rows)
-    return {"adapted": adapted, "base": base, "sharp": sharp, "again": again, "loss": loss, "merged": merged}
+    found = {"adapted": adapted, "base": base, "sharp": sharp, "cut": cut, "again": again, "merged": merged}
+    return found | {"loss": loss, "poisoned": poisoned(policy, rows)}
+
+
+def poisoned(policy: DTensorPolicy, rows: list[Row]) -> str:
+    """What is said where the model's numbers are none."""
+    weight = optim.local_part(policy.base.hf.model.norm.weight.detach())
+    before = weight.clone()
+    try:
+        weight.fill_(float("nan"))
+        policy.score([replace(row, index=5 + number) for number, row in enumerate(rows)])
+    except NonFiniteLoss as failure:
+        return str(failure)
+    finally:
+        weight.copy_(before)
+    return ""
 
 
 def dropout(folder: Path, options: dict[str, Any], position: str) -> dict[str, Any]:

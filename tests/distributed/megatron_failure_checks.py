@@ -42,7 +42,8 @@ def non_finite(case: dict[str, Any]) -> dict[str, Any]:
     policy = build_policy(case)
     before = policy.adapter().tensors
     kept = _set_embedding(policy, torch.full((), float("inf")))
-    found = {"loss": _failure(policy, poisoned_rows(), SFTObjective())}
+    found: dict[str, Any] = {"loss": _failure(policy, poisoned_rows(), SFTObjective())}
+    found["score"] = _failure(policy, poisoned_rows(), None)
     _set_embedding(policy, kept)
     found["gradient"] = _failure(policy, training_rows(1)[0], NanGradient())
     after = policy.adapter().tensors
@@ -65,9 +66,13 @@ def _set_embedding(policy: MegatronPolicy, value: Tensor) -> Tensor:
     return before
 
 
-def _failure(policy: MegatronPolicy, rows: list[Row], objective: SFTObjective) -> dict[str, Any]:
+def _failure(policy: MegatronPolicy, rows: list[Row], objective: SFTObjective | None) -> dict[str, Any]:
+    """What a step raises; without an objective, what scoring raises."""
     try:
-        policy.train_step([[row] for row in rows], objective)
+        if objective is None:
+            policy.score(rows)
+        else:
+            policy.train_step([[row] for row in rows], objective)
     except NonFiniteLoss as failure:
         return {"message": str(failure), "rows": failure.row_indices}
     return {"message": "", "rows": []}

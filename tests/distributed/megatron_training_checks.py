@@ -45,8 +45,12 @@ def logits(case: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"plain": plain, "chunked": policy.score(rows)}
     with policy.adapters_disabled():
         found["without_adapter"] = policy.score(rows)
-    with policy.temperature(0.7):
+    with policy.sampling(0.7):
         found["temperature"] = policy.score(rows)
+    with policy.sampling(0.7, top_k=30, top_p=0.6):
+        found["cut"] = policy.score(rows)
+        policy.engine.head = replace(policy.engine.head, chunk_size=0)
+        found["cut_plain"] = policy.score(rows)
     found["logits"] = [_whole_vocabulary(policy, piece) for piece in kept]
     found["trainable"] = policy.trainable_parameters()
     return found

@@ -122,13 +122,19 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     with counted_prompt_tokens() as read:
         sampled = generator.generate(prompts(), 3, SamplingOptions(max_new_tokens=12, temperature=0.7, seed=5))
     after = state_of(policy)
-    with policy.temperature(0.7):
+    with policy.sampling(0.7):
         trainer = policy.score(rows_of(sampled))
+    cut = SamplingOptions(max_new_tokens=12, temperature=1.4, top_k=20, top_p=0.7, seed=5)
+    cut_samples = generator.generate(prompts(), 2, cut)
+    with policy.sampling(1.4, top_k=20, top_p=0.7):
+        cut_trainer = policy.score(rows_of(cut_samples))
     probe = prompts()[-1]
     result = {
         "greedy": plain(greedy),
         "sampled": plain(sampled),
         "trainer": trainer,
+        "cut": plain(cut_samples),
+        "cut_trainer": cut_trainer,
         "probe": generator.score_prompt(probe),
         "trainer_probe": policy.score([Row(torch.tensor(probe), torch.ones(len(probe), dtype=torch.bool))])[0],
         "fingerprints": [handover.fingerprint, generator.held_fingerprint()],

@@ -18,6 +18,12 @@ from tests.support.reference import TARGETS, save_adapter
 
 VOCAB = int(SIZES["vocab_size"])
 FAMILIES = ("qwen3", "llama3")
+# What cuts the tail off: with a temperature, which comes first.
+CUTS = {
+    "top_k": {"temperature": 1.0, "top_k": 4},
+    "top_p": {"temperature": 1.0, "top_p": 0.6},
+    "both": {"temperature": 1.5, "top_k": 30, "top_p": 0.7},
+}
 
 
 def build(folder: Path) -> None:

@@ -20,6 +20,7 @@ from megatron_lora.rollout.refit import Refitter, choose_refitter
 from megatron_lora.rollout.vllm import VllmGenerator
 from megatron_lora.runtime.world import init_distributed, init_megatron_world
 from tests.distributed.rollout_models import (
+    CUTS,
     VOCAB,
     Reference,
     as_row,
@@ -96,6 +97,7 @@ def check_tensor_parallel(folder: Path, found: dict[str, Any]) -> MegatronPolicy
     found["versions"] = sorted({sample.adapter_version for sample in sampled})
     found["repeatable"] = tokens(generator.generate(prompts(), 3, SAMPLED)) == tokens(sampled)
     check_options(generator, peft, found)
+    check_cut(generator, policy, found)
     check_refits(folder, policy, generator, refitter, found)
     found["sampled_tokens"] = tokens(sampled)
     generator.close()
@@ -122,6 +124,18 @@ def check_options(generator: VllmGenerator, peft: Reference, found: dict[str, An
     scores = generator.score_prompt(prompts()[1])
     expected = peft.completion_logps(prompts()[1][:1], prompts()[1][1:])
     found["score_prompt_error"] = float((scores[1:] - expected).abs().max())
+
+
+def check_cut(generator: VllmGenerator, policy: MegatronPolicy, found: dict[str, Any]) -> None:
+    """The trainer's log-probabilities of what vLLM drew with its tail cut off."""
+    for name, cut in CUTS.items():
+        samples = generator.generate(prompts(), 3, SamplingOptions(max_new_tokens=12, seed=1, **cut))  # type: ignore[arg-type]
+        with policy.sampling(**cut):  # type: ignore[arg-type]
+            scores = policy.score([as_row(s.prompt_ids + s.completion_ids) for s in samples])
+        pairs = zip(scores, samples, strict=True)
+        found[f"trainer_error_{name}"] = max(
+            float((a[-b.logprobs.numel() :] - b.logprobs).abs().max()) for a, b in pairs
+        )
 
 
 def check_refits(

@@ -70,6 +70,15 @@ def test_both_backends_draw_the_same_adapter(size: int, found: Found) -> None:
     assert all(torch.equal(ours.tensors[name], value) for name, value in theirs.tensors.items())
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", ["megatron", "dtensor"])
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_a_policy_is_its_reference_until_its_first_update(name: str, backend: str, size: int, found: Found) -> None:
+    """B at zero, and an adapter from a folder."""
+    for rank in found(size):
+        assert rank[f"{name}_{backend}"]["at_reference"] == [True, False]
+
+
 @pytest.mark.parametrize("size", SIZES[1:])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_layout_does_not_matter(name: str, size: int, found: Found) -> None:

@@ -17,7 +17,7 @@ from megatron_lora.lora.peft_format import to_hf
 from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.models import save_model
-from tests.support.reference import TARGETS, make_rows, save_adapter, token_logps, train
+from tests.support.reference import TARGETS, cut_logits, make_rows, of_targets, save_adapter, token_logps, train
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
@@ -143,17 +143,27 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
         without = [token_logps(base, row) for row in rows]
         model = PeftModel.from_pretrained(base, adapter)
         adapted = [token_logps(model, row) for row in rows]
-        sharp = [torch.log_softmax(model(row.input_ids[None]).logits[0, :-1] / 0.5, -1) for row in rows]
+        logits = [model(row.input_ids[None]).logits[0, :-1] / 0.5 for row in rows]
         merged = model.merge_and_unload().state_dict()
-    sharp = [logps.gather(1, row.input_ids[1:, None]).squeeze(1) for logps, row in zip(sharp, rows, strict=True)]
+    targets = [row.input_ids[1:] for row in rows]
+    sharp = [of_targets(values, wanted) for values, wanted in zip(logits, targets, strict=True)]
+    cut = [of_targets(cut_logits(v, wanted, 30, 0.6), wanted) for v, wanted in zip(logits, targets, strict=True)]
+    assert min(float((c - s).min()) for c, s in zip(cut, sharp, strict=True)) > 0.1
     count = sum(row.num_targets for row in rows)
     loss = -sum(float((logps * row.target_mask[1:]).sum()) for logps, row in zip(adapted, rows, strict=True)) / count
     for got in runs[name]:
-        for key, wanted in (("base", without), ("adapted", adapted), ("sharp", sharp), ("again", adapted)):
+        for key, wanted in (
+            ("base", without),
+            ("adapted", adapted),
+            ("sharp", sharp),
+            ("cut", cut),
+            ("again", adapted),
+        ):
             for piece, reference in zip(got[key], wanted, strict=True):
                 assert piece[0] == 0.0
                 torch.testing.assert_close(piece[1:], reference, rtol=1e-4, atol=1e-5)
         assert got["loss"] == pytest.approx(loss, rel=1e-5)
+        assert got["poisoned"] == "the log-probability of a token is nan for data rows [5, 6, 7, 8, 9]"
         assert set(got["merged"]) == set(merged)
         for key, value in merged.items():
             torch.testing.assert_close(got["merged"][key], value, rtol=1e-4, atol=1e-6)

@@ -227,6 +227,9 @@ def test_a_row_that_makes_the_loss_infinite_is_named_and_nothing_updated(
         assert found["loss"]["rows"] == rows
         assert "the loss is nan" in found["loss"]["message"] or "the loss is inf" in found["loss"]["message"]
         assert "the gradient norm is nan" in found["gradient"]["message"]
+        # Rows are scored one by one, also where they share a micro-batch.
+        assert found["score"]["rows"] == [POISONED_ROW]
+        assert "log-probability of a token is " in found["score"]["message"]
         assert found["unchanged"]
         # The next steps are as if the failed ones had not been.
         assert max(relative_differences(found["losses"], wanted.losses[:2])) < 1e-4

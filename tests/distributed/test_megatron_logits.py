@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.megatron_case import CP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
 from tests.support.models import FAMILIES
+from tests.support.reference import cut_logits, of_targets
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -63,6 +64,11 @@ def test_log_probabilities(case: Case, ranks_found: list[dict[str, Any]], transf
                 assert (found[path][position] - wanted).abs().max() < TOLERANCE, path
             warm = token_logps(logits / 0.7, row.input_ids)
             assert (found["temperature"][position] - warm).abs().max() < TOLERANCE
+            cut = cut_logits(logits[:-1] / 0.7, row.input_ids[1:], 30, 0.6)
+            wanted = torch.cat([torch.zeros(1), of_targets(cut, row.input_ids[1:])])
+            assert (wanted - warm).max() > 0.1
+            for path in ("cut", "cut_plain"):
+                assert (found[path][position] - wanted).abs().max() < TOLERANCE, path
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

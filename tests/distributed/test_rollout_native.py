@@ -138,6 +138,15 @@ def test_sampled_logprobs_equal_the_trainers(name: str, results: Results) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_with_top_k_and_top_p_the_trainers_logprobs_are_those_of_the_cut_distribution(
+    name: str, results: Results
+) -> None:
+    for result in results[name]:
+        samples = generator_samples(result["cut"])
+        assert _largest_error(result["cut_trainer"], samples) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_rank_has_every_sample_and_the_model_is_as_before(name: str, results: Results) -> None:
     first = results[name][0]
     for result in results[name]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.rollout_models import CUTS
+
 TOLERANCE = 1e-4
 
 
@@ -78,6 +80,7 @@ def test_replicas_share_prompts_out(found: dict[str, Any]) -> None:
 def test_log_probabilities_are_of_the_cut_distribution(found: dict[str, Any]) -> None:
     assert found["top_k_error"] < TOLERANCE
     assert found["top_p_error"] < TOLERANCE
+    assert all(found[f"trainer_error_{name}"] < TOLERANCE for name in CUTS)
 
 
 def test_answers_end_where_they_should(found: dict[str, Any]) -> None:

@@ -119,6 +119,30 @@ def test_a_signal_abandons_the_step_before_its_update(
     assert found == wanted
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        {},
+        pytest.param({"use_kl_in_reward": True}, marks=long),
+        pytest.param({"reference_policy_kl_penalty": 0.0}, marks=long),
+    ],
+    ids=str,
+)
+def test_equal_rewards_move_no_weight(base: Path, tmp_path: Path, penalty: dict[str, Any]) -> None:
+    """The base alone takes other kernels than the base with B = 0; Adam made steps of their difference."""
+    values = recipe(base, NATIVE | {"top_p": 0.7, "top_k": 20}, val_period=0, max_num_steps=3)
+    values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:always_one"
+    values["loss_fn"] |= penalty
+    folder = run(tmp_path, values, 1)
+    lines = metrics(folder)
+    assert [line["num_updates"] for line in lines] == [0, 0, 0]
+    assert [line["zero_variance_groups"] for line in lines] == [4, 4, 4]
+    assert max(line["rollout_logprob_error"] for line in lines) < 1e-5
+    first, last = (adapter_of(folder / f"step_{step}") for step in (1, 3))
+    assert not any(value.any() for name, value in last.items() if "lora_B" in name)
+    assert all(torch.equal(first[name], value) for name, value in last.items())
+
+
 @pytest.fixture(scope="module")
 def by_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     generation = VLLM | {"refit": "adapter"}

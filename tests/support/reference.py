@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_lora.data.batch import Row
 
@@ -119,3 +120,16 @@ def train(
     named = model.named_parameters(remove_duplicate=adapter_folder is None)
     state = {name.replace(".default", ""): value.detach().clone() for name, value in named if wanted in name}
     return Training(losses, norms, state)
+
+
+def cut_logits(logits: torch.Tensor, targets: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """logits [S, vocabulary] after transformers' top-k and then its top-p, but a target [S] is never cut."""
+    cut: Any = logits.clone()
+    for warper in (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
+        cut = warper(torch.empty(0, dtype=torch.int64), cut)  # type: ignore[arg-type]
+    return cut.scatter(1, targets[:, None], logits.gather(1, targets[:, None]))
+
+
+def of_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[S] log-probabilities of targets [S] under logits [S, vocabulary]."""
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)

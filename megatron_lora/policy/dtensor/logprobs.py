@@ -4,7 +4,6 @@ Full logits [T, vocabulary] never exist: the head is applied to chunks of tokens
 in the forward pass (policy.megatron.logprobs, `FrozenHead`); a head that trains is recomputed in the backward pass.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,9 +42,6 @@ class PolicyModule(nn.Module):
         )
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
-    def set_temperature(self, value: float) -> None:
-        self.head = replace(self.head, temperature=value)
-
     def forward(self, batch: MicroBatch) -> Tensor:
         """[T] fp32 nats, on every TP rank."""
         hidden = self.model.model(
@@ -78,9 +74,16 @@ class PolicyModule(nn.Module):
         if self.head.temperature != 1.0:
             logits = logits / self.head.temperature
         weight, _ = _weight_and_bias(head)
-        if not isinstance(weight, DTensor):
+        split = isinstance(weight, DTensor)
+        columns = -(-self.head.vocab_size // self.tp.size) if split else self.head.vocab_size
+        if self.head.cuts:
+            # The last ranks may have fewer columns.
+            full = F.pad(logits.detach(), (0, columns - logits.shape[1]), value=float("-inf"))
+            cut = self.head.cut(full, targets, self.tp if split else None)
+            logits = logits.masked_fill(cut[:, : logits.shape[1]], float("-inf"))
+        if not split:
             return -F.cross_entropy(logits, targets, reduction="none")
-        start = self.tp.rank * -(-self.head.vocab_size // self.tp.size)
+        start = self.tp.rank * columns
         return _SplitLogprobs.apply(logits, targets, start, self.tp)  # type: ignore[return-value]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from megatron_lora.policy.batching import BatchingOptions, Groups, divide
 from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.frozen_start import copies, holding
-from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
+from megatron_lora.policy.interface import (
+    AdapterTensors,
+    NonFiniteLoss,
+    PendingSave,
+    Policy,
+    StepResult,
+    check_scores,
+)
 from megatron_lora.runtime.world import World
 
 
@@ -93,13 +101,14 @@ class DTensorPolicy(Policy):
         with self._evaluating():
             for batch, members in zip(share.batches, share.groups, strict=True):
                 logps = self.root(batch.to(self.world.device)).cpu()
-                logps = torch.where(torch.isfinite(logps), logps, torch.zeros(()))
                 mine |= dict(zip(members, split_by_row(logps, batch), strict=True))
         if self.world.dp > 1:
             everyone: list[Any] = [None] * self.world.dp
             dist.all_gather_object(everyone, mine, group=self.mesh["dp"].get_group())
             mine = {position: piece for part in everyone for position, piece in part.items()}
-        return [mine[position] for position in range(len(rows))]
+        scores = [mine[position] for position in range(len(rows))]
+        check_scores(rows, scores)
+        return scores
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -130,14 +139,31 @@ class DTensorPolicy(Policy):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def at_reference(self) -> bool:
+        if self.spec is None:
+            raise ValueError("full fine-tuning keeps no copy of where it started")
+        parts = [optim.local_part(parameter.detach()) for parameter in self.trained]
+        if self._starting_factors is not None:
+            starts = map(optim.local_part, self._starting_factors)
+            changed = torch.tensor([not all(map(torch.equal, parts, starts))], device=self.world.device).int()
+            dist.all_reduce(changed, op=dist.ReduceOp.MAX)
+            return not bool(changed.any())
+        # Ranks hold shards of either factor: only together can they say that one is zero.
+        place = {parameter: number for number, parameter in enumerate(self.trained)}
+        nonzero = torch.stack([part.any() for part in parts]).to(self.world.device, torch.int32)
+        dist.all_reduce(nonzero, op=dist.ReduceOp.MAX)
+        flags = nonzero.tolist()
+        linears = adapter.adapted_linears(self.base.hf).values()
+        return not any(all(flags[place[factor]] for factor in linear.factors) for linear in linears)
+
     @contextmanager
-    def temperature(self, value: float) -> Iterator[None]:
-        before = self.root.head.temperature
+    def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> Iterator[None]:
+        before = self.root.head
         try:
-            self.root.set_temperature(value)
+            self.root.head = replace(before, temperature=temperature, top_k=top_k, top_p=top_p)
             yield
         finally:
-            self.root.set_temperature(before)
+            self.root.head = before
 
     def adapter(self) -> AdapterTensors:
         if self.spec is None:

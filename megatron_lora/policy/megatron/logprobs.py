@@ -21,16 +21,28 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
 from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.policy.tail_cut import cut_around_targets
 
 
 @dataclass(frozen=True)
 class HeadOptions:
     """chunk_size: tokens a chunk; 0: all logits in one piece (the plain path). vocab_size: without padding.
-    temperature: logits are divided by it."""
+    temperature: logits are divided by it; top_k, top_p: then the tail is cut (`policy.tail_cut`), -1 and 1 for all."""
 
     chunk_size: int
     vocab_size: int
     temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    @property
+    def cuts(self) -> bool:
+        """Whether log-probabilities are those of a part of the vocabulary."""
+        return self.top_p < 1.0 or 0 < self.top_k < self.vocab_size
+
+    def cut(self, logits: Tensor, targets: Tensor, tp: TensorParallel | None) -> Tensor:
+        """What is left out, see `cut_around_targets`. logits: fp32, divided by the temperature."""
+        return cut_around_targets(logits, targets, tp, vocab_size=self.vocab_size, top_k=self.top_k, top_p=self.top_p)
 
 
 def target_logprobs(
@@ -65,6 +77,8 @@ def _logprobs_of_logits(logits: Tensor, targets: Tensor, tp: TensorParallel, opt
     padding = _padding_columns(logits.shape[-1], tp, options.vocab_size)
     if padding:
         logits = torch.cat([logits[:, :-padding], logits.new_full((logits.shape[0], padding), float("-inf"))], 1)
+    if options.cuts:
+        logits = logits.masked_fill(options.cut(logits.detach(), targets, tp), float("-inf"))
     return -vocab_parallel_cross_entropy(logits.unsqueeze(1), targets.unsqueeze(1)).squeeze(1)
 
 
@@ -149,6 +163,8 @@ def _chunk_forward(
     padding = _padding_columns(columns, tp, options.vocab_size)
     if padding:
         logits[:, -padding:] = float("-inf")
+    if options.cuts:
+        logits.masked_fill_(options.cut(logits.float() / options.temperature, targets, tp), float("-inf"))
     scale = 1.0 / options.temperature
     local = targets - tp.rank * columns
     mine = (local >= 0) & (local < columns)

@@ -23,8 +23,15 @@ from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import check_same_adapter, describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
-from megatron_lora.policy.frozen_start import copies, holding
-from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, PendingSave, Policy, StepResult
+from megatron_lora.policy.frozen_start import copies, holding, product_is_zero
+from megatron_lora.policy.interface import (
+    AdapterTensors,
+    NonFiniteLoss,
+    PendingSave,
+    Policy,
+    StepResult,
+    check_scores,
+)
 from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.logprobs import HeadOptions
@@ -121,15 +128,15 @@ class MegatronPolicy(Policy):
             logps = schedule.run_logprobs(self.engine, share.batches)
         mine: dict[int, Tensor] = {}
         for value, batch, members in zip(logps, share.batches, share.groups, strict=True):
-            masked = torch.where(torch.isfinite(value.cpu()), value.cpu(), torch.zeros(()))
-            pieces = split_by_row(masked, batch)
-            mine |= dict(zip(members, pieces, strict=True))
+            mine |= dict(zip(members, split_by_row(value.cpu(), batch), strict=True))
         if self.world.dp > 1:
             group = parallel_state.get_data_parallel_group(with_context_parallel=False)
             everyone: list[Any] = [None] * self.world.dp
             dist.all_gather_object(everyone, mine, group=group)
             mine = {position: piece for part in everyone for position, piece in part.items()}
-        return [mine[position] for position in range(len(rows))]
+        scores = [mine[position] for position in range(len(rows))]
+        check_scores(rows, scores)
+        return scores
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -153,12 +160,23 @@ class MegatronPolicy(Policy):
             with holding(self._factors(), self._starting_factors):
                 yield
 
+    def at_reference(self) -> bool:
+        if self.spec is None:
+            raise ValueError("full fine-tuning keeps no copy of where it started")
+        if self._starting_factors is None:
+            # Each rank's part of the product: where one factor is split, the other is whole.
+            same = all(product_is_zero(linear.lora_A, linear.lora_B) for linear in self.adapted)
+        else:
+            same = all(map(torch.equal, self._factors(), self._starting_factors))
+        box = torch.tensor(float(same), device=self.world.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return bool(box)
+
     @contextmanager
-    def temperature(self, value: float) -> Iterator[None]:
-        """Log-probabilities of the distribution sampled at this temperature."""
+    def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> Iterator[None]:
         head = self.engine.head
         try:
-            self.engine.head = replace(head, temperature=value)
+            self.engine.head = replace(head, temperature=temperature, top_k=top_k, top_p=top_p)
             yield
         finally:
             self.engine.head = head
