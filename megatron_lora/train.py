@@ -1,6 +1,5 @@
-"""Entry point: torchrun --nproc-per-node N -m megatron_lora.train RECIPE.yaml [dotted.key=value ...]."""
+"""Entry point: torchrun --nproc-per-node N -m megatron_lora.train RECIPE.yaml [dotted.key=value ...] [flags]."""
 
-import argparse
 import os
 import signal
 import sys
@@ -9,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lora.command_line import build_parser, parse_run
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
 from megatron_lora.errors import UserError
 
@@ -19,8 +19,11 @@ SPEAK_AFTER_SECONDS = 60.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a recipe; returns the exit status (0 done, 2 a user's mistake, 1 anything else)."""
-    options = _parse(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(arguments):
+        return 0
     try:
+        options, _ = parse_run(build_parser("megatron_lora.train", "Run a recipe."), arguments)
         loaded = load_recipe(options.recipe, options.overrides)
         if options.print_config:
             _print_once(dump_recipe(loaded.recipe))
@@ -28,22 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(loaded, dry_run=options.dry_run)
     except UserError as error:
         _let_first_rank_speak()
-        if options.debug:
+        if "--debug" in arguments:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr, flush=True)
         return USER_ERROR_STATUS
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="megatron_lora.train", description="Run a recipe.")
-    parser.add_argument("recipe", help="recipe file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace the recipe's")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check all that can be without loading weights, and exit"
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake")
-    return parser.parse_args(arguments)
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
 
 
 def _run(loaded: LoadedRecipe, *, dry_run: bool) -> int:

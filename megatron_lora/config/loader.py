@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from megatron_lora.config.messages import recipe_error, show
+from megatron_lora.config.interpolation import resolve
+from megatron_lora.config.messages import recipe_error
+from megatron_lora.config.overrides import apply_override, merge
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import walk_fields
-from megatron_lora.config.without_effect import KNOWN_PATHS, notice, take_out
+from megatron_lora.config.show import show
+from megatron_lora.config.without_effect import notice, take_out
 from megatron_lora.config.yaml_reader import protect_templates, protect_text, read_yaml
 from megatron_lora.errors import UserError
 
@@ -33,28 +34,24 @@ class LoadedRecipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read a recipe with its `defaults:`, apply overrides, resolve interpolations, check everything.
 
-    overrides: `dotted.key=value`, the value in YAML. Raises UserError for whatever is wrong, with the dotted path.
+    overrides: `dotted.key=value`, the value in YAML (overrides.py). Raises UserError for whatever is wrong, with the
+    dotted path.
     """
-    _register_resolvers()
     merged = _read_with_defaults(Path(path), ())
     for override in overrides:
-        merged = _merge(merged, _parse_override(override))
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_interpolation_message(error)}") from error
-    assert isinstance(resolved, dict)
-    return check_recipe({str(key): value for key, value in resolved.items()})
+        merged = apply_override(merged, override)
+    return check_recipe(resolve(merged, str(path)), merged)
 
 
-def check_recipe(resolved: dict[str, Any]) -> LoadedRecipe:
-    """Check a recipe given as nested dicts without interpolations. Raises UserError."""
+def check_recipe(resolved: dict[str, Any], written: dict[str, Any] | None = None) -> LoadedRecipe:
+    """Check a recipe given as nested dicts without interpolations. written: the same before they were resolved, so that
+    a mistake is told once, where it stands. Raises UserError."""
     schema_paths = {known for known, _ in walk_fields(Recipe)}
     known, without_effect = take_out(resolved, schema_paths)
     try:
         recipe = Recipe.model_validate(known)
     except ValidationError as error:
-        raise recipe_error(error, KNOWN_PATHS) from error
+        raise recipe_error(error, resolved, written or {}) from error
     notices = [notice(without_effect)] if without_effect else []
     return LoadedRecipe(recipe, to_dict(recipe), notices)
 
@@ -75,23 +72,6 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(protect_text(to_dict(recipe)), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _register_resolvers() -> None:
-    resolvers = {
-        "mul": lambda *factors: _product(factors),
-        "div": lambda number, divisor: number // divisor if number % divisor == 0 else number / divisor,
-        "max": lambda *numbers: max(numbers),
-    }
-    for name, function in resolvers.items():
-        OmegaConf.register_new_resolver(name, function, replace=True)
-
-
-def _product(factors: Sequence[int | float]) -> int | float:
-    result: int | float = 1
-    for factor in factors:
-        result *= factor
-    return result
-
-
 def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     """The file at `path` merged over the recipes that its `defaults:` names, in order."""
     path = path.resolve()
@@ -106,8 +86,8 @@ def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> dict[str, An
         raise UserError(f"{path}: defaults={show(defaults)}: wanted a recipe's path or a list of them")
     merged: dict[str, Any] = {}
     for item in defaults:
-        merged = _merge(merged, _read_with_defaults(path.parent / item, (*including, path)))
-    return _merge(merged, content)
+        merged = merge(merged, _read_with_defaults(path.parent / item, (*including, path)))
+    return merge(merged, content)
 
 
 def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
@@ -124,31 +104,3 @@ def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"the recipe {path}{named_by} holds {show(content)}; wanted sections such as policy: and data:")
     return protect_templates(content)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`: sections key by key, everything else replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    """`a.b=[1, 2]` -> {"a": {"b": [1, 2]}}."""
-    path, equals, text = override.partition("=")
-    parts = path.split(".")
-    if not equals or not all(part.strip() == part and part for part in parts):
-        raise UserError(f"override {override!r}: wanted dotted.key=value, such as policy.precision=float32")
-    value = protect_templates(read_yaml(text, f"override {override!r}"))
-    for part in reversed(parts):
-        value = {part: value}
-    return value
-
-
-def _interpolation_message(error: OmegaConfBaseException) -> str:
-    """OmegaConf's first line, with the key at fault."""
-    first = str(error).strip().splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return f"{key}: {first}" if key else first

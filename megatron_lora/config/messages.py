@@ -7,8 +7,12 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_lora.config.interpolation import referred
+from megatron_lora.config.other_names import algorithm_of, key_here
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import section_at, walk_fields
+from megatron_lora.config.show import show
+from megatron_lora.config.unimplemented import KNOWN_PATHS
 from megatron_lora.errors import UserError
 
 _WANTED = {
@@ -27,30 +31,42 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
-# Other projects' words for keys of the recipe.
-_ALIASES = {"r": "dim", "rank": "dim", "learning_rate": "lr"}
+_ALGORITHMS_OWN = {"sft": ("sft",), "dpo": ("dpo",), "grpo": ("grpo", "loss_fn", "env", "policy.generation")}
 
 
-def recipe_error(error: ValidationError, known_without_effect: Iterable[str]) -> UserError:
-    """One message for everything pydantic found wrong."""
-    lines = [_describe(details, known_without_effect) for details in error.errors()]
+def recipe_error(error: ValidationError, recipe: dict[str, Any], written: dict[str, Any]) -> UserError:
+    """One message for everything pydantic found wrong. recipe: what was checked; written: the same with its
+    interpolations, so that a value which reached several keys is told of once, at the key where it stands."""
+    found: dict[tuple[str, ...], ErrorDetails] = {}
+    details = error.errors()
+    places = [tuple(map(str, item["loc"])) for item in details]
+    for item, place in zip(details, places, strict=True):
+        source = referred(written, item["loc"])
+        if source is None or not any(place[: len(source)] == source for place in places):
+            found.setdefault(place, item)
+    lines = list(dict.fromkeys(_describe(item, recipe, written) for item in found.values()))
     if len(lines) == 1:
         return UserError(lines[0])
     return UserError("the recipe has several mistakes:\n  " + "\n  ".join(lines))
 
 
-def unknown_key(path: str, siblings: Sequence[str], known_without_effect: Iterable[str] = ()) -> str:
-    """The message for a key that nobody knows, with the nearest valid one.
+def unknown_key(path: str, siblings: Sequence[str], recipe: dict[str, Any]) -> str:
+    """The message for a key that nobody knows, with the one that was probably meant.
 
-    siblings: names valid in the same section.
+    siblings: names valid in the same section. recipe: unchecked; keys of algorithms that it does not run are not
+    suggested.
     """
     parent, _, name = path.rpartition(".")
     where = f"{parent}." if parent else ""
-    everywhere = [known for known, _ in walk_fields(Recipe)] + list(known_without_effect)
-    same_name = [known for known in everywhere if known.rpartition(".")[2] == name]
-    near = difflib.get_close_matches(_ALIASES.get(name, name), siblings, n=1, cutoff=0.8)
-    if near:
-        return f"unknown key {path}; did you mean {where}{near[0]}?"
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.8)
+    if close:
+        return f"unknown key {path}; did you mean {where}{close[0]}?"
+    here = key_here(path, recipe)
+    if here is not None and here != path:
+        sibling = here.rpartition(".")[2]
+        return f"unknown key {path}; did you mean {where + sibling if sibling in siblings else here}?"
+    known = [key for key in (*(key for key, _ in walk_fields(Recipe)), *KNOWN_PATHS) if _is_read(key, recipe)]
+    same_name = [key for key in known if key.rpartition(".")[2] == name]
     near = difflib.get_close_matches(path, same_name, n=1, cutoff=0.0)
     near = near or [where + sibling for sibling in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     if near:
@@ -58,7 +74,14 @@ def unknown_key(path: str, siblings: Sequence[str], known_without_effect: Iterab
     return f"unknown key {path}; {parent or 'the recipe'} has the keys {', '.join(sorted(siblings))}"
 
 
-def _describe(details: ErrorDetails, known_without_effect: Iterable[str]) -> str:
+def _is_read(key: str, recipe: dict[str, Any]) -> bool:
+    """Whether a run of the recipe's algorithm reads the key; all keys where the recipe does not say which it runs."""
+    algorithm = algorithm_of(recipe)
+    others = [part for name, parts in _ALGORITHMS_OWN.items() if name != algorithm for part in parts]
+    return algorithm is None or not any(key == part or key.startswith(f"{part}.") for part in others)
+
+
+def _describe(details: ErrorDetails, recipe: dict[str, Any], written: dict[str, Any]) -> str:
     location, kind = details["loc"], details["type"]
     path = dotted(location)
     if kind == "extra_forbidden":
@@ -66,15 +89,15 @@ def _describe(details: ErrorDetails, known_without_effect: Iterable[str]) -> str
         parent = dotted(location[:-1])
         siblings = list(section.model_fields) if section is not None else []
         prefix = f"{parent}." if parent else ""
-        siblings += [
-            known.removeprefix(prefix).split(".")[0] for known in known_without_effect if known.startswith(prefix)
-        ]
-        return unknown_key(path, sorted(set(siblings)), known_without_effect)
+        siblings += [known.removeprefix(prefix).split(".")[0] for known in KNOWN_PATHS if known.startswith(prefix)]
+        return unknown_key(path, sorted(set(siblings)), recipe)
     if kind == "missing":
         return f"the recipe lacks {path}, which has no default; add it"
     if kind == "value_error" and isinstance(details["input"], dict | list):
         return f"{path}: {_own_message(details)}" if path else _own_message(details)
-    return f"{path}={show(details['input'])}: {_wanted(details)}"
+    source = referred(written, location)
+    from_where = f" (from {dotted(source)})" if source is not None else ""
+    return f"{path}={show(details['input'])}{from_where}: {_wanted(details)}"
 
 
 def _wanted(details: ErrorDetails) -> str:
@@ -99,13 +122,3 @@ def _own_message(details: ErrorDetails) -> str:
 def dotted(location: Iterable[str | int]) -> str:
     """`("policy", "scheduler", 0, "name")` -> `policy.scheduler.0.name`."""
     return ".".join(str(part) for part in location)
-
-
-def show(value: Any) -> str:
-    """A value as one would type it in YAML, shortened."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_lora.config.messages import show
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_base import Section
 from megatron_lora.config.schema_tree import is_list_of_sections, section_of
+from megatron_lora.config.show import show
 from megatron_lora.config.unimplemented import ANY, TABLE, Group, SameAs
 
 _INTRODUCTION = """# Configuration
@@ -23,10 +23,15 @@ A recipe is a YAML file in NeMo RL's shape:
 torchrun --nproc-per-node N -m megatron_lora.train RECIPE.yaml [dotted.key=value ...]
 ```
 
-- `defaults:` names one recipe or a list, relative to the file, merged in order under the file's own keys.
-- `${a.b}`, `${.sibling}`, `${mul:a,b}`, `${div:a,b}` and `${max:a,b}` are resolved; a Jinja template is left as it is.
-- Overrides take YAML values and may not invent keys. `--print-config` prints the resolved recipe and exits;
-  `--dry-run` checks everything that can be checked without loading weights and exits.
+- `defaults:` names one recipe or a list, relative to the file, merged in order under the file's own keys. A section
+  that holds `_override_: true` replaces the one below it; `???` is a value that has to be given.
+- `${a.b}`, `${.sibling}`, `${mul:a,b}`, `${div:a,b}`, `${add:a,b}` and `${max:a,b}` are resolved; a Jinja template is
+  left as it is. Merge keys (`<<: *a`) work; `010` is ten and `1:30` is text, as in YAML 1.2.
+- Recipe, overrides and flags stand in any order. Overrides take YAML values and may not invent keys; a number leads
+  into a list (`policy.scheduler.0.kwargs.T_max=10`). Hydra's `+key=` and `++key=` mean the same; `~key` sets a key back
+  to its default.
+- `--print-config` prints the resolved recipe and exits; `--dry-run` checks everything that can be checked without
+  loading weights and exits; `--debug` shows the traceback of a mistake.
 - The algorithm is the one of the sections `sft`, `dpo`, `grpo` that the recipe has.
 - `policy.megatron_cfg.enabled` selects the backend.
 - Defaults are NeMo RL's, where its base recipes agree and the key is its own.

@@ -20,14 +20,29 @@ def _dtype_name(value: Any) -> Any:
     raise ValueError(f"wanted null or one of {', '.join(DTYPES)}")
 
 
+def _module_patterns(value: Any) -> Any:
+    """peft's `all-linear`, alone or in a list, and null are this project's empty list."""
+    if value is None or value in ("all-linear", ["all-linear"]):
+        return []
+    if isinstance(value, str):
+        names = ", ".join(name.strip() for name in value.split(","))
+        raise ValueError(f"wanted a list: [{names}]")
+    if isinstance(value, list) and "all-linear" in value:
+        raise ValueError("all-linear already stands for every linear; leave out the rest")
+    return value
+
+
+ModulePatterns = Annotated[list[str], BeforeValidator(_module_patterns)]
+
+
 class _Adapter(Section):
     enabled: bool = Field(default=False, description="Train adapters; off: full fine-tuning.")
-    target_modules: list[str] = Field(
+    target_modules: ModulePatterns = Field(
         default_factory=list,
-        description="Linears to adapt: names (`linear_qkv` or `q_proj`), full paths or wildcards; empty: every "
-        "linear of attention and MLP.",
+        description="Linears to adapt: names (`linear_qkv` or `q_proj`), full paths or wildcards; empty or "
+        "`all-linear`: every linear of attention and MLP.",
     )
-    exclude_modules: list[str] = Field(
+    exclude_modules: ModulePatterns = Field(
         default_factory=list,
         description="Linears left alone, in the same forms; needs empty `target_modules`.",
     )

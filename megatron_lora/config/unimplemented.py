@@ -365,3 +365,8 @@ TABLE: tuple[Group, ...] = (
         },
     ),
 )
+
+KNOWN_PATHS: tuple[str, ...] = tuple(
+    (f"{group.section}.{name}" if group.section else name).removesuffix(".*") for group in TABLE for name in group.keys
+)
+"""Every path of the table, for suggestions."""

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lora.config.messages import show, unknown_key
+from megatron_lora.config.messages import unknown_key
 from megatron_lora.config.schema_base import number_from_text
-from megatron_lora.config.unimplemented import ANY, TABLE, SameAs
+from megatron_lora.config.show import show
+from megatron_lora.config.unimplemented import ANY, KNOWN_PATHS, TABLE, SameAs
 from megatron_lora.errors import UserError
 
 
@@ -29,8 +30,6 @@ def _entries() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
 
 
 _KEYS, _SUBTREES = _entries()
-KNOWN_PATHS: tuple[str, ...] = (*_KEYS, *_SUBTREES)
-"""Every path of the table, for suggestions."""
 
 
 def take_out(resolved: dict[str, Any], schema_paths: set[str]) -> tuple[dict[str, Any], list[str]]:
@@ -63,7 +62,7 @@ def _take_out(
             elif inner:
                 unknown = f"{path}.{next(iter(inner))}"
                 siblings = sorted({known.removeprefix(f"{path}.").split(".")[0] for known in below})
-                _refuse_unlisted(path, unknown, inner, siblings)
+                _refuse_unlisted(path, unknown, inner, siblings, root)
         elif below and value is None and path not in schema_paths:
             taken.append(path)
         else:
@@ -71,11 +70,11 @@ def _take_out(
     return left
 
 
-def _refuse_unlisted(path: str, unknown: str, inner: dict[str, Any], siblings: list[str]) -> None:
+def _refuse_unlisted(path: str, unknown: str, inner: dict[str, Any], siblings: list[str], root: dict[str, Any]) -> None:
     """A key below a section of the table that the table does not list."""
     if path in _KEYS:
         raise UserError(f"{unknown}={show(next(iter(inner.values())))} has no effect here: {_KEYS[path].reason}")
-    raise UserError(unknown_key(unknown, siblings, KNOWN_PATHS))
+    raise UserError(unknown_key(unknown, siblings, root))
 
 
 def _check(path: str, value: Any, root: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""YAML as recipes write it: `1e-5` is a number, a key given twice is a mistake, Jinja templates are left alone."""
+"""YAML as recipes write it: `1e-5` is a number, `010` ten, a key given twice a mistake. Jinja templates stay."""
 
 import re
 from typing import Any
@@ -7,13 +7,20 @@ import yaml
 
 from megatron_lora.errors import UserError
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class _RecipeLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's floats and without silently dropped duplicate keys."""
+    """SafeLoader with YAML 1.2's scalars and without silently dropped duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # none of SafeLoader's: those below
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        node.value = [self._with_space(node, *item) for item in node.value]
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", key_node.start_mark)
@@ -21,10 +28,39 @@ class _RecipeLoader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def _with_space(self, mapping: yaml.MappingNode, key: yaml.Node, value: yaml.Node) -> tuple[yaml.Node, yaml.Node]:
+        """`{kind:exact}`, which YAML takes for the key `kind:exact` without a value, means `{kind: exact}`."""
+        if not (mapping.flow_style and isinstance(key, yaml.ScalarNode) and isinstance(value, yaml.ScalarNode)):
+            return key, value
+        if key.style is not None or value.style is not None or value.value != "" or ":" not in key.value:
+            return key, value
+        name, text = key.value.split(":", 1)
+        return yaml.ScalarNode("tag:yaml.org,2002:str", name), yaml.compose(text, Loader=_RecipeLoader) or value
 
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """YAML 1.2: `010` is ten, `0o10` eight."""
+        text = self.construct_scalar(node).replace("_", "").lower()
+        digits = text.lstrip("+-")
+        base = {"0b": 2, "0o": 8, "0x": 16}.get(digits[:2], 10)
+        number = int(digits if base == 10 else digits[2:], base)
+        return -number if text.startswith("-") else number
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_yaml_int)
+# Without YAML 1.1's sexagesimal numbers (1:30), octal ones (010) and dates, all of which are text or decimal here.
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)", list("yYnNtTfFoO")),
+    ("int", r"[-+]?(?:0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    _RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def read_yaml(text: str, source: str) -> Any:

@@ -8,8 +8,7 @@ import pytest
 from megatron_lora.config import check_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import walk_fields
-from megatron_lora.config.unimplemented import ANY, TABLE, SameAs
-from megatron_lora.config.without_effect import KNOWN_PATHS
+from megatron_lora.config.unimplemented import ANY, KNOWN_PATHS, TABLE, SameAs
 from megatron_lora.errors import UserError
 
 

@@ -1,0 +1,138 @@
+"""What keys of other projects are called here (TRL, peft, transformers, verl, ms-swift, Automodel)."""
+
+from typing import Any
+
+# Name there -> key here. {backend}, {adapter}: the backend's section and that of its adapters; {algorithm}: sft, ...
+_NAMES = {
+    "r": "{adapter}.dim",
+    "rank": "{adapter}.dim",
+    "lora_r": "{adapter}.dim",
+    "lora_rank": "{adapter}.dim",
+    "lora_alpha": "{adapter}.alpha",
+    "lora_dropout": "{adapter}.dropout",
+    "lora_target_modules": "{adapter}.target_modules",
+    "target_modules": "{adapter}.target_modules",
+    "lora_adapter_path": "{adapter}.init_adapter",
+    "adapters": "{adapter}.init_adapter",
+    "use_lora": "{adapter}.enabled",
+    "lora": "{adapter}",
+    "lr": "policy.megatron_cfg.optimizer.lr",
+    "learning_rate": "policy.megatron_cfg.optimizer.lr",
+    "min_lr": "policy.megatron_cfg.optimizer.min_lr",
+    "weight_decay": "policy.megatron_cfg.optimizer.weight_decay",
+    "adam_beta1": "policy.megatron_cfg.optimizer.adam_beta1",
+    "adam_beta2": "policy.megatron_cfg.optimizer.adam_beta2",
+    "adam_epsilon": "policy.megatron_cfg.optimizer.adam_eps",
+    "lr_scheduler_type": "policy.megatron_cfg.scheduler.lr_decay_style",
+    "warmup_steps": "policy.megatron_cfg.scheduler.lr_warmup_iters",
+    "lr_warmup_steps": "policy.megatron_cfg.scheduler.lr_warmup_iters",
+    "max_grad_norm": "policy.max_grad_norm",
+    "clip_grad": "policy.max_grad_norm",
+    "grad_clip": "policy.max_grad_norm",
+    "max_steps": "{algorithm}.max_num_steps",
+    "total_training_steps": "{algorithm}.max_num_steps",
+    "train_iters": "{algorithm}.max_num_steps",
+    "num_train_epochs": "{algorithm}.max_num_epochs",
+    "num_epochs": "{algorithm}.max_num_epochs",
+    "total_epochs": "{algorithm}.max_num_epochs",
+    "epochs": "{algorithm}.max_num_epochs",
+    "seed": "{algorithm}.seed",
+    "eval_steps": "{algorithm}.val_period",
+    "test_freq": "{algorithm}.val_period",
+    "global_batch_size": "policy.train_global_batch_size",
+    "train_batch_size": "policy.train_global_batch_size",
+    "batch_size": "policy.train_global_batch_size",
+    "gradient_accumulation_steps": "policy.train_global_batch_size",
+    "per_device_train_batch_size": "policy.train_micro_batch_size",
+    "micro_batch_size": "policy.train_micro_batch_size",
+    "max_length": "policy.max_total_sequence_length",
+    "max_seq_length": "policy.max_total_sequence_length",
+    "max_seq_len": "policy.max_total_sequence_length",
+    "seq_length": "policy.max_total_sequence_length",
+    "packing": "policy.sequence_packing.enabled",
+    "bf16": "policy.precision",
+    "fp16": "policy.precision",
+    "dtype": "policy.precision",
+    "torch_dtype": "policy.precision",
+    "model": "policy.model_name",
+    "model_path": "policy.model_name",
+    "model_name_or_path": "policy.model_name",
+    "pretrained_model_name_or_path": "policy.model_name",
+    "chat_template": "policy.tokenizer.chat_template",
+    "gradient_checkpointing": "{backend}.activation_checkpointing",
+    "enable_gradient_checkpointing": "{backend}.activation_checkpointing",
+    "tp": "{tensor_parallel}",
+    "tp_size": "{tensor_parallel}",
+    "tensor_parallel": "{tensor_parallel}",
+    "tensor_parallel_size": "{tensor_parallel}",
+    "pp": "policy.megatron_cfg.pipeline_model_parallel_size",
+    "pp_size": "policy.megatron_cfg.pipeline_model_parallel_size",
+    "pipeline_parallel_size": "policy.megatron_cfg.pipeline_model_parallel_size",
+    "cp": "policy.megatron_cfg.context_parallel_size",
+    "cp_size": "policy.megatron_cfg.context_parallel_size",
+    "output_dir": "checkpointing.checkpoint_dir",
+    "save_dir": "checkpointing.checkpoint_dir",
+    "checkpoint_dir": "checkpointing.checkpoint_dir",
+    "save_steps": "checkpointing.save_period",
+    "save_freq": "checkpointing.save_period",
+    "save_interval": "checkpointing.save_period",
+    "save_total_limit": "checkpointing.keep_top_k",
+    "dataset": "data.train.dataset_name",
+    "dataset_name": "data.train.dataset_name",
+    "train_files": "data.train.data_path",
+    "val_files": "data.validation.data_path",
+    "beta": "{beta}",
+    "kl_coef": "{beta}",
+    "kl_loss_coef": "{beta}",
+    "label_smoothing": "dpo.label_smoothing",
+    "loss_type": "dpo.loss_type",
+    "num_generations": "grpo.num_generations_per_prompt",
+    "rollout_n": "grpo.num_generations_per_prompt",
+    "temperature": "policy.generation.temperature",
+    "top_p": "policy.generation.top_p",
+    "top_k": "policy.generation.top_k",
+    "max_completion_length": "policy.generation.max_new_tokens",
+    "max_new_tokens": "policy.generation.max_new_tokens",
+    "max_response_length": "policy.generation.max_new_tokens",
+    "gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
+    "vllm_gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
+    "reward_funcs": "env.reward_functions",
+    "report_to": "logger.wandb_enabled",
+}
+
+
+def algorithm_of(recipe: dict[str, Any]) -> str | None:
+    """`sft`, `dpo` or `grpo`: the section that an unchecked recipe has, None where it has none or several."""
+    present = [name for name in ("sft", "dpo", "grpo") if recipe.get(name) is not None]
+    return present[0] if len(present) == 1 else None
+
+
+def key_here(path: str, recipe: dict[str, Any]) -> str | None:
+    """The key of this project that another project calls as the last name of `path`, None where none is known.
+    recipe: unchecked; its algorithm and its backend decide, unless the path names a backend."""
+    name = path.rpartition(".")[2]
+    key = _NAMES.get(name.replace("-", "_"))
+    algorithm = algorithm_of(recipe) or "sft"
+    if key is None or (key.startswith(("dpo.", "grpo.", "env.", "policy.generation.")) and not _read(key, algorithm)):
+        return None
+    is_megatron = _value(recipe, "policy", "megatron_cfg", "enabled") is True or path.startswith("policy.megatron_cfg.")
+    is_megatron = is_megatron and not path.startswith("policy.dtensor_cfg.")
+    backend = "policy.megatron_cfg" if is_megatron else "policy.dtensor_cfg"
+    return key.format(
+        algorithm=algorithm,
+        backend=backend,
+        adapter=f"{backend}.peft" if is_megatron else f"{backend}.lora_cfg",
+        tensor_parallel=f"{backend}.tensor_model_parallel_size" if is_megatron else f"{backend}.tensor_parallel_size",
+        beta="loss_fn.reference_policy_kl_penalty" if algorithm == "grpo" else "dpo.reference_policy_kl_penalty",
+    )
+
+
+def _read(key: str, algorithm: str) -> bool:
+    """Whether a run of this algorithm reads the key."""
+    return algorithm == ("dpo" if key.startswith("dpo.") else "grpo")
+
+
+def _value(recipe: Any, *path: str) -> Any:
+    for part in path:
+        recipe = recipe.get(part) if isinstance(recipe, dict) else None
+    return recipe
