@@ -6,11 +6,15 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 
-from megatron_lora.command_line import build_parser, parse_run
+from megatron_lora.cli.options import RunOptions, build_parser, parse_run
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
 from megatron_lora.errors import UserError
+from megatron_lora.runtime import terminal
+from megatron_lora.runtime.failure import LAUNCHER, describe, place_of, tell
 
 USER_ERROR_STATUS = 2
 FAILURE_STATUS = 1
@@ -20,7 +24,7 @@ SPEAK_AFTER_SECONDS = 60.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a recipe; returns the exit status (0 done, 2 a user's mistake, 1 anything else)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if os.environ.get("RANK", "0") != "0" and {"-h", "--help"} & set(arguments):
+    if _rank() and {"-h", "--help"} & set(arguments):
         return 0
     try:
         options, _ = parse_run(build_parser("megatron_lora.train", "Run a recipe."), arguments)
@@ -28,22 +32,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             _print_once(dump_recipe(loaded.recipe))
             return 0
-        return _run(loaded, dry_run=options.dry_run)
+        return _run(loaded, options)
     except UserError as error:
         _let_first_rank_speak()
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         return USER_ERROR_STATUS
     except SystemExit as end:  # --help
         return int(end.code or 0)
 
 
-def _run(loaded: LoadedRecipe, *, dry_run: bool) -> int:
+def _run(loaded: LoadedRecipe, options: RunOptions) -> int:
+    with nullcontext() if options.debug else terminal.output_in_log(_rank()) as log:
+        _leave_quietly_if_asked()
+        try:
+            return _train(loaded, dry_run=options.dry_run)
+        except UserError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            message = f"error: rank {_rank()} failed, {describe(error)} ({place_of(error)})"
+            if log is not None:
+                folder = Path(loaded.recipe.checkpointing.checkpoint_dir)
+                if log.is_temporary and not options.dry_run:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    log.move_to(folder)
+                message += f"; every rank's traceback is in {log.path}"
+            tell(message)
+            return FAILURE_STATUS
+
+
+def _train(loaded: LoadedRecipe, *, dry_run: bool) -> int:
     # Imported here: a recipe is parsed and printed without waiting for torch.
     from megatron_lora.runtime.quiet import quiet_libraries
 
-    quiet_libraries(int(os.environ.get("RANK", "0")) == 0)
+    quiet_libraries(_rank() == 0)
     from megatron_lora.trainers.run import check_only, run_recipe
 
     if dry_run:
@@ -53,9 +77,27 @@ def _run(loaded: LoadedRecipe, *, dry_run: bool) -> int:
     return run_recipe(loaded)
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 def _print_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, flush=True)
+    if _rank() == 0:
+        terminal.say(text)
+
+
+def _leave_quietly_if_asked() -> None:
+    """SIGTERM and SIGINT while modules are imported; `run_recipe` has a handler of its own."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        _print_once("stopped before the run began; nothing was written")
+        log = terminal.log()
+        if log is not None:
+            log.discard()
+        _leave(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
 def _let_first_rank_speak() -> None:
@@ -63,9 +105,9 @@ def _let_first_rank_speak() -> None:
 
     A mistake is met on every rank and told by the first. A rank that left before would have torchrun end the first one
     with nothing said. Where the first rank does not meet it (a file that only its machine has), another speaks after a
-    while.
+    while. `megatron-lora train` takes one message itself.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _rank() == 0 or LAUNCHER in os.environ:
         return
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -98,7 +140,8 @@ if __name__ == "__main__":
         die_with_parent()
     try:
         exit_status = main()
-    except BaseException:
+    except BaseException as failure:
         traceback.print_exc()
+        tell(f"error: rank {_rank()} failed, {describe(failure)} ({place_of(failure)})")
         exit_status = FAILURE_STATUS
     _leave(exit_status)

@@ -1,15 +1,18 @@
 """What a run shows in a terminal: a live bar, or plain lines where the output goes to a file or a CI log."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+
+from megatron_lora.runtime.terminal import terminal_output
 
 PLAIN_WIDTH = 120  # of tables where no terminal tells its width
 SECONDS_BETWEEN_LINES = 5.0
@@ -28,10 +31,22 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
 _IN_BAR = ("loss", "reward", "accuracy", "tokens_per_second")
 
 
+class _UsersConsole(Console):
+    """Standard output as the user has it, whatever file descriptor 1 leads to meanwhile."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        try:
+            return ConsoleDimensions(*os.get_terminal_size(self.file.fileno()))
+        except (OSError, ValueError):
+            return super().size
+
+
 def build_console() -> Console:
     """Standard output; 120 columns where it is no terminal, so that tables in a log stay whole."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    if terminal_output().isatty():
+        return _UsersConsole(file=terminal_output(), highlight=False)
+    return Console(file=terminal_output(), highlight=False, width=PLAIN_WIDTH)
 
 
 def describe(metrics: Mapping[str, Any], names: Sequence[str] = tuple(_FORMATS)) -> str:

@@ -1,6 +1,5 @@
 """One recipe from start to end on this rank: prepare, resume, train, report."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,8 @@ from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
 from megatron_lora.policy.interface import NonFiniteLoss, Policy
 from megatron_lora.rollout.generator import RolloutError
+from megatron_lora.runtime import terminal
+from megatron_lora.runtime.failure import tell
 from megatron_lora.runtime.world import World, environment_world
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.run_folder import RunFolder
@@ -92,7 +93,15 @@ def run_recipe(loaded: LoadedRecipe) -> int:
                 folder.prepare()
                 reporter.start()
                 (folder.path / "config.yaml").write_text(dump_recipe(recipe))
+        _keep_log(folder.path, reporter)
         return _train(session, lambda: _loop(session, loader, validation))
+
+
+def _keep_log(folder: Path, reporter: RunReporter) -> None:
+    log = terminal.log()
+    if log is not None:
+        log.move_to(folder)
+        reporter.message(f"libraries' output and every rank's tracebacks: {log.path}")
 
 
 def _precompute(recipe: Recipe, policy: Policy, reporter: RunReporter, *loaders: Any) -> None:
@@ -122,11 +131,9 @@ def _train(session: Session, loop: Callable[[], None]) -> int:
         nothing_updated = " No weight was updated;" if isinstance(error, NonFiniteLoss) else ""
         # A rollout engine may fail on one rank while the others still wait for it.
         if session.world.is_main or isinstance(error, RolloutError):
-            print(
+            tell(
                 f"stopped at step {session.step + 1}: {error}.{nothing_updated} the last good checkpoint is kept "
-                f"({kept}).",
-                file=sys.stderr,
-                flush=True,
+                f"({kept})."
             )
         session.reporter.close(succeeded=False)
         return FAILURE_STATUS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_lora.command_line import build_parser, parse_run
+from megatron_lora.cli.options import build_parser, parse_run
 from megatron_lora.errors import UserError
 
 

@@ -1,0 +1,63 @@
+"""What people read reaches the terminal, what libraries print the log: at the level of file descriptors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lora.errors import UserError
+from megatron_lora.runtime import terminal
+
+NOISE = """
+import ctypes, os, sys, warnings, subprocess
+from pathlib import Path
+from megatron_lora.errors import UserError
+from megatron_lora.runtime import terminal
+
+terminal.say("before")
+with terminal.output_in_log(3) as log:
+    print("python's noise")
+    print("python's errors", file=sys.stderr)
+    os.write(2, b"a library's noise\\n")
+    subprocess.run(["echo", "a child's noise"])
+    terminal.say("for people")
+    terminal.complain("a mistake")
+    if sys.argv[1] != "none":
+        log.move_to(Path(sys.argv[1]))
+        print("later noise")
+print("after")
+"""
+
+
+def run(folder: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", NOISE, folder], capture_output=True, text=True, check=True)
+
+
+def test_noise_goes_to_the_log_and_words_to_the_terminal(tmp_path: Path):
+    done = run(str(tmp_path))
+    assert done.stdout.splitlines() == ["before", "for people", "after"]
+    assert done.stderr.splitlines() == ["a mistake"]
+    first, *rest = (tmp_path / "log.txt").read_text().splitlines()
+    assert first.startswith("--- rank 3, process ")
+    assert rest == ["python's noise", "python's errors", "a library's noise", "a child's noise", "later noise"]
+    run(str(tmp_path))
+    assert (tmp_path / "log.txt").read_text().count("--- rank 3") == 2  # a second start appends
+
+
+def test_without_a_folder_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert run("none").stdout.splitlines() == ["before", "for people", "after"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_removes_a_temporary_log_and_a_crash_keeps_it(capfd: pytest.CaptureFixture[str]):
+    for error, is_kept in ((UserError("x"), False), (RuntimeError("x"), True)):
+        with pytest.raises(type(error)), terminal.output_in_log(0) as log:
+            os.write(1, b"noise\n")
+            raise error
+        assert log.path.exists() is is_kept
+        log.path.unlink(missing_ok=True)
+    print("back")
+    assert capfd.readouterr().out == "back\n"
