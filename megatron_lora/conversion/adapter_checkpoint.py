@@ -30,7 +30,7 @@ def weights_folder(checkpoint: Path | str) -> Path:
 
 
 def read_adapter(checkpoint: Path | str) -> tuple[AdapterSpec, dict[str, Tensor]]:
-    """(spec, `<module>.lora_A|lora_B` -> full CPU tensor) whatever layout wrote it.
+    """(spec, `<module>.<factor>` -> full CPU tensor) whatever layout wrote it.
 
     Holds the adapter once. Raises UserError for missing or truncated files and tensors that the spec does not name.
     """
@@ -46,9 +46,9 @@ def read_adapter(checkpoint: Path | str) -> tuple[AdapterSpec, dict[str, Tensor]
         )
     tensors = stored.read(list(wanted))
     for name in tensors:
-        if name == "output_layer.lora_B" and tensors[name].shape[0] > spec.shapes.vocab_size:
+        if name.startswith("output_layer.") and tensors[name].shape[0] > wanted[name][0]:
             # Written with the vocabulary padding of its tensor-parallel layout.
-            tensors[name] = tensors[name][: spec.shapes.vocab_size].clone()
+            tensors[name] = tensors[name][: wanted[name][0]].clone()
     check_tensors(spec, tensors)
     return spec, {name: tensors[name] for name in wanted}
 

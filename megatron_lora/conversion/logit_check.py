@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_lora.conversion.safetensors_io import write_tensor_dict
 from megatron_lora.lora.layout import AdapterSpec
-from megatron_lora.lora.peft_format import hf_linears, segment_delta, to_hf
+from megatron_lora.lora.merge import merge_targets
+from megatron_lora.lora.peft_format import to_hf
 
 PROMPT_TOKENS = 32
 # Largest difference allowed, over the largest absolute logit; by the dtype the merged weights were rounded to.
@@ -52,15 +53,9 @@ def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> float:
 def _fused_logits(base: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> Tensor:
     model = _load(base)
     modules = dict(model.named_modules())
-    layouts = {(module.kind, module.layer): module for module in spec.modules}
-    for linear in hf_linears(spec.shapes).values():
-        layout = layouts.get((linear.kind, linear.layer))
-        if layout is None:
-            continue
-        a, b = factors[f"{layout.name}.lora_A"], factors[f"{layout.name}.lora_B"]
-        delta = segment_delta(layout, linear.segment, a, b, spec.shapes)
-        if delta is not None:
-            modules[linear.name].get_parameter("weight").data.add_(delta)
+    for name, target in merge_targets(spec).items():
+        weight = modules[name].get_parameter("weight").data
+        weight.add_(target.weight_update(factors).of_rows(weight))
     return _logits(model, spec.shapes.vocab_size)
 
 

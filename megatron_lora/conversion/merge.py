@@ -1,4 +1,4 @@
-"""W + s B A over a base model's files, one tensor at a time."""
+"""An adapter merged into a base model's files, one tensor at a time."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,8 +10,9 @@ from torch import Tensor
 from megatron_lora.conversion.shard_writer import check_shards, write_shards
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModuleLayout
-from megatron_lora.lora.peft_format import block_of, hf_linears, segment_factors, segment_features
+from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.merge import Target, merge_targets
+from megatron_lora.lora.peft_format import hf_linears, segment_features
 
 # Rows of a weight are merged in pieces of about this many elements, so that the fp32 temporaries stay small.
 CHUNK_ELEMENTS = 1 << 20
@@ -20,7 +21,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class MergeReport:
-    """How much of each update s B A the target dtype lost: |round(W + d) - round(W) - d| / |d|, Frobenius norms.
+    """How much of each update d the target dtype lost: |round(W + d) - round(W) - d| / |d|, Frobenius norms.
 
     0: nothing, 1: as if there were no update.
     """
@@ -67,16 +68,13 @@ class Merger:
         self.report = MergeReport()
         self.targets = self._find_targets()
 
-    def _find_targets(self) -> dict[str, tuple[ModuleLayout, str]]:
-        """HF weight name -> (module, segment)."""
-        layouts = {(module.kind, module.layer): module for module in self.spec.modules}
-        targets: dict[str, tuple[ModuleLayout, str]] = {}
-        for linear in hf_linears(self.spec.shapes).values():
-            module = layouts.get((linear.kind, linear.layer))
-            if module is None or block_of(module, linear.segment) is None:
-                continue
-            name = f"{linear.name}.weight"
-            inputs, outputs = segment_features(linear, self.spec.shapes)
+    def _find_targets(self) -> dict[str, Target]:
+        """HF weight name -> what adapts it."""
+        linears = hf_linears(self.spec.shapes)
+        targets: dict[str, Target] = {}
+        for linear, target in merge_targets(self.spec).items():
+            name = f"{linear}.weight"
+            inputs, outputs = segment_features(linears[linear], self.spec.shapes)
             if name not in self.base.entries:
                 raise UserError(f"{self.base.folder} lacks {name}, which the adapter adapts; is it the right base?")
             if self.base.entries[name].shape != (outputs, inputs):
@@ -84,7 +82,7 @@ class Merger:
                     f"{name} in {self.base.folder} has shape {self.base.entries[name].shape}, "
                     f"the adapter is for {(outputs, inputs)}"
                 )
-            targets[name] = (module, linear.segment)
+            targets[name] = target
         return targets
 
     def target_dtype(self, name: str) -> torch.dtype:
@@ -99,15 +97,12 @@ class Merger:
         dtype = self.target_dtype(name)
         if name not in self.targets:
             return weight.to(dtype)
-        module, segment = self.targets[name]
-        a, b = self.factors[f"{module.name}.lora_A"], self.factors[f"{module.name}.lora_B"]
-        update = segment_factors(module, segment, a, b, self.spec.shapes)
-        assert update is not None, f"{name} is a target without a block"
+        update = self.targets[name].weight_update(self.factors)
         result = torch.empty(weight.shape, dtype=dtype)
         rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
         for start in range(0, weight.shape[0], rows):
             chunk = slice(start, start + rows)
-            delta = update[0][chunk] @ update[1]
+            delta = update.of_rows(weight, chunk)
             result[chunk] = weight[chunk].float() + delta
             error = (result[chunk].float() - weight[chunk].to(dtype).float()).sub_(delta)
             self.report.add(name.removesuffix(".weight"), error, delta)

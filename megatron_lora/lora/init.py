@@ -1,12 +1,40 @@
-"""Starting values of the two factors: the same tensor at every layout, from the full fan-in and a seed."""
+"""Starting values of the factors: the same tensor at every layout, from the full fan-in and a seed."""
 
 import math
 import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_lora.lora.layout import AdapterSpec, Factor, ModuleLayout
+from megatron_lora.lora.methods import ReadWeight, method_of
+
 NORMAL_STD = 0.2
+# The whole factors of a module, by factor name.
+Factors = Callable[[ModuleLayout], dict[str, Tensor]]
+
+
+def initial_factors(
+    spec: AdapterSpec, a_method: str, b_method: str, seed: int, read: ReadWeight | None = None
+) -> Factors:
+    """Freshly drawn. read: the base's weights by HF name, for kinds that start from them."""
+    methods = {"A": a_method, "B": b_method}
+
+    def draw(module: ModuleLayout) -> dict[str, Tensor]:
+        def fresh(factor: Factor) -> Tensor:
+            shape: Any = module.factor_shape(factor, spec.shapes)
+            return init_factor(methods[factor.key], shape, seed, f"{module.name}.{factor.name}")
+
+        return method_of(spec.type).draw(module, spec.shapes, fresh, read)
+
+    return draw
+
+
+def given_factors(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> Factors:
+    """From `<module>.<factor>` tensors."""
+    return lambda module: spec.of_module(module, tensors)
 
 
 def init_factor(method: str, shape: tuple[int, int], seed: int, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Put adapters into a Megatron model: replace each targeted linear by its adapted one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
-from megatron_lora.lora.init import init_factor
-from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, ModelShapes, ModuleLayout
+from megatron_lora.lora.init import Factors
+from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, FactorKey, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
+from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.sharding import shard
-
-Factors = Callable[[ModuleLayout], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,27 +24,6 @@ class AdapterOptions:
     dropout_before: bool
     all_to_all: bool
     dtype: torch.dtype | None
-
-
-def initial_factors(spec: AdapterSpec, a_method: str, b_method: str, seed: int) -> Factors:
-    """The whole (A, B) of a module, freshly drawn."""
-
-    def draw(module: ModuleLayout) -> tuple[Tensor, Tensor]:
-        a = init_factor(a_method, (module.rank, module.in_features(spec.shapes)), seed, f"{module.name}.lora_A")
-        b = init_factor(b_method, (module.out_features(spec.shapes), module.rank), seed, f"{module.name}.lora_B")
-        mask = module.b_mask(spec.shapes)
-        return a, b if mask is None else b * mask
-
-    return draw
-
-
-def given_factors(tensors: Mapping[str, Tensor]) -> Factors:
-    """The whole (A, B) of a module from `<module>.lora_A|lora_B` tensors."""
-
-    def look_up(module: ModuleLayout) -> tuple[Tensor, Tensor]:
-        return tensors[f"{module.name}.lora_A"], tensors[f"{module.name}.lora_B"]
-
-    return look_up
 
 
 def inject(
@@ -65,7 +43,7 @@ def inject(
         chunk.requires_grad_(False)
         for name, parent, attribute in list(global_linears(chunk)):
             if name in layouts:
-                linear = _adapt(getattr(parent, attribute), layouts[name], spec.shapes, factors, options, tp)
+                linear = _adapt(getattr(parent, attribute), layouts[name], spec, factors, options, tp)
                 setattr(parent, attribute, linear)
                 adapted.append(linear)
     return adapted
@@ -91,7 +69,7 @@ def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
 def _adapt(
     base: nn.Module,
     layout: ModuleLayout,
-    shapes: ModelShapes,
+    spec: AdapterSpec,
     factors: Factors,
     options: AdapterOptions,
     tp: TensorParallel,
@@ -102,22 +80,24 @@ def _adapt(
     all_to_all = options.all_to_all and not column and tp.sequence_parallel
     padded = weight.shape[0] * tp.size if layout.kind == "output_layer" else None
 
-    def local(tensor: Tensor, factor: str) -> Tensor:
-        piece = shard(tensor, factor, layout.kind, tp.rank, tp.size, shapes, a2a=all_to_all, padded_vocab_size=padded)  # type: ignore[arg-type]
+    def local(tensor: Tensor, factor: FactorKey) -> Tensor:
+        piece = shard(
+            tensor, factor, layout.kind, tp.rank, tp.size, spec.shapes, a2a=all_to_all, padded_vocab_size=padded
+        )
         return piece.to(weight.device)
 
-    full_a, full_b = factors(layout)
+    whole = factors(layout)
     dtype = options.dtype or weight.dtype
-    mask = layout.b_mask(shapes)
+    mask = layout.b_mask(spec.shapes)
     linear = LoRAColumnParallelLinear if column else LoRARowParallelLinear
     return linear(
         base,
         layout,
-        shapes,
+        spec.shapes,
         base.config,  # type: ignore[arg-type]
         tp,
-        lora_a=local(full_a, "A").to(dtype),
-        lora_b=local(full_b, "B").to(dtype),
+        method=method_of(spec.type),
+        factors={factor.key: local(whole[factor.name], factor.key).to(dtype) for factor in spec.factors},
         b_mask=None if mask is None else local(mask, "B"),
         dropout=options.dropout,
         dropout_before=options.dropout_before,

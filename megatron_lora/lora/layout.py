@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_lora.errors import UserError
 
 Kind = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]
-Factor = Literal["A", "B"]
+Axis = Literal["rank", "in", "out"]
+FactorKey = Literal["A", "B"]
 
 KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
 COLUMN_PARALLEL: frozenset[str] = frozenset({"linear_qkv", "linear_fc1", "output_layer"})
@@ -29,10 +30,31 @@ PARENTS = {
     "linear_fc2": "mlp",
 }
 
+
+@dataclass(frozen=True)
+class Factor:
+    """One kind of tensor that an adapter trains.
+
+    key: what it is in the arithmetic. name: behind its linear's name in a checkpoint, and the parameter's in a module.
+    axes: what each of its axes runs along; its shape, its rows of each HF linear and its place under tensor
+    parallelism follow from that. peft_name: behind an HF linear's name in a PEFT file.
+    """
+
+    key: FactorKey
+    name: str
+    axes: tuple[Axis, ...]
+    peft_name: str
+
+
+A = Factor("A", "lora_A", ("rank", "in"), "lora_A.weight")
+B = Factor("B", "lora_B", ("out", "rank"), "lora_B.weight")
+FACTORS = {factor.key: factor for factor in (A, B)}
+# The table of factors of each adapter type, in the order in which a module holds them.
+FACTORS_OF_TYPE: dict[str, tuple[Factor, ...]] = {"lora": (A, B)}
+
 ADAPTER_FILE = "adapter.json"
 ADAPTER_FORMAT = "megatron-lora-adapter"
 ADAPTER_VERSION = 1
-ADAPTER_TYPES = ("lora",)
 
 # Families whose HF linears are self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj under model.layers.
 HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -185,11 +207,17 @@ class ModuleLayout:
         """[R] fp32: the scale of each rank row of A."""
         return torch.cat([torch.full((block.rank,), block.scale, dtype=torch.float32) for block in self.blocks])
 
-    def num_parameters(self, shapes: ModelShapes) -> int:
-        """Entries of A and B that train."""
-        mask = self.b_mask(shapes)
-        size_of_b = self.out_features(shapes) * self.rank if mask is None else int(mask.sum())
-        return self.rank * self.in_features(shapes) + size_of_b
+    def factor_shape(self, factor: Factor, shapes: ModelShapes) -> tuple[int, ...]:
+        """The shape of the whole factor (TP=1, no vocabulary padding)."""
+        sizes = {"rank": self.rank, "in": self.in_features(shapes), "out": self.out_features(shapes)}
+        return tuple(sizes[axis] for axis in factor.axes)
+
+    def num_trained(self, factor: Factor, shapes: ModelShapes) -> int:
+        """Entries of one factor that train: all, but for output rows (of a block's ranks) that no block serves."""
+        mask = self.b_mask(shapes) if "out" in factor.axes else None
+        if mask is None:
+            return math.prod(self.factor_shape(factor, shapes))
+        return int(mask.sum()) if "rank" in factor.axes else int(mask.any(1).sum())
 
     def b_mask(self, shapes: ModelShapes) -> Tensor | None:
         """[out, R] bool: the entries of B that may be non-zero; None where all may."""
@@ -235,13 +263,26 @@ class AdapterSpec:
     settings: dict[str, Any] = field(default_factory=dict)
     type: str = "lora"
 
-    def factor_shapes(self) -> dict[str, tuple[int, int]]:
-        """`<module>.lora_A|lora_B` -> its full shape, in the order of `modules`."""
-        result: dict[str, tuple[int, int]] = {}
-        for module in self.modules:
-            result[f"{module.name}.lora_A"] = (module.rank, module.in_features(self.shapes))
-            result[f"{module.name}.lora_B"] = (module.out_features(self.shapes), module.rank)
-        return result
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors that each module has."""
+        return FACTORS_OF_TYPE[self.type]
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """`<module>.<factor>` -> its full shape, in the order of `modules`."""
+        return {
+            f"{module.name}.{factor.name}": module.factor_shape(factor, self.shapes)
+            for module in self.modules
+            for factor in self.factors
+        }
+
+    def num_parameters(self, module: ModuleLayout) -> int:
+        """Entries of a module's factors that train."""
+        return sum(module.num_trained(factor, self.shapes) for factor in self.factors)
+
+    def of_module(self, module: ModuleLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A module's own factors, by factor name, from those of the whole adapter."""
+        return {factor.name: tensors[f"{module.name}.{factor.name}"] for factor in self.factors}
 
     def to_json(self) -> dict[str, Any]:
         return {"format": ADAPTER_FORMAT, "version": ADAPTER_VERSION, **asdict(self)}
@@ -256,9 +297,9 @@ class AdapterSpec:
                 f"{source} has version {content.get('version')!r}, this release reads version {ADAPTER_VERSION}; "
                 "use the release that wrote it"
             )
-        if content.get("type") not in ADAPTER_TYPES:
+        if content.get("type") not in FACTORS_OF_TYPE:
             raise UserError(
-                f"{source} holds an adapter of type {content.get('type')!r}; supported: {', '.join(ADAPTER_TYPES)}"
+                f"{source} holds an adapter of type {content.get('type')!r}; supported: {', '.join(FACTORS_OF_TYPE)}"
             )
         try:
             modules = [

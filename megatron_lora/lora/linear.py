@@ -1,5 +1,7 @@
 """Megatron's fused linears with an adapter: the modules that take the place of the base's."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,15 +18,26 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel, row_parallel
-from megatron_lora.lora.layout import ModelShapes, ModuleLayout
+from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.layout import Factor, FactorKey, ModelShapes, ModuleLayout
+from megatron_lora.lora.methods import AdapterMethod
+from megatron_lora.lora.sharding import split_axis
 from megatron_lora.runtime.native_layers import apply_norm
+
+
+@dataclass(frozen=True)
+class HeldFactor:
+    """A factor as a module holds it. parameter: this rank's part. axis: the one that is split over TP, or None."""
+
+    factor: Factor
+    parameter: torch.nn.Parameter
+    axis: int | None
 
 
 class LoRALinear(torch.nn.Module):
     """A frozen fused linear with an adapter. Takes over the base module's parameters under the same names (`weight`,
     `bias`, `layer_norm_weight`, ...), so that base weights are loaded and exported as without an adapter, and adds
-    `lora_A` [R, in] and `lora_B` [out, R] (this rank's part of each).
+    this rank's part of each factor of its kind of adapter (`method`), under the factor's name.
 
     dropout: probability; `dropout_before`: on A's input, else on B's output.
     """
@@ -41,8 +54,8 @@ class LoRALinear(torch.nn.Module):
         config: TransformerConfig,
         tp: TensorParallel,
         *,
-        lora_a: Tensor,
-        lora_b: Tensor,
+        method: AdapterMethod,
+        factors: Mapping[FactorKey, Tensor],
         b_mask: Tensor | None,
         dropout: float = 0.0,
         dropout_before: bool = False,
@@ -67,43 +80,71 @@ class LoRALinear(torch.nn.Module):
         self.post_layernorm = getattr(base, "post_layernorm", None)
         self.eps = getattr(base, "eps", config.layernorm_epsilon)
         self.skip_bias_add = bool(getattr(base, "skip_bias_add", getattr(base, "te_return_bias", False)))
-        self.lora_A = torch.nn.Parameter(lora_a)
-        self.lora_B = torch.nn.Parameter(lora_b)
+        self.method = method
+        for factor in method.factors:
+            self.register_parameter(factor.name, torch.nn.Parameter(factors[factor.key]))
+        self._derived: Any = None
         self.register_buffer("b_mask", b_mask, persistent=False)
         scales = layout.scales()
         uniform = bool((scales == scales[0]).all())
         self.scale: float | None = layout.blocks[0].scale if uniform else None
-        self.register_buffer("scales", None if uniform else scales.to(lora_a.device), persistent=False)
+        self.register_buffer("scales", None if uniform else scales.to(factors["A"].device), persistent=False)
         self._mark_factors()
+
+    @property
+    def held_factors(self) -> list[HeldFactor]:
+        """This rank's part of each factor, in the order of the method's table."""
+        column = self.parallel_kind == "column"
+        return [
+            HeldFactor(factor, getattr(self, factor.name), split_axis(factor.key, column, a2a=self.all_to_all))
+            for factor in self.method.factors
+        ]
 
     def _mark_factors(self) -> None:
         """Tell Megatron which factor is split over TP, and our gradient step which one to sum over it."""
-        for parameter, split in ((self.lora_A, self.axis_of_a), (self.lora_B, self.axis_of_b)):
-            set_tensor_model_parallel_attributes(parameter, split is not None, split or 0, 1)
+        for held in self.held_factors:
+            parameter: Any = held.parameter
+            set_tensor_model_parallel_attributes(parameter, held.axis is not None, held.axis or 0, 1)
             # With all-to-all every rank of B and A already holds its whole gradient.
-            parameter.sum_gradient_over_tp = split is None  # type: ignore[attr-defined]
-            parameter.allreduce = True  # type: ignore[attr-defined]
+            parameter.sum_gradient_over_tp = held.axis is None and self.method.gradient_is_partial(
+                held.factor, self.parallel_kind == "column", self.tp
+            )
+            parameter.allreduce = True
+
+    def factors_changed(self) -> None:
+        """The factors have other values than before: what was derived from them is computed anew."""
+        self._derived = None
+
+    @torch.no_grad()
+    def adds_nothing(self) -> bool:
+        """Whether the output is the base's, bit for bit. By this rank's part: of two factors one is whole."""
+        values = self._values()
+        return any(not bool(values[key].any()) for key in self.method.vanishing)
+
+    def _values(self) -> dict[FactorKey, Tensor]:
+        return {factor.key: getattr(self, factor.name) for factor in self.method.factors}
+
+    def _derive(self, weight: Tensor) -> Any:
+        if self._derived is None:
+            summed_over = self.tp if self.parallel_kind == "row" and self.tp.size > 1 else None
+            with torch.no_grad():
+                self._derived = self.method.derive(weight, self._values(), self._scale, summed_over)
+        return self._derived
 
     @property
-    def axis_of_a(self) -> int | None:
-        """The axis along which lora_A is split over TP, or None."""
-        raise AssertionError("a column- or row-parallel linear answers this")
-
-    @property
-    def axis_of_b(self) -> int | None:
-        """The axis along which lora_B is split over TP, or None."""
-        raise AssertionError("a column- or row-parallel linear answers this")
+    def _scale(self) -> float | Tensor:
+        return self.scale if self.scale is not None else self.scales  # type: ignore[return-value]
 
     def _call(self, tokens: int, same_input_mask: bool, same_output_mask: bool, x: Tensor) -> AdapterCall:
         input_mask = output_mask = None
         if self.training and self.dropout > 0.0:
             if self.dropout_before:
-                input_mask = self._mask((tokens, self.lora_A.shape[1]), x, same_input_mask)
+                input_mask = self._mask((tokens, x.shape[-1]), x, same_input_mask)
             else:
-                output_mask = self._mask((tokens, self.lora_B.shape[0]), x, same_output_mask)
+                output_mask = self._mask((tokens, self._values()["B"].shape[0]), x, same_output_mask)
         return AdapterCall(
             parallel=self.tp,
-            scale=self.scale if self.scale is not None else self.scales,  # type: ignore[arg-type]
+            scale=self._scale,
             b_mask=self.b_mask,  # type: ignore[arg-type]
             input_mask=input_mask,
             output_mask=output_mask,
@@ -131,12 +172,10 @@ class LoRALinear(torch.nn.Module):
         return apply_norm(x, weight, bias, config.normalization, self.eps, config.layernorm_zero_centered_gamma)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Base parameters and the two factors; see `policy.megatron.checkpoint` for which of them are written."""
+        """Base parameters and the factors; see `policy.megatron.checkpoint` for which of them are written."""
         weight_axis = 0 if self.parallel_kind == "column" else 1
         axes = {"weight": weight_axis, "bias": 0} if self.parallel_kind == "column" else {"weight": weight_axis}
-        for name, axis in (("lora_A", self.axis_of_a), ("lora_B", self.axis_of_b)):
-            if axis is not None:
-                axes[name] = axis
+        axes |= {held.factor.name: held.axis for held in self.held_factors if held.axis is not None}
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -155,14 +194,6 @@ class LoRAColumnParallelLinear(LoRALinear):
 
     parallel_kind = "column"
 
-    @property
-    def axis_of_a(self) -> int | None:
-        return None
-
-    @property
-    def axis_of_b(self) -> int | None:
-        return 0
-
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """x [s, b, in] -> ([S, b, out / tp], bias or None)."""
         weight = weight if weight is not None else self.weight
@@ -171,7 +202,7 @@ class LoRAColumnParallelLinear(LoRALinear):
         if self.enabled:
             tokens = x.shape[0] * x.shape[1] * (self.tp.size if self.tp.sequence_parallel else 1)
             call = self._call(tokens, same_input_mask=True, same_output_mask=False, x=x)
-            out = column_parallel(x.flatten(0, 1), weight, bias, self.lora_A, self.lora_B, call)
+            out = self._product(x.flatten(0, 1), weight, bias, call)
             out = out.view(-1, x.shape[1], out.shape[-1])
         else:
             out = linear_with_frozen_weight(
@@ -187,19 +218,18 @@ class LoRAColumnParallelLinear(LoRALinear):
             )
         return out, self.bias if self.skip_bias_add else None
 
+    def local_product(self, x: Tensor, weight: Tensor, call: AdapterCall) -> Tensor:
+        """[t, in], the same on every rank -> [t, out / tp], bias added, without communication."""
+        return self._product(x, weight, self.bias, replace(call, parallel=TensorParallel(self.tp.group, 1, 0, False)))
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: AdapterCall) -> Tensor:
+        return self.method.column(x, weight, bias, self._values(), self._derive(weight), call)
+
 
 class LoRARowParallelLinear(LoRALinear):
     """`linear_proj` and `linear_fc2` (with the norm after them, in the families that have one)."""
 
     parallel_kind = "row"
-
-    @property
-    def axis_of_a(self) -> int | None:
-        return 1
-
-    @property
-    def axis_of_b(self) -> int | None:
-        return 0 if self.all_to_all else None
 
     def forward(self, x: Tensor) -> Any:
         """x [S, b, in / tp] -> ([s, b, out], bias or None)."""
@@ -207,7 +237,7 @@ class LoRARowParallelLinear(LoRALinear):
             # Each rank sees other columns of the input, so its mask is its own; the partial outputs are summed, so
             # their mask is the same, unless all-to-all gives each rank its own columns.
             call = self._call(x.shape[0] * x.shape[1], same_input_mask=False, same_output_mask=not self.all_to_all, x=x)
-            out = row_parallel(x.flatten(0, 1), self.weight, self.lora_A, self.lora_B, call)
+            out = self.method.row(x.flatten(0, 1), self.weight, self._values(), self._derive(self.weight), call)
             out = out.view(-1, x.shape[1], out.shape[-1])
         else:
             out = torch.nn.functional.linear(x, self.weight)

@@ -46,6 +46,7 @@ class PeftPatterns:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     dropout: float
+    type: str = "lora"
 
     def matches(self, name: str) -> bool:
         """Whether the linear `name` (as the HF model calls it) carries an adapter."""

@@ -1,6 +1,7 @@
 """Fused adapter tensors <-> HF PEFT's names and `adapter_config.json`. Pure: dictionaries and tensors in and out."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,12 @@ from torch import Tensor
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import (
+    FACTORS,
+    FACTORS_OF_TYPE,
     AdapterSpec,
     Block,
+    Factor,
+    FactorKey,
     Kind,
     ModelShapes,
     ModuleLayout,
@@ -21,6 +26,7 @@ from megatron_lora.lora.layout import (
 )
 from megatron_lora.lora.peft_config import PeftPatterns, build_config, read_patterns
 
+Values = Mapping[FactorKey, Tensor]
 LAYER_KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 PREFIX = "base_model.model."
 # peft adds this copy of the frozen base where lm_head is a target. It is no part of the adapter.
@@ -69,25 +75,32 @@ def segment_features(linear: HFLinear, shapes: ModelShapes) -> tuple[int, int]:
     return features(linear.kind, shapes)[0], segment_rows(linear.kind, shapes, linear.segment).numel()
 
 
-def segment_factors(
-    module: ModuleLayout, segment: str, a: Tensor, b: Tensor, shapes: ModelShapes
-) -> tuple[Tensor, Tensor] | None:
-    """(s B [out of the HF linear, r], A [r, in]) in fp32: their product is the update of one segment's weight.
-
-    a, b: the fused factors. None where no block serves the segment.
-    """
+def segment_part(factor: Factor, module: ModuleLayout, segment: str, whole: Tensor, shapes: ModelShapes) -> Tensor:
+    """The part of a fused factor that belongs to one HF linear, in memory of its own. A block serves the segment."""
     block = block_of(module, segment)
-    if block is None:
-        return None
-    rows = segment_rows(module.kind, shapes, segment).to(b.device)
-    b_segment = b[rows, block.start : block.stop].float()
-    return b_segment * block.scale, a[block.start : block.stop].float()
+    assert block is not None
+    part = whole
+    for axis, along in enumerate(factor.axes):
+        if along == "rank":
+            part = part.narrow(axis, block.start, block.rank)
+        elif along == "out":
+            part = part.index_select(axis, segment_rows(module.kind, shapes, segment).to(whole.device))
+    return part.clone(memory_format=torch.contiguous_format)
 
 
-def segment_delta(module: ModuleLayout, segment: str, a: Tensor, b: Tensor, shapes: ModelShapes) -> Tensor | None:
-    """[out of the HF linear, in] fp32: s B A of one segment, from the fused factors; None where no block serves it."""
-    factors = segment_factors(module, segment, a, b, shapes)
-    return None if factors is None else factors[0] @ factors[1]
+def put_segment_part(
+    factor: Factor, module: ModuleLayout, segment: str, part: Tensor, whole: Tensor, shapes: ModelShapes
+) -> None:
+    """The inverse of `segment_part`: write one HF linear's part into the fused factor."""
+    block = block_of(module, segment)
+    assert block is not None
+    index: list[Any] = [slice(None)] * whole.dim()
+    for axis, along in enumerate(factor.axes):
+        if along == "rank":
+            index[axis] = slice(block.start, block.stop)
+        elif along == "out":
+            index[axis] = segment_rows(module.kind, shapes, segment)
+    whole[tuple(index)] = part.to(whole.dtype)
 
 
 def block_of(module: ModuleLayout, segment: str) -> Block | None:
@@ -100,7 +113,7 @@ def to_hf(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A fused adapter as (adapter_config.json's content, PEFT tensors).
 
-    tensors: `<module>.lora_A|lora_B` -> full tensor. An A that several HF linears share is written as a copy for each.
+    tensors: `<module>.<factor>` -> full tensor. An A that several HF linears share is written as a copy for each.
     uniform_scale: fold what differs in scale between linears into B, so that alpha / r is one number; for engines that
     read r and lora_alpha but no pattern (vLLM). Otherwise the tensors are the fused ones bit for bit.
     Raises UserError for a tensor that is missing or has another shape.
@@ -110,17 +123,16 @@ def to_hf(
     result: dict[str, Tensor] = {}
     check_tensors(spec, tensors)
     for module in spec.modules:
-        a, b = tensors[f"{module.name}.lora_A"], tensors[f"{module.name}.lora_B"]
         for segment in segments_of(module.kind, spec.shapes):
             block = block_of(module, segment)
             if block is None:
                 continue
             name = hf_name(segment, module.layer)
-            rows = segment_rows(module.kind, spec.shapes, segment).to(b.device)
             patterns[name] = (block.rank, block.alpha)
             scales[name] = block.scale
-            result[f"{PREFIX}{name}.lora_A.weight"] = a[block.start : block.stop].clone()
-            result[f"{PREFIX}{name}.lora_B.weight"] = b[rows, block.start : block.stop].contiguous()
+            for factor in spec.factors:
+                whole = tensors[f"{module.name}.{factor.name}"]
+                result[peft_name(name, factor)] = segment_part(factor, module, segment, whole, spec.shapes)
     use_rslora = any(block.use_rslora for module in spec.modules for block in module.blocks)
     if uniform_scale:
         patterns = _fold_scales(patterns, scales, result)
@@ -149,17 +161,24 @@ def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
     one's is read. Raises KeyError for one that is missing."""
     fused: dict[str, Tensor] = {}
     for module in spec.modules:
-        names = {segment: f"{PREFIX}{hf_name(segment, module.layer)}" for b in module.blocks for segment in b.segments}
-        fused[f"{module.name}.lora_A"] = torch.cat(
-            [tensors[f"{names[block.segments[0]]}.lora_A.weight"] for block in module.blocks]
-        )
-        out = torch.zeros(module.out_features(spec.shapes), module.rank)
-        for block in module.blocks:
-            for segment in block.segments:
-                rows = segment_rows(module.kind, spec.shapes, segment)
-                out[rows, block.start : block.stop] = tensors[f"{names[segment]}.lora_B.weight"]
-        fused[f"{module.name}.lora_B"] = out
+        for factor in spec.factors:
+            parts = {
+                segment: tensors[peft_name(hf_name(segment, module.layer), factor)]
+                for segment in _written(factor, module)
+            }
+            fused[f"{module.name}.{factor.name}"] = _fuse(factor, module, parts, spec.shapes)
     return fused
+
+
+def peft_name(linear: str, factor: Factor) -> str:
+    """The name in a PEFT file of one HF linear's factor."""
+    return f"{PREFIX}{linear}.{factor.peft_name}"
+
+
+def _written(factor: Factor, module: ModuleLayout) -> list[str]:
+    """The segments whose parts make up a fused factor: all that a block serves, or one of each block that share it."""
+    shared = "out" not in factor.axes
+    return [segment for block in module.blocks for segment in (block.segments[:1] if shared else block.segments)]
 
 
 def from_hf(
@@ -169,52 +188,51 @@ def from_hf(
     base_model_name: str | None = None,
     base_fingerprint: str | None = None,
 ) -> tuple[AdapterSpec, dict[str, Tensor]]:
-    """Any HF PEFT LoRA adapter as (spec, `<module>.lora_A|lora_B` -> full fused tensor).
+    """Any HF PEFT LoRA adapter as (spec, `<module>.<factor>` -> full fused tensor).
 
     HF linears of one fused linear share a block where their A, rank and scale are bitwise equal; otherwise each has its
     own. `to_hf` of the result returns the same factors bit for bit (a module that mixes dtypes is held in the wider).
     Raises UserError for what is not supported (named), for tensors that config and shapes do not agree with.
     """
     patterns = read_patterns(config)
-    factors = _pair_factors(tensors, patterns, shapes)
+    table = FACTORS_OF_TYPE[patterns.type]
+    found = _collect_factors(tensors, table, patterns, shapes)
     fused: dict[str, Tensor] = {}
     modules: list[ModuleLayout] = []
     for layer in [*range(shapes.num_layers), None]:
         for kind in ("output_layer",) if layer is None else LAYER_KINDS:
-            present = {s: factors[hf_name(s, layer)] for s in segments_of(kind, shapes) if hf_name(s, layer) in factors}
+            present = {s: found[hf_name(s, layer)] for s in segments_of(kind, shapes) if hf_name(s, layer) in found}
             if not present:
                 continue
             name = module_name(kind, layer)
             module = ModuleLayout(name, kind, _group_segments(present, layer, patterns))
             modules.append(module)
-            fused[f"{name}.lora_A"], fused[f"{name}.lora_B"] = _fuse(module, present, shapes)
+            dtype = _widest(part for parts in present.values() for part in parts.values())
+            for factor in table:
+                parts = {segment: own[factor.key].to(dtype) for segment, own in present.items()}
+                fused[f"{name}.{factor.name}"] = _fuse(factor, module, parts, shapes)
     settings = {"dim": patterns.rank, "alpha": patterns.alpha, "dropout": patterns.dropout, "dropout_position": "pre"}
     name = base_model_name or config.get("base_model_name_or_path") or ""
-    return AdapterSpec(name, shapes, modules, base_fingerprint, settings), fused
+    return AdapterSpec(name, shapes, modules, base_fingerprint, settings, patterns.type), fused
 
 
-def _fuse(
-    module: ModuleLayout, factors: Mapping[str, tuple[Tensor, Tensor]], shapes: ModelShapes
-) -> tuple[Tensor, Tensor]:
-    """([R, in], [out, R]) from each segment's own pair."""
-    dtype = factors[module.blocks[0].segments[0]][0].dtype
-    for pair in factors.values():
-        for tensor in pair:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    a = torch.cat([factors[block.segments[0]][0].to(dtype) for block in module.blocks])
-    b = torch.zeros(module.out_features(shapes), module.rank, dtype=dtype)
-    for block in module.blocks:
-        for segment in block.segments:
-            b[segment_rows(module.kind, shapes, segment), block.start : block.stop] = factors[segment][1].to(dtype)
-    return a, b
+def _fuse(factor: Factor, module: ModuleLayout, parts: Mapping[str, Tensor], shapes: ModelShapes) -> Tensor:
+    """One fused factor from its segments' parts; rows that no block serves are zero."""
+    whole = torch.zeros(module.factor_shape(factor, shapes), dtype=_widest(parts.values()))
+    for segment in _written(factor, module):
+        put_segment_part(factor, module, segment, parts[segment], whole, shapes)
+    return whole
 
 
-def _group_segments(
-    factors: Mapping[str, tuple[Tensor, Tensor]], layer: int | None, patterns: PeftPatterns
-) -> tuple[Block, ...]:
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _group_segments(factors: Mapping[str, Values], layer: int | None, patterns: PeftPatterns) -> tuple[Block, ...]:
     """The blocks of one fused linear: segments with the same A, rank and alpha go together."""
     groups: list[tuple[list[str], Tensor, int, float]] = []
-    for segment, (a, _) in factors.items():
+    for segment, own in factors.items():
+        a = own["A"]
         rank, alpha = patterns.rank_and_alpha(hf_name(segment, layer))
         for names, other, other_rank, other_alpha in groups:
             if (rank, alpha) == (other_rank, other_alpha) and _same_bits(a, other):
@@ -230,46 +248,52 @@ def _group_segments(
     return tuple(blocks)
 
 
-def _pair_factors(
-    tensors: Mapping[str, Tensor], patterns: PeftPatterns, shapes: ModelShapes
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """HF linear -> (A, B), after every name and shape was checked against config and model."""
+def _collect_factors(
+    tensors: Mapping[str, Tensor], table: Sequence[Factor], patterns: PeftPatterns, shapes: ModelShapes
+) -> dict[str, Values]:
+    """HF linear -> its factors, after every name and shape was checked against config and model."""
     linears = hf_linears(shapes)
     if shapes.tied_embeddings and patterns.matches("lm_head"):
         raise UserError(
             "the adapter targets lm_head, but this model ties it to the input embeddings: an update of the head alone "
             "cannot be expressed; train without lm_head"
         )
-    keys = {f"{PREFIX}{name}.lora_{factor}.weight" for name in linears for factor in "AB"}
+    keys = {peft_name(name, factor) for name in linears for factor in table}
     unexpected = sorted(set(tensors) - keys - {BASE_HEAD})
     if unexpected:
         raise UserError(
             f"the adapter holds tensors for no linear of this {shapes.model_type} model ({shapes.num_layers} layers): "
             f"{_some(unexpected)}; is it an adapter for another base?"
         )
-    result: dict[str, tuple[Tensor, Tensor]] = {}
+    result: dict[str, Values] = {}
     for name, linear in linears.items():
-        key_a, key_b = f"{PREFIX}{name}.lora_A.weight", f"{PREFIX}{name}.lora_B.weight"
+        own: dict[FactorKey, str] = {factor.key: peft_name(name, factor) for factor in table}
         targeted = patterns.matches(name)
-        present = [key for key in (key_a, key_b) if key in tensors]
-        if targeted and len(present) < 2:
-            missing = _some(sorted({key_a, key_b} - set(present)))
+        present = [key for key in own.values() if key in tensors]
+        if targeted and len(present) < len(own):
+            missing = _some(sorted(set(own.values()) - set(present)))
             raise UserError(f"adapter_config.json targets {name}, but the weights lack {missing}")
         if present and not targeted:
             raise UserError(f"the weights hold {present[0]}, which adapter_config.json does not target")
         if targeted:
-            inputs, outputs = segment_features(linear, shapes)
             rank = patterns.rank_and_alpha(name)[0]
-            for key, wanted in ((key_a, (rank, inputs)), (key_b, (outputs, rank))):
-                if tuple(tensors[key].shape) != wanted:
-                    raise UserError(
-                        f"{key} has shape {tuple(tensors[key].shape)}, wanted {wanted} (rank {rank} on this base); "
-                        "the adapter is for another base, or its adapter_config.json for another adapter"
-                    )
-            result[name] = (tensors[key_a], tensors[key_b])
+            for factor in table:
+                _check_shape(own[factor.key], tensors[own[factor.key]], factor, linear, rank, shapes)
+            result[name] = {key: tensors[tensor_name] for key, tensor_name in own.items()}
     if not result:
         raise UserError(f"the adapter adapts no linear of this model: target_modules={patterns.target_modules!r}")
     return result
+
+
+def _check_shape(key: str, tensor: Tensor, factor: Factor, linear: HFLinear, rank: int, shapes: ModelShapes) -> None:
+    inputs, outputs = segment_features(linear, shapes)
+    sizes = {"in": inputs, "out": outputs, "rank": rank}
+    wanted = tuple(sizes[axis] for axis in factor.axes)
+    if tuple(tensor.shape) != wanted:
+        raise UserError(
+            f"{key} has shape {tuple(tensor.shape)}, wanted {wanted} (rank {rank} on this base); "
+            "the adapter is for another base, or its adapter_config.json for another adapter"
+        )
 
 
 def _fold_scales(
@@ -280,7 +304,8 @@ def _fold_scales(
     common = max(values, key=values.count)
     result: dict[str, tuple[int, float]] = {}
     for name, (rank, _) in patterns.items():
-        key = f"{PREFIX}{name}.lora_B.weight"
+        # Every kind has a B, and its update is linear in it.
+        key = peft_name(name, FACTORS["B"])
         if scales[name] != common:
             tensors[key] = (tensors[key].double() * (scales[name] / common)).to(tensors[key].dtype)
         result[name] = (rank, common * rank)

@@ -1,9 +1,10 @@
 """The slice of each adapter factor that a tensor-parallel rank holds: one table, from which both directions follow.
 
-| factor | column-parallel linear | row-parallel linear |
+| what a factor's axis runs along | column-parallel linear | row-parallel linear |
 |---|---|---|
-| A [R, in] | whole | columns |
-| B [out, R] | rows, as W's | whole; rows under `a2a_experimental` |
+| `in` (A's columns) | whole | split, as W's columns |
+| `out` (B's rows) | split, as W's rows | whole; B's rows split under `a2a_experimental` |
+| `rank` | whole | whole |
 
 W's rows on a rank: qkv is contiguous by query groups; fc1 is [gate of the rank; up of the rank]; output_layer is
 contiguous over the padded vocabulary.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import COLUMN_PARALLEL, Factor, ModelShapes, features, segments_of
+from megatron_lora.lora.layout import COLUMN_PARALLEL, FACTORS, FactorKey, ModelShapes, features, segments_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Placement:
 
 
 def placement(
-    factor: Factor,
+    factor: FactorKey,
     kind: str,
     shapes: ModelShapes,
     tp_rank: int,
@@ -49,24 +50,32 @@ def placement(
 ) -> Placement:
     """Where the slice of `tp_rank` lies. a2a: row-parallel B is split too. padded_vocab_size: rows of the output layer
     over all ranks, by default the vocabulary itself. Raises UserError where the TP size does not divide."""
+    axis = split_axis(factor, kind in COLUMN_PARALLEL, a2a=a2a)
+    if axis is None:
+        return Placement(None, 0, ())
     inputs, outputs = features(kind, shapes)
-    if kind in COLUMN_PARALLEL:
-        if factor == "A":
-            return Placement(None, 0, ())
-        if kind == "output_layer":
-            return _vocabulary_placement(shapes.vocab_size, padded_vocab_size or outputs, tp_rank, tp_size)
-        if kind == "linear_qkv":
-            _divide("query groups", shapes.num_query_groups, tp_size)
-        parts = len(segments_of(kind, shapes)) if kind == "linear_fc1" else 1
-        return _even_placement(0, outputs, parts, tp_rank, tp_size)
-    if factor == "A":
-        return _even_placement(1, inputs, 1, tp_rank, tp_size)
-    return _even_placement(0, outputs, 1, tp_rank, tp_size) if a2a else Placement(None, 0, ())
+    if kind not in COLUMN_PARALLEL:
+        size = inputs if FACTORS[factor].axes[axis] == "in" else outputs
+        return _even_placement(axis, size, 1, tp_rank, tp_size)
+    if kind == "output_layer":
+        return _vocabulary_placement(axis, shapes.vocab_size, padded_vocab_size or outputs, tp_rank, tp_size)
+    if kind == "linear_qkv":
+        _divide("query groups", shapes.num_query_groups, tp_size)
+    parts = len(segments_of(kind, shapes)) if kind == "linear_fc1" else 1
+    return _even_placement(axis, outputs, parts, tp_rank, tp_size)
+
+
+def split_axis(factor: FactorKey, column: bool, *, a2a: bool = False) -> int | None:
+    """The axis of a factor that is split over TP with a column- or a row-parallel linear; None where every rank holds
+    the whole factor."""
+    split = "out" if column or (a2a and factor == "B") else "in"
+    axes = FACTORS[factor].axes
+    return axes.index(split) if split in axes else None
 
 
 def shard(
     tensor: Tensor,
-    factor: Factor,
+    factor: FactorKey,
     kind: str,
     tp_rank: int,
     tp_size: int,
@@ -89,14 +98,16 @@ def shard(
 
 def unshard(
     shards: Sequence[Tensor],
-    factor: Factor,
+    factor: FactorKey,
     kind: str,
     shapes: ModelShapes,
     a2a: bool = False,
 ) -> Tensor:
     """The full factor from all ranks' slices, in rank order; vocabulary padding is cut off."""
     tp_size = len(shards)
-    padded = sum(local.shape[0] for local in shards) if kind == "output_layer" and factor == "B" else None
+    padded = None
+    if kind == "output_layer" and "out" in FACTORS[factor].axes:
+        padded = sum(local.shape[FACTORS[factor].axes.index("out")] for local in shards)
     places = [
         placement(factor, kind, shapes, rank, tp_size, a2a=a2a, padded_vocab_size=padded) for rank in range(tp_size)
     ]
@@ -131,8 +142,8 @@ def _even_placement(axis: int, size: int, parts: int, tp_rank: int, tp_size: int
     return Placement(axis, parts * length, pieces)
 
 
-def _vocabulary_placement(vocab_size: int, padded: int, tp_rank: int, tp_size: int) -> Placement:
+def _vocabulary_placement(axis: int, vocab_size: int, padded: int, tp_rank: int, tp_size: int) -> Placement:
     local_size = _divide("rows of the padded vocabulary", padded, tp_size)
     start = tp_rank * local_size
     length = min(start + local_size, vocab_size) - start
-    return Placement(0, local_size, (Piece(0, start, length),) if length > 0 else ())
+    return Placement(axis, local_size, (Piece(0, start, length),) if length > 0 else ())

@@ -12,7 +12,7 @@ from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.conversion.export import read_peft_folder
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes, ModuleLayout, segments_of
+from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelShapes, ModuleLayout, segments_of
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.targets import Selection, build_modules, select_linears
 from megatron_lora.policy.weights_check import local_fingerprint
@@ -95,7 +95,7 @@ def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
     rows: dict[tuple[str, ...], list[ModuleLayout]] = {}
     shapes = spec.factor_shapes()
     for module in spec.modules:
-        a, b = shapes[f"{module.name}.lora_A"], shapes[f"{module.name}.lora_B"]
+        a, b = (shapes[f"{module.name}.{FACTORS[key].name}"] for key in ("A", "B"))
         alphas = sorted({block.alpha for block in module.blocks})
         alpha = ", ".join(f"{value:g}" for value in alphas)
         label = _linear_label(module, spec.shapes)
@@ -106,7 +106,7 @@ def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
             label,
             _ranges([module.layer for module in modules]),
             *sizes,
-            f"{sum(module.num_parameters(spec.shapes) for module in modules):,}",
+            f"{sum(map(spec.num_parameters, modules)):,}",
         )
         for (label, *sizes), modules in rows.items()
     ]

@@ -24,12 +24,6 @@ def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
 
 
 @torch.no_grad()
-def product_is_zero(lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether an adapter adds nothing to its base, bit for bit: one of its factors is all zeros."""
-    return not bool(lora_a.any()) or not bool(lora_b.any())
-
-
-@torch.no_grad()
 def _put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_lora.lora.arithmetic import TensorParallel, column_parallel
-from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.linear import LoRAColumnParallelLinear
 from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
 from megatron_lora.policy.megatron.schedule import Engine
 from megatron_lora.rollout.native_cache import CacheSession, LaneStep
@@ -138,20 +138,19 @@ def _next_token_logits(
     if tp.sequence_parallel:
         hidden = tp.all_gather(hidden)
     last = torch.tensor(step.ends, dtype=torch.int64, device=hidden.device) - 1
-    logits = _local_logits(hidden[last], output_layer, weight, tp).float()
+    logits = _local_logits(hidden[last], output_layer, weight).float()
     if tp.size > 1:
         logits = tp.all_gather(logits.t()).t()
     # The columns behind the vocabulary are padding: never sampled.
     return logits[:, : engine.head.vocab_size]
 
 
-def _local_logits(hidden: Tensor, output_layer: Any, weight: Tensor | None, tp: TensorParallel) -> Tensor:
+def _local_logits(hidden: Tensor, output_layer: Any, weight: Tensor | None) -> Tensor:
     """hidden [n, h], the same on every rank -> [n, vocabulary / tp], without communication."""
     head: Tensor = output_layer.weight if weight is None else weight
     bias = getattr(output_layer, "bias", None)
-    if isinstance(output_layer, LoRALinear) and output_layer.enabled:
-        call = replace(output_layer.draw_call(hidden), parallel=TensorParallel(tp.group, 1, 0, False))
-        return column_parallel(hidden, head, bias, output_layer.lora_A, output_layer.lora_B, call)
+    if isinstance(output_layer, LoRAColumnParallelLinear) and output_layer.enabled:
+        return output_layer.local_product(hidden, head, output_layer.draw_call(hidden))
     return F.linear(hidden, head, bias)
 
 

@@ -130,7 +130,7 @@ def test_a_megatron_checkpoint_is_a_base_to_merge_into(
     folder: Path, found: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = {"adapter_ckpt": str(folder / "adapter_llama3_vpp"), "check_logits": True, "show_progress": False}
-    with caplog.at_level("INFO", logger="conversion"):
+    with caplog.at_level("INFO", logger="megatron_lora.conversion"):
         merge_lora_to_hf(**arguments, hf_ckpt_path=str(tmp_path / "a"), base_ckpt=str(folder / "converted_llama3"))
         # A run of full fine-tuning that changed nothing, at PP=2.
         merge_lora_to_hf(**arguments, hf_ckpt_path=str(tmp_path / "b"), base_ckpt=str(folder / "whole_llama3_pp"))

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.inject import initial_factors
+from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.targets import Naming, Selection, build_modules, select_linears
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
@@ -131,7 +131,7 @@ def test_a_drawn_b_is_zero_where_no_target_is():
     modules = build_modules(select(["v_proj"]).linears, 4, 8.0, SHAPES)
     draw = initial_factors(AdapterSpec("base", SHAPES, modules), "xavier", "normal", seed=1)
     mask = modules[0].b_mask(SHAPES)
-    _, b = draw(modules[0])
+    b = draw(modules[0])["lora_B"]
     assert mask is not None and (b[mask] != 0).all() and (b[~mask] == 0).all()
 
 

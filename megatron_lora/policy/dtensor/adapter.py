@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from megatron_lora.config.schema_adapters import LoraConfig
-from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
-from megatron_lora.lora.init import init_factor
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
-from megatron_lora.lora.peft_format import PREFIX, hf_name, to_hf
+from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.init import initial_factors
+from megatron_lora.lora.layout import FACTORS, AdapterSpec, Factor, FactorKey, ModelShapes
+from megatron_lora.lora.methods import AdapterMethod, method_of
+from megatron_lora.lora.peft_format import hf_name, peft_name, to_hf
 from megatron_lora.policy.adapter_start import starting_adapter
 
 ADAPTER_NAME = "default"
@@ -41,16 +42,20 @@ def start(config: LoraConfig, shapes: ModelShapes, model_name: str, seed: int) -
     Raises UserError for a pattern that fits nothing, or a folder that does not fit the base.
     """
     found = starting_adapter(config, shapes, model_name)
-    fused = dict(found.tensors) if found.tensors is not None else _draw(found.spec, config.lora_A_init, seed)
+    fused = dict(found.tensors) if found.tensors is not None else _draw(found.spec, config, seed)
     peft_config, tensors = to_hf(found.spec, fused)
     return Start(found.spec, peft_config, tensors, found.notices)
 
 
-def _draw(spec: AdapterSpec, a_method: str, seed: int) -> dict[str, Tensor]:
-    return {
-        name: init_factor(a_method if name.endswith("lora_A") else "zero", shape, seed, name)
-        for name, shape in spec.factor_shapes().items()
-    }
+def _draw(spec: AdapterSpec, config: LoraConfig, seed: int) -> dict[str, Tensor]:
+    draw = initial_factors(spec, config.lora_A_init, "zero", seed)
+    return {f"{module.name}.{name}": value for module in spec.modules for name, value in draw(module).items()}
+
+
+def factor_of(parameter: str) -> Factor | None:
+    """The factor that a parameter of an adapted linear is, by its name there; None for the base's own."""
+    start = parameter.partition(".")[0]
+    return next((factor for factor in FACTORS.values() if factor.peft_name.partition(".")[0] == start), None)
 
 
 class AdaptedLinear(PeftLoraLinear):
@@ -64,23 +69,27 @@ class AdaptedLinear(PeftLoraLinear):
     dropout_before = False
     fused = False
     tp_rank = 0
+    method: AdapterMethod
 
     @property
-    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A [R, in] and B [out, R]."""
-        return self.lora_A[ADAPTER_NAME].weight, self.lora_B[ADAPTER_NAME].weight  # type: ignore[return-value]
+    def factors(self) -> dict[FactorKey, nn.Parameter]:
+        """This linear's factors, in the order of the method's table."""
+        return {factor.key: self._parameter(factor) for factor in self.method.factors}
+
+    def _parameter(self, factor: Factor) -> nn.Parameter:
+        holder: Any = getattr(self, factor.peft_name.partition(".")[0])
+        return holder if isinstance(holder, nn.Parameter) else holder[ADAPTER_NAME].weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
-        lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
         scale = self.scaling[ADAPTER_NAME]
         drops = self.training and self.dropout > 0.0
         if self.fused:
             return self._fused_forward(x, scale, drops)
         result = self.base_layer(x, *args, **kwargs)
         inner = x * self._mask(x) if drops and self.dropout_before else x
-        update = lora_b(lora_a(inner.to(self.factors[0].dtype)) * scale)
+        update = self.lora_B[ADAPTER_NAME](self.lora_A[ADAPTER_NAME](inner.to(self.factors["A"].dtype)) * scale)
         if drops and not self.dropout_before:
             update = update * self._mask(update)
         return result + update.to(result.dtype)
@@ -94,7 +103,7 @@ class AdaptedLinear(PeftLoraLinear):
             name = "input_mask" if self.dropout_before else "output_mask"
             masks[name] = self._local_mask((rows.shape[0], width), x, False)
         call = AdapterCall(_WHOLE, scale, input_mask=masks.get("input_mask"), output_mask=masks.get("output_mask"))
-        return column_parallel(rows, base.weight, base.bias, *self.factors, call).view(*x.shape[:-1], -1)
+        return self.method.column(rows, base.weight, base.bias, self.factors, None, call).view(*x.shape[:-1], -1)
 
     def _mask(self, like: Tensor) -> Tensor:
         """A dropout mask in the layout of `like`, divided by the keep probability: slices differ between ranks, what
@@ -124,7 +133,7 @@ def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, t
     peft.inject_adapter_in_model(peft_config, model, ADAPTER_NAME, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     for module in adapted_linears(model).values():
         module.dropout, module.dropout_before = config.dropout, config.dropout_position == "pre"
-        module.fused, module.tp_rank = fused, tp_rank
+        module.fused, module.tp_rank, module.method = fused, tp_rank, method_of(start.spec.type)
     tie_shared_factors(model, start.spec)
 
 
@@ -134,19 +143,21 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
-    """One Parameter as A of the linears that a block serves."""
+    """One Parameter, of the linears that a block serves, as each factor without rows of its own for every linear: A."""
+    shared = [factor.peft_name.partition(".")[0] for factor in spec.factors if "out" not in factor.axes]
     for module in spec.modules:
         for block in module.blocks:
-            linears = [model.get_submodule(hf_name(segment, module.layer)) for segment in block.segments]
-            for linear in linears[1:]:
-                linear.lora_A[ADAPTER_NAME].weight = linears[0].lora_A[ADAPTER_NAME].weight  # type: ignore[index]
+            first, *others = (model.get_submodule(hf_name(segment, module.layer)) for segment in block.segments)
+            for linear in others:
+                for name in shared:
+                    getattr(linear, name)[ADAPTER_NAME].weight = getattr(first, name)[ADAPTER_NAME].weight
 
 
 def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(PEFT tensor name, parameter) of every factor; an A that linears share comes once for each."""
     for name, linear in adapted_linears(model).items():
-        for factor, parameter in zip("AB", linear.factors, strict=True):
-            yield f"{PREFIX}{name}.lora_{factor}.weight", parameter
+        for key, parameter in linear.factors.items():
+            yield peft_name(name, FACTORS[key]), parameter
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from megatron_lora.errors import UserError
+from megatron_lora.lora.sharding import split_axis
+from megatron_lora.policy.dtensor.adapter import factor_of
 
 COLUMN = ("colwise", "colwise_gather_output")
 ROW = ("rowwise",)
@@ -79,25 +81,26 @@ def _planned(model: Any) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _column(plan: ParallelPlan, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    _place(plan, name, module, weight=Shard(0), bias=Shard(0), lora_a=Replicate(), lora_b=Shard(0))
+    _place(plan, name, module, True, weight=Shard(0), bias=Shard(0))
     module.register_forward_pre_hook(lambda _, inputs: (_as_dtensor(inputs[0], mesh, Replicate()), *inputs[1:]))
     module.register_forward_hook(lambda _, inputs, output: _to_local(output, mesh, Shard(-1)))
 
 
 def _row(plan: ParallelPlan, name: str, module: nn.Module, mesh: DeviceMesh, output_layout: Placement) -> None:
-    _place(plan, name, module, weight=Shard(1), bias=Replicate(), lora_a=Shard(1), lora_b=Replicate())
+    _place(plan, name, module, False, weight=Shard(1), bias=Replicate())
     module.register_forward_pre_hook(lambda _, inputs: (_as_dtensor(inputs[0], mesh, Shard(-1)), *inputs[1:]))
     module.register_forward_hook(lambda _, inputs, output: _to_local(output, mesh, output_layout))
 
 
-def _place(plan: ParallelPlan, name: str, module: nn.Module, **layouts: Placement) -> None:
+def _place(plan: ParallelPlan, name: str, module: nn.Module, column: bool, **layouts: Placement) -> None:
+    """layouts: of the base's own parameters; the adapter's follow from its table of factors."""
     for key, _ in module.named_parameters():
-        if "lora_A" in key:
-            plan.placements[f"{name}.{key}"] = layouts["lora_a"]
-        elif "lora_B" in key:
-            plan.placements[f"{name}.{key}"] = layouts["lora_b"]
-        else:
+        factor = factor_of(key)
+        if factor is None:
             plan.placements[f"{name}.{key}"] = layouts[key.rsplit(".", 1)[-1]]
+        else:
+            axis = split_axis(factor.key, column)
+            plan.placements[f"{name}.{key}"] = Replicate() if axis is None else Shard(axis)
 
 
 def _enter_block(block: nn.Module, mesh: DeviceMesh, layout: Placement) -> None:

@@ -16,7 +16,8 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.data.packing import split_by_row
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.layout import AdapterSpec, FactorKey
+from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.peft_format import fuse, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules
@@ -148,13 +149,13 @@ class DTensorPolicy(Policy):
             changed = torch.tensor([not all(map(torch.equal, parts, starts))], device=self.world.device).int()
             dist.all_reduce(changed, op=dist.ReduceOp.MAX)
             return not bool(changed.any())
-        # Ranks hold shards of either factor: only together can they say that one is zero.
+        # Ranks hold shards of every factor: only together can they say that one is zero.
         place = {parameter: number for number, parameter in enumerate(self.trained)}
         nonzero = torch.stack([part.any() for part in parts]).to(self.world.device, torch.int32)
         dist.all_reduce(nonzero, op=dist.ReduceOp.MAX)
         flags = nonzero.tolist()
         linears = adapter.adapted_linears(self.base.hf).values()
-        return not any(all(flags[place[factor]] for factor in linear.factors) for linear in linears)
+        return all(any(not flags[place[linear.factors[key]]] for key in linear.method.vanishing) for linear in linears)
 
     @contextmanager
     def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> Iterator[None]:
@@ -173,16 +174,21 @@ class DTensorPolicy(Policy):
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         adapted = adapter.adapted_linears(self.base.hf)
+        factors = {id(factor) for linear in adapted.values() for factor in linear.factors.values()}
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.precision]
         for parameter, name in self.names.items():
-            if ".lora_A." in name or ".lora_B." in name:
+            if id(parameter) in factors:
                 continue
             value = adapter.full_tensor(parameter)
             owner = name.removesuffix(".base_layer.weight")
             if owner in adapted:
+                assert self.spec is not None
                 linear = adapted[owner]
-                a, b = (adapter.full_tensor(factor) for factor in linear.factors)
-                value = value.float() + (b.float() * linear.scaling[adapter.ADAPTER_NAME]) @ a.float()
+                parts: dict[FactorKey, Tensor] = {
+                    key: adapter.full_tensor(factor) for key, factor in linear.factors.items()
+                }
+                update = WeightUpdate(self.spec, parts, linear.scaling[adapter.ADAPTER_NAME])
+                value = update.merged(value)
             yield name.replace(".base_layer.", "."), value.to(dtype)
 
     def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
@@ -283,5 +289,6 @@ class DTensorPolicy(Policy):
 
 def _has_gradient(linear: adapter.AdaptedLinear) -> bool:
     return any(
-        parameter.grad is not None and bool(optim.local_part(parameter.grad).any()) for parameter in linear.factors
+        parameter.grad is not None and bool(optim.local_part(parameter.grad).any())
+        for parameter in linear.factors.values()
     )

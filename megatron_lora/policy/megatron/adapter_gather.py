@@ -14,15 +14,15 @@ from megatron_lora.lora.sharding import unshard
 
 
 def gather_adapter(adapted: Sequence[LoRALinear], spec: AdapterSpec) -> dict[str, Tensor]:
-    """`<module>.lora_A|lora_B` -> the full factor (TP=1 order) on the CPU, on every rank."""
+    """`<module>.<factor>` -> the full factor (TP=1 order) on the CPU, on every rank."""
     mine: dict[str, Tensor] = {}
     for linear in adapted:
-        for factor, axis in (("A", linear.axis_of_a), ("B", linear.axis_of_b)):
-            parameter = linear.lora_A if factor == "A" else linear.lora_B
-            shards = [parameter.detach()] if axis is None else _gather(parameter.detach(), linear)
-            kind = linear.layout.kind
-            full = shards[0] if axis is None else unshard(shards, factor, kind, spec.shapes, a2a=linear.all_to_all)  # type: ignore[arg-type]
-            mine[f"{linear.layout.name}.lora_{factor}"] = full.cpu()
+        for held in linear.held_factors:
+            value = held.parameter.detach()
+            if held.axis is not None:
+                kind, key = linear.layout.kind, held.factor.key
+                value = unshard(_gather(value, linear), key, kind, spec.shapes, a2a=linear.all_to_all)
+            mine[f"{linear.layout.name}.{held.factor.name}"] = value.cpu()
     return _over_pipeline(mine)
 
 

@@ -39,25 +39,22 @@ def metadata() -> dict[str, Any]:
 
 
 def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
-    """Sharded tensors of the factors that this rank holds, under `<module>.lora_A|lora_B`."""
+    """Sharded tensors of the factors that this rank holds, under `<module>.<factor>`."""
     state: dict[str, Any] = {}
     dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for linear in adapted:
-        for name, parameter, axis in (
-            ("lora_A", linear.lora_A, linear.axis_of_a),
-            ("lora_B", linear.lora_B, linear.axis_of_b),
-        ):
-            key = f"{linear.layout.name}.{name}"
+        for held in linear.held_factors:
+            key = f"{linear.layout.name}.{held.factor.name}"
             groups = {"tp_group": linear.tp_group, "dp_cp_group": dp_cp_group}
-            if axis is None:
-                state[key] = make_sharded_tensor_for_checkpoint(parameter, key, **groups)
+            if held.axis is None:
+                state[key] = make_sharded_tensor_for_checkpoint(held.parameter, key, **groups)
                 continue
             # The padded vocabulary depends on the TP size.
             mismatch = linear.layout.kind == "output_layer"
             state[key] = make_tp_sharded_tensor_for_checkpoint(
-                parameter, key, axis, allow_shape_mismatch=mismatch, **groups
+                held.parameter, key, held.axis, allow_shape_mismatch=mismatch, **groups
             )
-            if linear.layout.kind == "linear_fc1" and name == "lora_B" and linear.shapes.gated:
+            if linear.layout.kind == "linear_fc1" and linear.shapes.gated:
                 # A rank holds [gate shard; up shard]; the whole is [gate; up].
                 state[key] = apply_swiglu_sharded_factory(state[key], ())
     return state

@@ -6,7 +6,7 @@ is done with it later, so it is computed in the forward pass, from the same chun
 one multiplication by the incoming gradient: two products with W in all, no recomputation, for every objective.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel
+from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.policy.tail_cut import cut_around_targets
 
@@ -112,8 +112,7 @@ def _head_chunk(
 ) -> Tensor:
     if call is not None and output_layer.enabled:
         # The communication around the head is done once, outside the chunks.
-        alone = replace(call, parallel=TensorParallel(tp.group, 1, 0, False))
-        logits = column_parallel(hidden, weight, output_layer.bias, output_layer.lora_A, output_layer.lora_B, alone)
+        logits = output_layer.local_product(hidden, weight, call)
     else:
         logits = torch.nn.functional.linear(hidden, weight, getattr(output_layer, "bias", None))
     return _logprobs_of_logits(logits, targets, tp, options)

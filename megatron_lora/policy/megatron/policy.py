@@ -16,14 +16,15 @@ from megatron_lora.data.batch import Row
 from megatron_lora.data.packing import split_by_row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import TensorParallel
-from megatron_lora.lora.inject import AdapterOptions, given_factors, initial_factors, inject
+from megatron_lora.lora.init import given_factors, initial_factors
+from megatron_lora.lora.inject import AdapterOptions, inject
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import check_same_adapter, describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
-from megatron_lora.policy.frozen_start import copies, holding, product_is_zero
+from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import (
     AdapterTensors,
     NonFiniteLoss,
@@ -34,6 +35,7 @@ from megatron_lora.policy.interface import (
 )
 from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
+from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
 from megatron_lora.runtime.world import World
@@ -86,7 +88,7 @@ class MegatronPolicy(Policy):
             dtype=DTYPES[peft.lora_dtype] if peft.lora_dtype else None,
         )
         if start.tensors is not None:
-            factors = given_factors(start.tensors)
+            factors = given_factors(start.spec, start.tensors)
         else:
             factors = initial_factors(start.spec, peft.lora_A_init_method, peft.lora_B_init_method, seed)
         self.adapted = inject(self.base.chunks, start.spec, factors, options, self.tp)
@@ -164,8 +166,7 @@ class MegatronPolicy(Policy):
         if self.spec is None:
             raise ValueError("full fine-tuning keeps no copy of where it started")
         if self._starting_factors is None:
-            # Each rank's part of the product: where one factor is split, the other is whole.
-            same = all(product_is_zero(linear.lora_A, linear.lora_B) for linear in self.adapted)
+            same = all(linear.adds_nothing() for linear in self.adapted)
         else:
             same = all(map(torch.equal, self._factors(), self._starting_factors))
         box = torch.tensor(float(same), device=self.world.device)
@@ -188,9 +189,8 @@ class MegatronPolicy(Policy):
         return AdapterTensors(config=config, tensors=tensors)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        from megatron_lora.policy.megatron.export import merged_hf_weights
-
-        return merged_hf_weights(self)
+        factors = gather_adapter(self.adapted, self.spec) if self.spec is not None else {}
+        return merged_hf_weights(self.base, self.world, self.spec, factors)
 
     def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
         state = self._weights_state()
@@ -223,7 +223,7 @@ class MegatronPolicy(Policy):
             checkpoint.load_optimizer(self.optimizer, self.scheduler, self._weights_state(), optimizer, self.world)
 
     def trainable_parameters(self) -> tuple[int, int]:
-        adapters = {id(p) for linear in self.adapted for p in (linear.lora_A, linear.lora_B)}
+        adapters = {id(factor) for factor in self._factors()}
         count = 0
         for chunk in self.base.chunks:
             for parameter in chunk.parameters():
@@ -237,14 +237,14 @@ class MegatronPolicy(Policy):
         base = int(total)
         if self.spec is None:
             return base, base
-        trainable = sum(module.num_parameters(self.spec.shapes) for module in self.spec.modules)
+        trainable = sum(map(self.spec.num_parameters, self.spec.modules))
         return trainable, base + trainable
 
     def describe_adapters(self) -> list[tuple[str, ...]]:
         return describe_modules(self.spec) if self.spec is not None else []
 
     def _factors(self) -> list[torch.nn.Parameter]:
-        return [factor for linear in self.adapted for factor in (linear.lora_A, linear.lora_B)]
+        return [held.parameter for linear in self.adapted for held in linear.held_factors]
 
     def _divide(self, groups: Groups, *, training: bool) -> Any:
         return divide(
@@ -288,8 +288,8 @@ class MegatronPolicy(Policy):
                     chunk.load_state_dict(mine, strict=False)
                 return
             for linear in self.adapted:
-                linear.lora_A.copy_(state[f"{linear.layout.name}.lora_A"])
-                linear.lora_B.copy_(state[f"{linear.layout.name}.lora_B"])
+                for held in linear.held_factors:
+                    held.parameter.copy_(state[f"{linear.layout.name}.{held.factor.name}"])
 
     def _check_gradients(self) -> None:
         """After the first backward every adapter must have had a gradient somewhere; name those that had none."""
@@ -316,7 +316,7 @@ class MegatronPolicy(Policy):
 
 
 def _has_gradient(linear: LoRALinear) -> bool:
-    return any(bool(p.main_grad.any()) for p in (linear.lora_A, linear.lora_B))  # type: ignore[attr-defined]
+    return any(bool(held.parameter.main_grad.any()) for held in linear.held_factors)  # type: ignore[attr-defined]
 
 
 def _head_options(policy: PolicyConfig, base: BaseModel) -> HeadOptions:

@@ -1,0 +1,31 @@
+"""LoRA (Hu et al. 2021, eq. 3): y = W x + s B A x."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from megatron_lora.lora.arithmetic import AdapterCall, column_parallel, row_parallel
+from megatron_lora.lora.layout import A, B, Factor, ModelShapes, ModuleLayout
+from megatron_lora.lora.methods.base import AdapterMethod, ReadWeight, Values
+
+
+class Lora(AdapterMethod):
+    type = "lora"
+    vanishing = ("A", "B")
+
+    def draw(
+        self, module: ModuleLayout, shapes: ModelShapes, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
+    ) -> dict[str, Tensor]:
+        a, b, mask = fresh(A), fresh(B), module.b_mask(shapes)
+        return {A.name: a, B.name: b if mask is None else b * mask}
+
+    def column(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Tensor | None, call: AdapterCall
+    ) -> Tensor:
+        return column_parallel(x, weight, bias, values["A"], values["B"], call)
+
+    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Tensor | None, call: AdapterCall) -> Tensor:
+        return row_parallel(x, weight, values["A"], values["B"], call)
+
+    def update(self, weight: Tensor, values: Values, scale: float) -> Tensor:
+        return (values["B"] * scale) @ values["A"]
