@@ -233,7 +233,7 @@ class LossFnConfig(Section):
     )
 
 
-RewardKind = Literal["exact", "math", "gsm8k", "format", "length", "python"]
+RewardKind = Literal["exact", "math", "dapo_math_verify", "gsm8k", "format", "length", "python"]
 _NEEDED = {"format": "pattern", "length": "max_tokens", "python": "function"}
 
 
@@ -241,13 +241,17 @@ class RewardFunctionConfig(Section):
     """One entry of `env.reward_functions`. A sample's reward is the weighted sum over the entries."""
 
     kind: RewardKind = Field(
-        description="`exact`: the answer is the reference; `math`: symbolically equal (math-verify); `gsm8k`: the "
-        "number after the last `####`; `format`: `pattern` matches; `length`: penalty beyond `max_tokens`; "
-        "`python`: `function`."
+        description="`exact`: the answer is the reference; `math`: symbolically equal (math-verify); "
+        "`dapo_math_verify`: DAPO's check of the text after `Answer:`; `gsm8k`: the number after the last `####`; "
+        "`format`: `pattern` matches; `length`: penalty beyond `max_tokens`; `python`: `function`."
     )
     name: str | None = Field(default=None, description="Name in the metrics; null: `kind`.")
     weight: Float = Field(default=1.0, description="Factor of this reward in the sum.")
-    timeout_seconds: PositiveFloat = Field(default=10.0, description="A call that takes longer gives 0 and is counted.")
+    timeout_seconds: PositiveFloat = Field(
+        default=10.0,
+        le=86_400,
+        description="A call that takes longer gives 0 and is counted; a whole batch may be one call.",
+    )
     pattern: str | None = Field(
         default=None, description="`format`: regular expression that the whole answer has to match."
     )
@@ -265,6 +269,8 @@ class RewardFunctionConfig(Section):
         for kind, key in _NEEDED.items():
             if kind != self.kind and getattr(self, key) is not None:
                 raise ValueError(f"{key} belongs to kind={kind}, not to kind={self.kind}")
+        if self.kwargs and self.kind != "python":
+            raise ValueError(f"kwargs belongs to kind=python, not to kind={self.kind}")
         if self.name is None:
             self.name = self.kind
         return self
@@ -274,6 +280,10 @@ class MathEnvConfig(Section):
     """`env.math`."""
 
     num_workers: PositiveInt = Field(default=8, description="Processes that compute rewards, at most.")
+    math_verify_impl: Literal["hf_math_verify", "dapo_math_verify"] | None = Field(
+        default=None,
+        description="What a reward of kind `math` is: math-verify (also null), or the kind `dapo_math_verify`.",
+    )
 
 
 def _math_reward() -> list[RewardFunctionConfig]:

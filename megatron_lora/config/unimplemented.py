@@ -115,11 +115,6 @@ TABLE: tuple[Group, ...] = (
         for part in ("default", "train", "validation")
     ),
     # GRPO
-    Group(
-        "env.math",
-        "use env.reward_functions",
-        {"math_verify_impl": (None, "hf_math_verify")},
-    ),
     Group("grpo.adv_estimator", "the baseline is always subtracted", {"minus_baseline": (True,)}),
     Group(
         "grpo",

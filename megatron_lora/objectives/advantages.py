@@ -10,11 +10,16 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.kl import KLType, kl_estimate
 
 STD_EPSILON = 1e-6
+# Rewards are sums of a few products in fp64: what differs by less than this share is one number, added up in another
+# order. Normalised, the difference would be small; Adam would make a whole step of it.
+ROUNDING = 1e-12
+LARGE_REWARD = 1e100
 
 
 @dataclass
 class GroupAdvantages:
-    """advantages: [groups, generations] fp32. zero_variance: [groups] bool, groups whose rewards are all equal."""
+    """advantages: [groups, generations] fp32. zero_variance: [groups] bool, groups whose rewards are all equal, or of
+    which fewer than two answers have one."""
 
     advantages: Tensor
     zero_variance: Tensor
@@ -48,26 +53,44 @@ def group_advantages(rewards: Tensor, normalize: bool = True, leave_one_out: boo
     (RLOO, Ahmadian et al. 2024). An advantage whose std is 0, or undefined because only one other answer is
     left, is not divided. normalize=False, leave_one_out=False is Dr. GRPO (Liu et al. 2025).
 
-    rewards: [groups, generations], generations >= 2 (see `check_group_size`).
+    An answer whose reward is NaN has none (every reward abstained): its advantage is 0, and it is nobody's peer.
+
+    rewards: [groups, generations], generations >= 2 (see `check_group_size`). Raises ValueError for an infinite one.
     """
     values = rewards.double()
+    if bool(values.isinf().any()):
+        raise ValueError("a reward is infinite, so its group has no advantages")
+    given = ~values.isnan()
+    # Squares of huge rewards overflow; the division below is the same at any scale.
+    scale = values.nan_to_num(0.0).abs().amax(1, keepdim=True)
+    scale = torch.where(scale > LARGE_REWARD, scale, torch.ones_like(scale))
+    values = values.nan_to_num(0.0) / scale
     num_generations = values.shape[1]
+    peers = given.unsqueeze(1).expand(-1, num_generations, -1)  # [groups, generations, generations]: whose peer is who
     if leave_one_out:
-        others = ~torch.eye(num_generations, dtype=torch.bool, device=values.device)
-        index = torch.arange(num_generations, device=values.device).expand(num_generations, -1)[others]
-        peers = values[:, index].view(-1, num_generations, num_generations - 1)
-    else:
-        peers = values.unsqueeze(1).expand(-1, num_generations, -1)
-    advantages = values - peers.mean(-1)
-    zero_variance = values.amax(1) == values.amin(1)
-    advantages = torch.where(zero_variance.unsqueeze(1), torch.zeros_like(advantages), advantages)
-    if normalize and peers.shape[-1] > 1:
+        peers = peers & ~torch.eye(num_generations, dtype=torch.bool, device=values.device)
+    count = peers.sum(-1)
+    everyone = values.unsqueeze(1).expand_as(peers)
+    mean = (everyone * peers).sum(-1) / count.clamp(min=1)
+    zero_variance = _equal(values, given) | (given.sum(1) < 2)
+    advantages = torch.where(given & ~zero_variance.unsqueeze(1), values - mean, torch.zeros_like(values))
+    if normalize:
         # Equal peers are found by comparison: the std of equal numbers can come out as a rounding error, and dividing
         # by it would make a huge advantage.
-        constant = peers.amax(-1) == peers.amin(-1)
-        std = peers.std(-1)
-        advantages = torch.where(constant, advantages, advantages / (std + STD_EPSILON))
+        constant = _equal(everyone, peers) | (count < 2)
+        squares = (((everyone - mean.unsqueeze(-1)) * peers) ** 2).sum(-1)
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        advantages = torch.where(constant, advantages * scale, advantages / (std + STD_EPSILON / scale))
+    else:
+        advantages = advantages * scale
     return GroupAdvantages(advantages.float(), zero_variance)
+
+
+def _equal(values: Tensor, counted: Tensor) -> Tensor:
+    """Whether those of `values` [..., n] that are `counted` are one number, up to the rounding of a weighted sum."""
+    highest = torch.where(counted, values, float("-inf")).amax(-1)
+    lowest = torch.where(counted, values, float("inf")).amin(-1)
+    return ~(highest - lowest > ROUNDING * torch.maximum(highest.abs(), lowest.abs()))
 
 
 def clip_advantages(advantages: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -83,7 +106,8 @@ def informative_groups(rewards: Tensor) -> Tensor:
     rewards: [groups, generations], before shaping, so that a length penalty does not make a group informative.
     Returns [groups] bool; a group that is False has no advantage and is to be sampled anew.
     """
-    return rewards.amax(1) != rewards.amin(1)
+    values = rewards.double()
+    return ~_equal(values.nan_to_num(0.0), ~values.isnan())
 
 
 def subtract_kl(

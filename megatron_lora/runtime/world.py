@@ -11,6 +11,9 @@ from megatron_lora.errors import UserError
 from megatron_lora.runtime.cpu import install_cpu_stand_ins
 from megatron_lora.runtime.transformer_engine import prepare_transformer_engine
 
+# Between the seeds of ranks that see different tokens; those of stages, TP ranks and experts lie closer together.
+SEED_STRIDE = 1_000_003
+
 
 @dataclass(frozen=True)
 class World:
@@ -89,10 +92,14 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
-    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    # Megatron's rule: pipeline stages draw different numbers, data-parallel ranks the same.
-    torch.manual_seed(seed + 100 * pp_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+    pp_rank, cp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+    # Dropout: pipeline stages and ranks that see other tokens draw different numbers, tensor-parallel peers the same
+    # where they hold the same. (Megatron's own rule gives data-parallel ranks one seed, and so one mask.)
+    cp_size = parallel_state.get_context_parallel_world_size()
+    tokens_rank = parallel_state.get_data_parallel_rank() * cp_size + cp_rank
+    own_seed = seed + 100 * pp_rank + SEED_STRIDE * tokens_rank
+    torch.manual_seed(own_seed)
+    model_parallel_cuda_manual_seed(own_seed)
     return World(
         rank=world.rank,
         size=world.size,
@@ -104,7 +111,7 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
         dp=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=pp_rank,
-        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_rank=cp_rank,
         dp_rank=parallel_state.get_data_parallel_rank(),
     )
 

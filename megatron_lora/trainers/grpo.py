@@ -27,7 +27,8 @@ from megatron_lora.rollout.generator import rollout_logprob_error
 from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
 from megatron_lora.trainers.grpo_validation import show_samples, validate_answers
-from megatron_lora.trainers.loop import run_steps
+from megatron_lora.trainers.loop import DataSpent, run_steps
+from megatron_lora.trainers.reward_watch import RewardWatch
 from megatron_lora.trainers.rollout_batch import (
     Group,
     build_rows,
@@ -87,7 +88,8 @@ class GRPOTrainer:
         self.session, self.engine, self.runner = session, engine, runner
         self.policy, self.options = session.policy, session.recipe.grpo
         self.objective = GRPOObjective(loss_config(session.recipe))
-        self.prompts = loader.forever()
+        self.loader, self.prompts = loader, loader.forever()
+        self.watch = RewardWatch()
         self.shows_samples = shows_samples
         self._learning_rate = 0.0
 
@@ -135,13 +137,14 @@ class GRPOTrainer:
         options = self.options
         rollout = Rollout([], 0.0, 0.0, 0, 0, 0)
         while True:
-            prompts = next(self.prompts)
+            prompts = self._next_prompts(rollout)
             answers, seconds = self.engine.generate(
                 prompts, options.num_generations_per_prompt, purpose=TRAINING, batch=rollout.num_batches
             )
             drawn = time.perf_counter()
             groups = reward_answers(self.runner, prompts, answers, self.session.world)
             rollout.reward_seconds += time.perf_counter() - drawn
+            self.watch.see([outcome for group in groups for outcome in group.outcomes])
             rollout.seconds += seconds
             rollout.num_tokens += num_generated(groups)
             rollout.num_batches += 1
@@ -161,6 +164,20 @@ class GRPOTrainer:
                     f"grpo.num_prompts_per_step={options.num_prompts_per_step}: the prompts are too easy or too hard; "
                     "lower it, or raise grpo.dynamic_sampling_max_gen_batches or grpo.num_generations_per_prompt"
                 )
+
+    def _next_prompts(self, rollout: Rollout) -> list[Prompt]:
+        """The next batch, where the run's epochs have one left: dynamic sampling takes more than one a step."""
+        options, step = self.options, self.session.step
+        prompts = next(self.prompts)
+        if self.loader.epoch < options.max_num_epochs:
+            return prompts
+        used = (
+            f"the prompts of grpo.max_num_epochs={options.max_num_epochs} are used up after step {step}: dynamic "
+            f"sampling found {len(rollout.groups)} of the next step's {options.num_prompts_per_step} groups in the rest"
+        )
+        if step == 0:
+            raise UserError(f"{used}, so no step could be taken; raise it, or give more or harder prompts")
+        raise DataSpent(used)
 
     def _score(self, groups: list[Group]) -> tuple[list[Row], dict[str, float]]:
         """Rows with advantages and log-probabilities of the policy before the update (and of the reference), and what

@@ -1,9 +1,12 @@
 """What GRPO refuses before any weight is loaded, and its loaders of prompts."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_lora.config.schema import PolicyConfig, Recipe
+from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt, PromptDataset
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
@@ -48,7 +51,19 @@ def loss_config(recipe: Recipe) -> GRPOConfig:
 
 def reward_specs(recipe: Recipe) -> list[RewardSpec]:
     """The rewards that `env` names."""
-    return [RewardSpec.from_config(entry) for entry in recipe.env.reward_functions]
+    specs = [RewardSpec.from_config(entry) for entry in recipe.env.reward_functions]
+    checker = recipe.env.math.math_verify_impl
+    if checker != "dapo_math_verify":
+        return specs
+    return [replace(spec, kind=checker) if spec.kind == "math" else spec for spec in specs]
+
+
+def check_reward_columns(recipe: Recipe, sets: Sequence[Sequence[Prompt]]) -> None:
+    """Raises UserError where a reward function needs an argument that no row has as a column."""
+    columns = {name for prompts in sets for prompt in prompts for name in prompt.extra}
+    # Only functions of the user's read columns; importing theirs again costs what it costs.
+    with RewardRunner(reward_specs(recipe)) as runner:
+        runner.check_columns(columns)
 
 
 def longest_prompt(recipe: Recipe) -> int:
@@ -62,16 +77,26 @@ def longest_prompt(recipe: Recipe) -> int:
     return min(limits)
 
 
+def prompts_a_batch(grpo: GrpoConfig) -> int:
+    """Prompts that are answered at once: a step's, or with dynamic sampling a part or a multiple of them."""
+    multiplier = grpo.batch_multiplier if grpo.use_dynamic_sampling else 1
+    return math.ceil(grpo.num_prompts_per_step * multiplier)
+
+
+def fewest_batches(grpo: GrpoConfig) -> int:
+    """Batches of prompts that a step takes at least."""
+    return math.ceil(grpo.num_prompts_per_step / prompts_a_batch(grpo))
+
+
 def build_prompt_loaders(
     recipe: Recipe, train: PromptDataset, validation: PromptDataset | None
 ) -> tuple[GroupLoader[Prompt], GroupLoader[Prompt] | None]:
     """Batches of prompts; validation reads the first `grpo.max_val_samples` prompts, in order."""
     grpo = recipe.grpo
     assert grpo is not None
-    multiplier = grpo.batch_multiplier if grpo.use_dynamic_sampling else 1
     loader = GroupLoader(
         train,
-        math.ceil(grpo.num_prompts_per_step * multiplier),
+        prompts_a_batch(grpo),
         seed=recipe.seed,
         shuffle=recipe.data.shuffle,
         size_key="grpo.num_prompts_per_step",

@@ -11,7 +11,7 @@ from megatron_lora.trainers.rollout_engine import VALIDATION, RolloutEngine
 from megatron_lora.trainers.session import Session
 
 # Rewards that say whether an answer is right, rather than how it looks.
-CORRECTNESS = ("exact", "math", "gsm8k")
+CORRECTNESS = ("exact", "math", "dapo_math_verify", "gsm8k")
 COLUMNS = ("prompt", "answer", "reference", "reward", "tokens")
 
 
@@ -46,11 +46,13 @@ def validate_answers(
 
 
 def accuracy(groups: Sequence[Group], specs: Sequence[RewardSpec]) -> float:
-    """Mean of the first reward that says whether an answer is right; of the weighted sum where there is none."""
+    """Mean of the first reward that says whether an answer is right; of the weighted sum where there is none. Answers
+    on which it abstained do not count."""
     outcomes = [outcome for group in groups for outcome in group.outcomes]
     name = next((spec.name for spec in specs if spec.kind in CORRECTNESS), None)
-    values = [outcome.total if name is None else outcome.values[name] for outcome in outcomes]
-    return sum(values) / len(values)
+    found = [outcome.total if name is None else outcome.values[name] for outcome in outcomes]
+    values = [value for value in found if value is not None]
+    return sum(values) / len(values) if values else 0.0
 
 
 def show_samples(session: Session, groups: Sequence[Group], title: str) -> None:

@@ -6,6 +6,10 @@ from typing import Protocol
 from megatron_lora.trainers.session import Session, StepAbandoned
 
 
+class DataSpent(Exception):
+    """A step needed more of its data than `max_num_epochs` allows; says so in words."""
+
+
 class LoopOptions(Protocol):
     """The keys of `sft`, `dpo` and `grpo` that say when to validate."""
 
@@ -20,14 +24,15 @@ def run_steps(
     """Take steps until the run's last, validating and saving when due.
 
     take_step: does one step, raises `session.step` and logs. Both are collective. A step that raises leaves the last
-    checkpoint as it is; one that a signal made it abandon is taken again, from the same data, by the run that goes on.
+    checkpoint as it is; one that a signal made it abandon is taken again, from the same data, by the run that goes on;
+    one for which the data does not suffice ends the run.
     """
     if options.val_at_start and session.step == 0:
         validate()
     if session.step >= session.total_steps:
         session.reporter.message(f"nothing to do: the run is at step {session.step} of {session.total_steps}")
         return
-    last = stopping = False
+    last = stopping = due = False
     while not last and not stopping:
         position = session.loader.state_dict()
         try:
@@ -35,6 +40,12 @@ def run_steps(
         except StepAbandoned:
             session.loader.load_state_dict(position)
             stopping = True
+            break
+        except DataSpent as end:
+            session.loader.load_state_dict(position)
+            session.reporter.message(str(end))
+            if options.val_at_end and not due:
+                validate()
             break
         last = session.step >= session.total_steps
         due = options.val_period > 0 and session.step % options.val_period == 0

@@ -1,5 +1,6 @@
 """From answers to rows: rewards, shaping, what the optimizer is given, and what the log says of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.data.dataset import Prompt
+from megatron_lora.errors import UserError
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty, stop_properly_penalty
 from megatron_lora.rollout.generator import Sample
 from megatron_lora.rollout.rewards import RewardOutcome, RewardRunner, RewardSample
@@ -27,19 +29,25 @@ class Group:
 
     @property
     def rewards(self) -> list[float]:
-        """Each answer's weighted sum of rewards, before any shaping."""
-        return [outcome.total for outcome in self.outcomes]
+        """Each answer's weighted sum of rewards, before any shaping; NaN where every reward abstained."""
+        return [math.nan if outcome.total is None else outcome.total for outcome in self.outcomes]
 
 
 def reward_answers(
     runner: RewardRunner, prompts: Sequence[Prompt], answers: Sequence[list[Sample]], world: World
 ) -> list[Group]:
-    """Score every answer. One rank does, because a user's reward may be slow or draw random numbers. Collective."""
-    box: list[Any] = [None]
+    """Score every answer. One rank does, because a user's reward may be slow or draw random numbers. Collective: what
+    keeps it from scoring is raised on every rank, as a UserError."""
+    box: list[Any] = [None, None]
     if world.is_main:
         pairs = zip(prompts, answers, strict=True)
-        box[0] = runner([_reward_sample(prompt, sample) for prompt, samples in pairs for sample in samples])
+        try:
+            box[0] = runner([_reward_sample(prompt, sample) for prompt, samples in pairs for sample in samples])
+        except (UserError, RuntimeError, OSError) as error:
+            box[1] = str(error)
     dist.broadcast_object_list(box, src=0, device=world.device if world.device.type == "cuda" else None)
+    if box[1] is not None:
+        raise UserError(box[1])
     outcomes = iter(box[0])
     return [
         Group(prompt, samples, [next(outcomes) for _ in samples])
@@ -53,8 +61,8 @@ def _reward_sample(prompt: Prompt, sample: Sample) -> RewardSample:
 
 
 def raw_rewards(groups: Sequence[Group]) -> Tensor:
-    """[groups, generations] fp32."""
-    return torch.tensor([group.rewards for group in groups], dtype=torch.float32)
+    """[groups, generations] fp64, NaN where every reward abstained."""
+    return torch.tensor([group.rewards for group in groups], dtype=torch.float64)
 
 
 def shaped_rewards(groups: Sequence[Group], grpo: GrpoConfig) -> Tensor:
@@ -95,26 +103,29 @@ def build_rows(groups: Sequence[Group], advantages: Tensor) -> list[Row]:
                         "advantages": torch.full((length,), advantage),
                         "rollout_logps": torch.cat([torch.zeros(prompt_length), sample.logprobs]),
                     },
-                    row_fields={"reward": reward},
+                    row_fields={"reward": 0.0 if math.isnan(reward) else reward},
                 )
             )
     return rows
 
 
 def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over all answers for the log: rewards, lengths, what ended them."""
+    """Means over all answers for the log: rewards (over those that were given one), lengths, what ended them."""
     samples = [sample for group in groups for sample in group.samples]
     outcomes = [outcome for group in groups for outcome in group.outcomes]
-    rewards = torch.tensor([outcome.total for outcome in outcomes])
+    given = torch.tensor([outcome.total for outcome in outcomes if outcome.total is not None], dtype=torch.float64)
     values = {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std(correction=0)),
+        "reward": float(given.mean()) if len(given) else 0.0,
+        "reward_std": float(given.std(correction=0)) if len(given) else 0.0,
         "reward_errors": sum(len(outcome.errors) for outcome in outcomes),
+        "unrewarded": len(outcomes) - len(given),
         "response_length": sum(len(sample.completion_ids) for sample in samples) / len(samples),
         "truncated_share": sum(map(is_truncated, samples)) / len(samples),
     }
     for name in outcomes[0].values:
-        values[f"reward_{name}"] = sum(outcome.values[name] for outcome in outcomes) / len(outcomes)
+        numbers = [value for outcome in outcomes if (value := outcome.values[name]) is not None]
+        if numbers:
+            values[f"reward_{name}"] = sum(numbers) / len(numbers)
     return values
 
 

@@ -22,7 +22,13 @@ from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import check_base_weights
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.dpo import check_dpo
-from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo, longest_prompt
+from megatron_lora.trainers.grpo_setup import (
+    build_prompt_loaders,
+    check_grpo,
+    check_reward_columns,
+    fewest_batches,
+    longest_prompt,
+)
 
 
 @dataclass
@@ -54,6 +60,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     if validation_source is not None:
         section = recipe.data.validation or recipe.data.train
         validation = build(validation_source, tokenizer, preparation(recipe, section, world))
+    if recipe.algorithm == "grpo":
+        check_reward_columns(recipe, [prompts for prompts in (train, validation) if prompts is not None])
     return Prepared(recipe=recipe, tokenizer=tokenizer, train=train, validation=validation)
 
 
@@ -120,11 +128,15 @@ def build_loaders(prepared: Prepared) -> tuple[GroupLoader, GroupLoader | None]:
     return train, validation
 
 
-def count_steps(recipe: Recipe, steps_an_epoch: int) -> int:
-    """The run's length: whichever of max_num_steps and max_num_epochs ends first."""
+def count_steps(recipe: Recipe, batches_an_epoch: int) -> int:
+    """The run's length: whichever of max_num_steps and max_num_epochs ends first. With dynamic sampling, which may take
+    any number of batches a step, the most that it can be."""
     section = recipe.sft or recipe.dpo or recipe.grpo
     assert section is not None
-    return min(section.max_num_steps, section.max_num_epochs * steps_an_epoch)
+    batches = section.max_num_epochs * batches_an_epoch
+    if recipe.grpo is not None:
+        batches = max(1, batches // fewest_batches(recipe.grpo))
+    return min(section.max_num_steps, batches)
 
 
 def count_updates(recipe: Recipe, num_steps: int) -> int:

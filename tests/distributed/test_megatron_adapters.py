@@ -152,6 +152,17 @@ def test_dropout_masks_are_shared_where_ranks_hold_the_same_values(
     assert len({tuple(mask[:64].tolist()) for mask in drawn}) == len(drawn), "a mask was drawn twice"
 
 
+OTHER_TOKENS = [dropout_case("pre", "dp", {}), dropout_case("post", "cp", CP)]
+
+
+@pytest.mark.parametrize("case", OTHER_TOKENS, ids=str)
+def test_ranks_that_see_other_tokens_drop_differently(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    first, second = (found["masks"] for found in ranks_found)
+    starts = [{tuple(mask.flatten()[:64].tolist()) for drawn in r.values() for mask in drawn} for r in (first, second)]
+    assert len(starts[0]) == len(starts[1]) == sum(map(len, first.values())) > 16
+    assert not starts[0] & starts[1]
+
+
 @pytest.mark.parametrize("case", [*DROPOUT["pre"], *DROPOUT["post"]], ids=str)
 def test_nothing_is_dropped_outside_training(case: Case, ranks_found: list[dict[str, Any]], room: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(room.base(case.family), attn_implementation="eager")

@@ -15,7 +15,7 @@ import torch
 
 from tests.support.compare import largest_difference
 from tests.support.launch import RanksFailed
-from tests.support.runs import adapter_of, metrics, run, save_base, start, wait_until
+from tests.support.runs import adapter_of, metrics, run, save_base, start, wait_until, write_lines
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -251,6 +251,31 @@ def test_options_run(change: Callable[[dict[str, Any]], None], base: Path, tmp_p
         assert all(line["masked_by_logprob_error"] == 0 for line in lines)
         # Random answers seldom end by themselves, and those cut off carry no loss.
         assert all(line["num_target_tokens"] < 16 * line["response_length"] for line in lines)
+
+
+@long
+def test_dynamic_sampling_ends_with_its_last_epoch(base: Path, tmp_path: Path) -> None:
+    """Half of the prompts' answers are all equal, so a step takes the four batches of an epoch."""
+    rows = [{"prompt": f"{n}+{n}=", "answer": str(2 * n), "judged": n % 2 == 0} for n in range(8)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    values = recipe(base, NATIVE, use_dynamic_sampling=True, batch_multiplier=0.5, max_num_epochs=2, max_num_steps=50)
+    values["grpo"] |= {"val_period": 0}
+    values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:digit_share_where_judged"
+    values["data"] = {"shuffle": False, "train": {"dataset_name": None, "data_path": str(data)}, "validation": None}
+    folder = run(tmp_path, values, 1)
+    assert [line["generation_batches"] for line in metrics(folder)] == [4, 4]
+    assert (folder / "latest_step.txt").read_text().strip() == "2"
+
+
+@long
+def test_a_reward_that_always_fails_stops_the_run(base: Path, tmp_path: Path) -> None:
+    values = recipe(base, NATIVE, val_period=0, max_num_steps=50)
+    values["env"]["reward_functions"].append(
+        {"kind": "python", "name": "judge", "function": "tests.support.rewards:always_fails"}
+    )
+    with pytest.raises(RanksFailed, match="reward 'judge' failed on every answer of 3 batches.*no such judge"):
+        run(tmp_path, values, 2)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 
 @long

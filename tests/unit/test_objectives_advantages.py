@@ -51,6 +51,43 @@ def test_equal_peers_do_not_blow_up():
     assert advantages[0, 0].item() == pytest.approx(0.6, rel=1e-6)
 
 
+def test_leave_one_out_baselines_of_two_groups() -> None:
+    # Expected by hand: the baseline of 1, 2, 3 is 2.5, 2, 1.5; of 4, 5, 6 it is 5.5, 5, 4.5.
+    rewards = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    baselines = rewards - group_advantages(rewards, normalize=False).advantages
+    torch.testing.assert_close(baselines, torch.tensor([[2.5, 2.0, 1.5], [5.5, 5.0, 4.5]]))
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_answer_without_reward_is_as_if_it_were_not_there(leave_one_out: bool, normalize: bool) -> None:
+    three = group_advantages(torch.tensor([[1.0, 0.0, 0.5]]), normalize, leave_one_out)
+    four = group_advantages(torch.tensor([[1.0, math.nan, 0.0, 0.5]]), normalize, leave_one_out)
+    torch.testing.assert_close(four.advantages[:, [0, 2, 3]], three.advantages)
+    assert four.advantages[0, 1] == 0
+    lonely = group_advantages(torch.tensor([[1.0, math.nan], [math.nan, math.nan]]), normalize, leave_one_out)
+    assert not lonely.advantages.any() and lonely.num_zero_variance == 2
+    assert informative_groups(torch.tensor([[1.0, math.nan], [1.0, 0.0]])).tolist() == [False, True]
+
+
+def test_rewards_of_any_size_have_finite_advantages() -> None:
+    huge = torch.tensor([[1e300, 0.0, 1e300, 0.0]], dtype=torch.float64)
+    for leave_one_out in (False, True):
+        wanted = group_advantages(huge / 1e300, leave_one_out=leave_one_out).advantages
+        torch.testing.assert_close(group_advantages(huge, leave_one_out=leave_one_out).advantages, wanted)
+    tiny = group_advantages(torch.tensor([[1e-9, 0.0, 1e-9, 0.0]])).advantages
+    assert tiny.isfinite().all() and 0 < tiny.abs().max() < 1e-2
+    with pytest.raises(ValueError, match="infinite"):
+        group_advantages(torch.tensor([[math.inf, 0.0]]))
+
+
+def test_one_sum_in_another_order_is_the_same_reward() -> None:
+    assert 0.1 + 0.2 != 0.3
+    rewards = torch.tensor([[0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
+    assert not group_advantages(rewards).advantages.any()
+    assert informative_groups(rewards).tolist() == [False]
+
+
 def test_two_generations_leave_one_out_is_not_divided():
     advantages = group_advantages(torch.tensor([[1.0, 0.25]])).advantages
     torch.testing.assert_close(advantages, torch.tensor([[0.75, -0.75]]))

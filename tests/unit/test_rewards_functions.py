@@ -5,6 +5,7 @@ import pytest
 
 from megatron_lora.errors import UserError
 from megatron_lora.rollout.rewards import RewardSpec, build_reward
+from megatron_lora.rollout.rewards.dapo_math import dapo_math_match
 from megatron_lora.rollout.rewards.functions import (
     exact_match,
     format_match,
@@ -18,6 +19,10 @@ from megatron_lora.rollout.rewards.functions import (
 def test_exact():
     assert exact_match("2+2", " 4\n", "4", {}) == 1.0
     assert exact_match("2+2", "4.0", "4", {}) == 0.0
+    # Of a GSM8K solution the number is enough; a heading is no solution.
+    solution = "2000 + 2 = <<2000+2=2002>>2,002\n#### 2,002"
+    assert [exact_match("", text, solution, {}) for text in ("2002", "2,002", solution, "2")] == [1.0, 1.0, 1.0, 0.0]
+    assert [exact_match("", text, "#### Title", {}) for text in ("Title", "#### Title")] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,9 @@ def test_exact():
         ("first #### 4, no: #### 5", "5", 1.0),
         ("the answer is 5", "5", 0.0),  # no marker
         ("#### five", "5", 0.0),
+        ("#### 5", "five", None),  # nothing to compare with: abstains
+        ("<think>#### 5", "5", 0.0),
+        ("<think>#### 4</think>#### 5", "5", 1.0),
     ],
 )
 def test_gsm8k(completion, answer, expected):
@@ -39,8 +47,6 @@ def test_gsm8k(completion, answer, expected):
 def test_gsm8k_number():
     assert gsm8k_number("#### -1,234.5 apples") == Decimal("-1234.5")
     assert gsm8k_number("none") is None
-    with pytest.raises(ValueError, match="no number"):
-        gsm8k_match("", "#### 5", "five", {})
 
 
 def test_format():
@@ -68,10 +74,56 @@ def test_length():
         (r"\boxed{\{1, 2\}}", r"\{2, 1\}", 1.0),
         ("I do not know", "42", 0.0),
         (r"\boxed{\sqrt{8}}", r"$2\sqrt{2}$", 1.0),
+        ("So we get $42$ in total.", "42", 1.0),
+        ("She pays $42$ for 3 apples.", "42", 1.0),
+        ("We know $x=42$, and 3 remain.", "42", 1.0),
+        ("$$42$$ then 5", "42", 1.0),
+        ("First $x = 3$. So 42 apples", "42", 1.0),
+        (r"Thus $42$ is it. $\boxed{41}$", "42", 0.0),
+        ("She pays $41$ for 3 apples.", "42", 0.0),
+        ("The sum is $40 + 2 = 42$, as wanted.", "42", 1.0),
+        (r"It is \(42\).", "42", 1.0),
+        (r"First $x = 3$, so $n = \boxed{42}$ it is", "42", 1.0),
+        (r"<think>\boxed{42}", "42", 0.0),
+        (r"<think>\boxed{41}</think>It is \boxed{42}.", "42", 1.0),
+        (r"<think>\boxed{42}</think>It is \boxed{41}.", "42", 0.0),
+        (r"a</think><think>\boxed{42}", "42", 0.0),
+        (r"\boxed{42}", "", None),
     ],
 )
-def test_math(completion, answer, expected):
-    assert load_math_match()("", completion, answer, {}) == expected
+def test_math(completion, answer, expected, math_match):
+    assert math_match("", completion, answer, {}) == expected
+
+
+@pytest.fixture(scope="module")
+def math_match():
+    return load_math_match()
+
+
+def test_thoughts_that_the_prompt_opened(math_match):
+    opened = "<|im_start|>assistant\n<think>\n"
+    assert math_match(opened, r"so \boxed{42}", "42", {}) == 0.0
+    assert math_match(opened, r"hm</think>so \boxed{42}", "42", {}) == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion, answer, expected",
+    [
+        ("so\nAnswer: 42", "42", 1.0),
+        ("Answer: 41\nanswer : $42$", "42", 1.0),  # the last one counts
+        ("Answer: $x = 42$", "42", 1.0),
+        ("Answer: 1,234 dollars", "1234", 1.0),
+        (r"Answer: \boxed{42}", "42", 1.0),
+        (r"Answer: \frac12", r"\frac{1}{2}", 1.0),
+        (r"Answer: \frac{1}{2}", "0.5", 0.0),  # texts are compared
+        ("Answer: 42", "reasoning\n#### 42", 1.0),
+        (r"\boxed{42}", "42", 0.0),
+        ("Answer: 42" + " " * 400, "42", 0.0),  # beyond the last 300 characters
+        ("Answer: 10^\\circ", "10", 1.0),
+    ],
+)
+def test_dapo_math(completion, answer, expected):
+    assert dapo_math_match("", completion, answer, {}) == expected
 
 
 def test_unknown_kind_and_missing_keys():
@@ -86,12 +138,6 @@ def test_unknown_kind_and_missing_keys():
 USER_MODULE = """
 def good(prompt, completion, answer, extra, bonus=0.0):
     return len(completion) + bonus
-
-def short(prompt, completion):
-    return 0.0
-
-async def slow(prompt, completion, answer, extra):
-    return 0.0
 
 value = 3
 """
@@ -117,9 +163,7 @@ def test_user_function_by_file_and_module(user_file, monkeypatch):
         ("{folder}/my_rewards.py:god", {}, "did you mean 'good'"),
         ("{folder}/my_reward.py:good", {}, "did you mean .*my_rewards.py"),
         ("{folder}/my_rewards.py:value", {}, "something else than a function"),
-        ("{folder}/my_rewards.py:short", {}, r"want \(prompt: str"),
         ("{folder}/my_rewards.py:good", {"bogus": 1}, "bogus"),
-        ("{folder}/my_rewards.py:slow", {}, "coroutine"),
         ("no_colon", {}, "package.module:function"),
         ("jsn:loads", {}, "did you mean 'json'"),
         ("json.decodr:loads", {}, "did you mean 'decoder'"),

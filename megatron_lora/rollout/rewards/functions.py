@@ -1,28 +1,45 @@
-"""The built-in rewards. Each is `(prompt, completion, answer, extra) -> float`."""
+"""The built-in rewards. Each is `(prompt, completion, answer, extra) -> float`, or None where it abstains."""
 
 import re
 from collections.abc import Callable
 from decimal import Decimal
 
-Reward = Callable[[str, str, str, dict], float]
+Reward = Callable[[str, str, str, dict], float | None]
 
 GSM8K_MARKER = "####"
+THINK, END_OF_THINKING = "<think>", "</think>"
 _NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", re.ASCII)
 
 
 def exact_match(prompt: str, completion: str, answer: str, extra: dict) -> float:
-    """1 where the completion is the answer, but for white space around either."""
-    return float(completion.strip() == answer.strip())
+    """1 where the completion is the answer, but for white space around either; of a GSM8K solution, whose last line is
+    `#### number`, the number is enough."""
+    given, _, number = answer.strip().rpartition("\n")[2].partition(GSM8K_MARKER)
+    wanted = {answer.strip()}
+    if not given and _NUMBER.fullmatch(number.strip()):
+        wanted |= {number.strip(), number.strip().replace(",", "")}
+    return float(completion.strip() in wanted)
 
 
-def gsm8k_match(prompt: str, completion: str, answer: str, extra: dict) -> float:
-    """1 where the number after the completion's last `####` is the answer's (whose own `####` may be missing)."""
-    if GSM8K_MARKER not in completion:
-        return 0.0
-    found, wanted = gsm8k_number(completion), gsm8k_number(answer)
+def gsm8k_match(prompt: str, completion: str, answer: str, extra: dict) -> float | None:
+    """1 where the number after the completion's last `####` is the answer's (whose own `####` may be missing). Abstains
+    where the answer has no number."""
+    wanted = gsm8k_number(answer)
     if wanted is None:
-        raise ValueError(f"the reference answer {answer!r} has no number")
-    return float(found == wanted)
+        return None
+    final = after_thinking(prompt, completion)
+    if final is None or GSM8K_MARKER not in final:
+        return 0.0
+    return float(gsm8k_number(final) == wanted)
+
+
+def after_thinking(prompt: str, completion: str) -> str | None:
+    """What stands behind the completion's last `</think>`; None where it was cut off within its thoughts, also
+    where the prompt's template opened them."""
+    _, end, final = completion.rpartition(END_OF_THINKING)
+    if THINK in final or (not end and prompt.rstrip().endswith(THINK)):
+        return None
+    return final
 
 
 def gsm8k_number(text: str) -> Decimal | None:
@@ -58,7 +75,9 @@ def length_penalty(max_tokens: int) -> Reward:
 
 
 def load_math_match() -> Reward:
-    """A reward of 1 where the completion's final answer equals the reference symbolically (math-verify).
+    """A reward of 1 where the completion's final answer equals the reference symbolically (math-verify): what is boxed,
+    else a formula or the last number; 0 where the completion ends within its thoughts. Abstains where the reference is
+    no mathematical expression.
 
     The library's own time limits are alarm signals, which work only in a process's main thread; they are turned off.
     A hard expression can take for ever: run this through `RewardRunner`, which kills it from outside.
@@ -73,14 +92,21 @@ def load_math_match() -> Reward:
     first, second = (parse(text, targets, parsing_timeout=0) for text in (r"\boxed{1}", "1"))
     verify(first, second, timeout_seconds=0)
 
-    def reward(prompt: str, completion: str, answer: str, extra: dict) -> float:
+    def reward(prompt: str, completion: str, answer: str, extra: dict) -> float | None:
         wanted = answer.rpartition(GSM8K_MARKER)[2].strip()
         if "\\boxed" not in wanted:
             wanted = f"\\boxed{{{wanted.strip('$')}}}"
         gold = parse(wanted, targets, parsing_timeout=0)
         if not gold:
-            raise ValueError(f"the reference answer {answer!r} is no mathematical expression")
-        found = parse(completion, targets, parsing_timeout=0)
-        return float(verify(gold, found, timeout_seconds=0))
+            return None
+        final = after_thinking(prompt, completion)
+        if final is None:
+            return 0.0
+        found = parse(final, targets, parsing_timeout=0)
+        right = verify(gold, found, timeout_seconds=0)
+        if not right and "\\boxed" not in final:
+            # A plain number further on hides the formula: "She pays $42$ for 3 apples."
+            right = verify(gold, parse(final, targets[:1], parsing_timeout=0), timeout_seconds=0)
+        return float(right)
 
     return reward

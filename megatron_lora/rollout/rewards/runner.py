@@ -12,7 +12,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any
 
 from megatron_lora.errors import UserError
-from megatron_lora.rollout.rewards.spec import BOUNDED_KINDS, RewardSpec, build_reward, check_reward
-from megatron_lora.rollout.rewards.worker import describe, write_frame
+from megatron_lora.rollout.rewards.calling import LARGEST, Arguments, UserReward, score_samples
+from megatron_lora.rollout.rewards.spec import BOUNDED_KINDS, RewardSpec, build_reward
+from megatron_lora.rollout.rewards.worker import LATE_EXIT_SECONDS, write_frame
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +39,24 @@ class RewardSample:
     answer: str
     extra: dict = field(default_factory=dict)
 
+    @property
+    def arguments(self) -> Arguments:
+        return self.prompt, self.completion, self.answer, self.extra
+
 
 @dataclass
 class RewardOutcome:
-    """total: the weighted sum. values: each reward's own number, unweighted, by name; 0 where it failed. errors: why,
-    by name."""
+    """values: each reward's own number, unweighted, by name: 0 where it failed, None where it abstained. total: the
+    weighted sum of those that did not abstain, None where all did. errors: why one failed, by name."""
 
-    total: float = 0.0
-    values: dict[str, float] = field(default_factory=dict)
+    total: float | None = 0.0
+    values: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Call:
-    sample: int
+    samples: Sequence[int]
     spec: int
 
 
@@ -61,6 +66,7 @@ class _Worker:
     def __init__(self, start_frame: bytes):
         self.call: _Call | None = None
         self.ready = False
+        self.received = b""
         self.deadline = time.monotonic() + START_SECONDS
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER_FILE)],
@@ -105,8 +111,8 @@ class RewardRunner:
     """Scores batches with the weighted sum of several rewards.
 
     A reward that raises, hangs beyond its `timeout_seconds`, kills its process or returns no finite number counts 0
-    for that sample, with a log line; the others still count. Worker processes start with the first batch that needs
-    one and stay until `close`.
+    for that sample (a function that takes a batch: for all of them), with a log line; the others still count. One that
+    returns None abstains. Worker processes start with the first batch that needs one and stay until `close`.
 
     specs: the rewards, names distinct. num_workers: processes at most (also at most one a CPU core). Raises UserError
     where a reward cannot be built, RuntimeError later where a worker process cannot start. Not for several threads.
@@ -117,9 +123,9 @@ class RewardRunner:
         names = [spec.name for spec in self.specs]
         if not names or len(set(names)) < len(names):
             raise UserError(f"env.reward_functions has the names {names}; give one reward or more, each its own name")
-        for spec in self.specs:
-            check_reward(spec)
-        self._inline = {i: build_reward(s) for i, s in enumerate(self.specs) if s.kind in BOUNDED_KINDS}
+        # math-verify is built in its worker alone: importing sympy takes seconds.
+        self._built = {i: build_reward(s) for i, s in enumerate(self.specs) if s.kind != "math"}
+        self._inline = {i for i, s in enumerate(self.specs) if s.kind in BOUNDED_KINDS}
         self._num_workers = max(1, min(num_workers, len(os.sched_getaffinity(0))))
         self._workers: list[_Worker] = []
         search_path = [entry or os.getcwd() for entry in sys.path]
@@ -129,19 +135,49 @@ class RewardRunner:
     def __call__(self, samples: Sequence[RewardSample]) -> list[RewardOutcome]:
         """Score the samples, in order."""
         outcomes = [RewardOutcome() for _ in samples]
+        everyone = range(len(samples))
         calls: deque[_Call] = deque()
-        for i, sample in enumerate(samples):
-            for j in range(len(self.specs)):
-                if j in self._inline:
-                    self._score_inline(j, sample, outcomes[i])
-                else:
-                    calls.append(_Call(i, j))
+        for number in range(len(self.specs)):
+            if number in self._inline:
+                found = score_samples(self._built[number], [sample.arguments for sample in samples])
+                self._record(_Call(everyone, number), outcomes, found)
+            elif self._takes_batch(number) and samples:
+                calls.append(_Call(everyone, number))
+            else:
+                calls.extend(_Call([place], number) for place in everyone)
         if calls:
             self._score_in_workers(calls, samples, outcomes)
         for outcome in outcomes:
-            outcome.total = sum(spec.weight * outcome.values[spec.name] for spec in self.specs)
+            outcome.total = self._total(outcome)
         self._log_errors(outcomes)
         return outcomes
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises UserError where a user's function needs an argument that no row has as a column."""
+        for reward in self._built.values():
+            if isinstance(reward, UserReward):
+                reward.check_columns(columns)
+
+    def _takes_batch(self, number: int) -> bool:
+        reward = self._built.get(number)
+        return isinstance(reward, UserReward) and reward.takes_batch
+
+    def _seconds(self, number: int) -> float:
+        """How long a call may take. The calls of an `async` function end in time by themselves, if they are let."""
+        reward = self._built.get(number)
+        grace = LATE_EXIT_SECONDS / 2 if isinstance(reward, UserReward) and reward.is_async else 0.0
+        return self.specs[number].timeout_seconds + grace
+
+    def _total(self, outcome: RewardOutcome) -> float | None:
+        given = [(spec.weight, outcome.values[spec.name]) for spec in self.specs]
+        parts = [weight * value for weight, value in given if value is not None]
+        total = sum(parts)
+        if not -LARGEST <= total <= LARGEST:
+            raise UserError(
+                f"env.reward_functions: the weighted sum of {outcome.values} is {total}, more than a 32-bit float "
+                "holds; lower the weights"
+            )
+        return total if parts else None
 
     def close(self) -> None:
         """End the worker processes. The runner can be used again, it starts new ones."""
@@ -155,18 +191,17 @@ class RewardRunner:
     ) -> None:
         self.close()
 
-    def _score_inline(self, number: int, sample: RewardSample, outcome: RewardOutcome) -> None:
-        try:
-            value = self._inline[number](sample.prompt, sample.completion, sample.answer, sample.extra)
-            self._record(number, outcome, value=value)
-        except Exception as error:
-            self._record(number, outcome, error=describe(error))
+    def _record(
+        self, call: _Call, outcomes: list[RewardOutcome], results: Sequence[tuple[float | None, str | None]]
+    ) -> None:
+        name = self.specs[call.spec].name
+        for place, (value, error) in zip(call.samples, results, strict=True):
+            outcomes[place].values[name] = value
+            if error is not None:
+                outcomes[place].errors[name] = error
 
-    def _record(self, number: int, outcome: RewardOutcome, value: float = 0.0, error: str | None = None) -> None:
-        name = self.specs[number].name
-        outcome.values[name] = value
-        if error is not None:
-            outcome.errors[name] = error
+    def _fail(self, call: _Call, outcomes: list[RewardOutcome], error: str) -> None:
+        self._record(call, outcomes, [(0.0, error)] * len(call.samples))
 
     def _score_in_workers(
         self, calls: deque[_Call], samples: Sequence[RewardSample], outcomes: list[RewardOutcome]
@@ -193,14 +228,13 @@ class RewardRunner:
         self, worker: _Worker, calls: deque[_Call], samples: Sequence[RewardSample], outcomes: list[RewardOutcome]
     ) -> None:
         call = calls.popleft()
-        sample = samples[call.sample]
         try:
-            payload = pickle.dumps((call.spec, (sample.prompt, sample.completion, sample.answer, sample.extra)))
+            payload = pickle.dumps((call.spec, [samples[place].arguments for place in call.samples]))
         except (pickle.PicklingError, TypeError, AttributeError) as error:
-            self._record(call.spec, outcomes[call.sample], error=f"extra cannot be sent to a process: {error}")
+            self._fail(call, outcomes, f"extra cannot be sent to a process: {error}")
             return
         try:
-            worker.send(call, payload, self.specs[call.spec].timeout_seconds)
+            worker.send(call, payload, self._seconds(call.spec))
         except BrokenPipeError:  # it died while idle; the call never began
             calls.appendleft(call)
             self._drop([worker])
@@ -224,7 +258,11 @@ class RewardRunner:
 
     def _take_reply(self, worker: _Worker, outcomes: list[RewardOutcome]) -> None:
         line = os.read(worker.stdout.fileno(), 65536)
-        message: dict[str, Any] = json.loads(line) if line else {}
+        worker.received += line
+        if line and not line.endswith(b"\n"):
+            return  # the rest of a batch's values is on its way
+        line, worker.received = worker.received, b""
+        message: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
         if not worker.ready:
             if "ready" not in message:
                 status = self._drop([worker])
@@ -234,17 +272,17 @@ class RewardRunner:
         call = worker.call
         assert call is not None
         worker.call = None
-        if not line:
-            message = {"error": f"the reward ended its process (exit status {self._drop([worker])})"}
-        self._record(call.spec, outcomes[call.sample], message.get("value", 0.0), message.get("error"))
+        if "results" in message:
+            self._record(call, outcomes, message["results"])
+        else:
+            self._fail(call, outcomes, f"the reward ended its process (exit status {self._drop([worker])})")
 
     def _give_up(self, worker: _Worker, outcomes: list[RewardOutcome]) -> None:
         call, worker.call = worker.call, None
         self._drop([worker])
         if call is None:
             raise RuntimeError(f"a reward worker did not start within {START_SECONDS:g} seconds")
-        error = f"timed out after {self.specs[call.spec].timeout_seconds:g} seconds"
-        self._record(call.spec, outcomes[call.sample], error=error)
+        self._fail(call, outcomes, f"timed out after {self.specs[call.spec].timeout_seconds:g} seconds")
 
     def _drop(self, workers: list[_Worker]) -> int:
         """Kill workers and forget them; returns the last one's exit status."""

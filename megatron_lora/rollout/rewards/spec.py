@@ -1,20 +1,18 @@
 """What a recipe says about one reward, and how that becomes a callable."""
 
-import difflib
-import functools
 import importlib
 import importlib.util
-import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megatron_lora.errors import UserError
+from megatron_lora.rollout.rewards.calling import UserReward, hint
+from megatron_lora.rollout.rewards.dapo_math import dapo_math_match
 from megatron_lora.rollout.rewards.functions import (
     Reward,
     exact_match,
@@ -24,8 +22,8 @@ from megatron_lora.rollout.rewards.functions import (
     load_math_match,
 )
 
-KINDS = ("exact", "math", "gsm8k", "format", "length", "python")
-BOUNDED_KINDS = frozenset({"exact", "gsm8k", "length"})
+KINDS = ("exact", "math", "dapo_math_verify", "gsm8k", "format", "length", "python")
+BOUNDED_KINDS = frozenset({"exact", "dapo_math_verify", "gsm8k", "length"})
 """Kinds that take microseconds whatever the text says; they need no worker process and no time limit."""
 
 
@@ -74,25 +72,21 @@ def build_reward(spec: RewardSpec) -> Reward:
     if spec.kind == "length":
         return length_penalty(_needed(spec, "max_tokens"))
     if spec.kind == "python":
-        return import_reward(_needed(spec, "function"), spec.kwargs)
+        return import_reward(_needed(spec, "function"), spec.kwargs, spec.timeout_seconds)
     if spec.kind == "math":
         return load_math_match()
+    if spec.kind == "dapo_math_verify":
+        return dapo_math_match
     if spec.kind == "exact":
         return exact_match
     if spec.kind == "gsm8k":
         return gsm8k_match
     raise UserError(
-        f"env.reward_functions: kind={spec.kind!r} is unknown; use one of {', '.join(KINDS)}{_hint(spec.kind, KINDS)}"
+        f"env.reward_functions: kind={spec.kind!r} is unknown; use one of {', '.join(KINDS)}{hint(spec.kind, KINDS)}"
     )
 
 
-def check_reward(spec: RewardSpec) -> None:
-    """Raises what `build_reward` would, without the second that importing math-verify's sympy takes."""
-    if spec.kind != "math":
-        build_reward(spec)
-
-
-def import_reward(path: str, kwargs: dict[str, Any] | None = None) -> Reward:
+def import_reward(path: str, kwargs: dict[str, Any], timeout_seconds: float) -> UserReward:
     """A user's function from `package.module:function` or `path/to/file.py:function`, with kwargs bound.
 
     Raises UserError, with the nearest names, where it cannot be imported or cannot be called as a reward.
@@ -105,17 +99,15 @@ def import_reward(path: str, kwargs: dict[str, Any] | None = None) -> Reward:
     if not callable(function):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("__")]
         what = "has no function" if function is None else "has something else than a function under"
-        raise UserError(f"reward function {path!r}: {target} {what} {attribute!r}{_hint(attribute, names)}")
-    _check_signature(function, path, kwargs or {})
-    bound: Any = functools.partial(function, **(kwargs or {}))
-    return bound
+        raise UserError(f"reward function {path!r}: {target} {what} {attribute!r}{hint(attribute, names)}")
+    return UserReward(function, path, kwargs, timeout_seconds)
 
 
 def _load_file(file: Path, path: str) -> ModuleType:
     if not file.is_file():
         folder = file.parent
         near = [str(folder / entry.name) for entry in folder.glob("*.py")] if folder.is_dir() else []
-        raise UserError(f"reward function {path!r}: there is no file {file}{_hint(str(file), near)}")
+        raise UserError(f"reward function {path!r}: there is no file {file}{hint(str(file), near)}")
     if str(file.parent.absolute()) not in sys.path:
         sys.path.append(str(file.parent.absolute()))  # modules beside the file
     module_spec = importlib.util.spec_from_file_location(f"user_reward_{file.stem}", file)
@@ -139,7 +131,7 @@ def _load_module(name: str, path: str) -> ModuleType:
         folders = sys.modules[parent].__path__ if parent else None
         near = [info.name for info in pkgutil.iter_modules(folders)]
         raise UserError(
-            f"reward function {path!r}: there is no module {error.name!r} on the Python path{_hint(last, near)}; "
+            f"reward function {path!r}: there is no module {error.name!r} on the Python path{hint(last, near)}; "
             "install it, start from its folder, or give 'path/to/file.py:function'"
         ) from error
     except (Exception, SystemExit) as error:
@@ -152,31 +144,8 @@ def _failed_import(path: str, error: BaseException) -> UserError:
     )
 
 
-def _check_signature(function: Callable, path: str, kwargs: dict[str, Any]) -> None:
-    wanted = "(prompt: str, completion: str, answer: str, extra: dict) -> float"
-    if inspect.iscoroutinefunction(function):
-        raise UserError(f"reward function {path!r} is a coroutine; want a plain function {wanted}")
-    try:
-        signature = inspect.signature(function)
-    except ValueError:
-        return  # some built-in functions do not tell
-    try:
-        signature.bind("", "", "", {}, **kwargs)
-    except TypeError as error:
-        raise UserError(
-            f"reward function {path!r} has the signature {signature}, want {wanted}"
-            + (f" and the arguments {sorted(kwargs)} of kwargs" if kwargs else "")
-            + f": {error}"
-        ) from error
-
-
 def _needed(spec: RewardSpec, key: str) -> Any:
     value = getattr(spec, key)
     if value is None:
         raise UserError(f"env.reward_functions: reward '{spec.name}' of kind={spec.kind} needs {key}")
     return value
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,20 +1,17 @@
 """A reward worker: reads calls from standard input, writes their results to standard output.
 
 Started by `runner.py` as a script in a fresh interpreter (never a fork: the parent has threads, process groups and
-maybe a GPU). Frames in: 4 bytes of length, then a pickle. Lines out: JSON, each shorter than PIPE_BUF, so that one
-write arrives as one read.
+maybe a GPU). Frames in: 4 bytes of length, then a pickle. Out: JSON, a line a reply.
 """
 
 import faulthandler
 import json
-import math
 import os
 import pickle
 import signal
 import sys
 from typing import BinaryIO
 
-MAX_ERROR_CHARACTERS = 300
 LATE_EXIT_SECONDS = 5.0
 
 
@@ -33,12 +30,10 @@ def read_frame(stream: BinaryIO) -> bytes | None:
     return payload if len(payload) == size else None
 
 
-def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:MAX_ERROR_CHARACTERS]
-
-
 def main() -> None:
-    """Build the rewards that the first frame names, say so, then answer one call a frame until the input ends."""
+    """Build the rewards that the first frame names, say so, then answer one call a frame until the input ends.
+
+    A call is a reward's number and the samples it is to score."""
     # What a reward prints goes to standard error, what it reads is empty, and a signal meant for the trainer does not
     # end it; with a handler rather than SIG_IGN, which programs that the reward starts would inherit.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
@@ -48,7 +43,9 @@ def main() -> None:
         signal.signal(number, lambda *_: None)
 
     def reply(message: dict) -> None:
-        os.write(replies, json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        while line:
+            line = line[os.write(replies, line) :]
 
     start = read_frame(requests)
     if start is None:
@@ -56,32 +53,27 @@ def main() -> None:
     search_path, spec_payload = pickle.loads(start)
     sys.path[:] = search_path
     try:
+        from megatron_lora.rollout.rewards.calling import score_samples
         from megatron_lora.rollout.rewards.spec import build_reward
 
         specs = pickle.loads(spec_payload)
         rewards = [build_reward(spec) for spec in specs]
     except (Exception, SystemExit) as error:
-        reply({"error": describe(error)})
+        reply({"error": f"{type(error).__name__}: {error}"})
         return
     reply({"ready": True})
 
     with open(os.devnull, "w") as nowhere:
         while (frame := read_frame(requests)) is not None:
-            number, arguments = pickle.loads(frame)
+            number, samples = pickle.loads(frame)
             # The parent kills a hung worker; should the parent be gone, this thread, which needs no GIL, does.
             faulthandler.dump_traceback_later(
                 specs[number].timeout_seconds + LATE_EXIT_SECONDS, exit=True, file=nowhere
             )
-            try:
-                value = float(rewards[number](*arguments))
-                if not math.isfinite(value):
-                    raise ValueError(f"a reward must be a finite number, got {value}")
-                answer = {"value": value}
-            except (Exception, SystemExit) as error:
-                answer = {"error": describe(error)}
+            results = score_samples(rewards[number], samples)
             faulthandler.cancel_dump_traceback_later()
             try:
-                reply(answer)
+                reply({"results": results})
             except BrokenPipeError:
                 return
 
