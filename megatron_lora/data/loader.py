@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from megatron_lora.errors import UserError
@@ -16,11 +17,16 @@ class Indexed[T](Protocol):
     def __getitem__(self, position: int, /) -> T: ...
 
 
+def epoch_seed(seed: int, epoch: int) -> int:
+    """One seed [0, 2^63) from two numbers: their sum would give seed 43 the orders of seed 42, an epoch earlier."""
+    return int(np.random.SeedSequence([seed % (1 << 64), epoch]).generate_state(1, np.uint64)[0]) >> 1
+
+
 class GroupLoader[T]:
     """Hands out global batches of a data set's items (groups of rows, or prompts), epoch after epoch.
 
     Every rank makes the same batches, because the policy divides each among the data-parallel ranks: the order does
-    not depend on the layout. With `shuffle` each epoch has its own order from `seed` + epoch; without, the file's.
+    not depend on the layout. With `shuffle` each epoch has its own order from `seed` and epoch; without, the file's.
     """
 
     def __init__(
@@ -97,5 +103,5 @@ class GroupLoader[T]:
     def _order(self) -> Sequence[int]:
         if not self.shuffle:
             return range(len(self.dataset))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         return torch.randperm(len(self.dataset), generator=generator).tolist()

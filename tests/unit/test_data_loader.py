@@ -68,3 +68,13 @@ def test_mistakes() -> None:
         GroupLoader(range(4), 2).load_state_dict(GroupLoader(range(3), 2).state_dict())
     with pytest.raises(UserError, match="seed=1"):
         GroupLoader(range(3), 2, seed=2).load_state_dict(GroupLoader(range(3), 2, seed=1).state_dict())
+
+
+def test_neighbouring_seeds_have_no_order_in_common() -> None:
+    orders = []
+    for seed in (42, 43, 44):
+        loader = GroupLoader(range(50), 50, seed=seed)
+        for epoch in range(3):
+            loader.epoch, loader.position = epoch, 0
+            orders.append(next(iter(loader)))
+    assert len({tuple(order) for order in orders}) == len(orders) == 9
