@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_lora.config.schema_base import Float, Int, KeywordArguments, NonNegativeFloat, PositiveInt, Section
 
@@ -50,3 +50,10 @@ class GenerationConfig(Section):
     stop_strings: list[str] | None = Field(default=None, description="Texts that end an answer.")
     vllm_cfg: VllmConfig = Field(default_factory=VllmConfig, description="vLLM's engine.")
     vllm_kwargs: KeywordArguments = Field(default_factory=dict, description="Further arguments of vLLM's engine.")
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _no_empty_stop(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and "" in value:
+            raise ValueError('an empty text ends every answer before its first token; take "" out of the list')
+        return value
