@@ -17,6 +17,7 @@ from megatron_lora.conversion.merge import Merger
 from megatron_lora.conversion.model_source import check_base, open_base
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
+from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.peft_format import from_hf, to_hf
@@ -54,6 +55,7 @@ def export_lora_adapter_to_hf(
         if not check_logits:
             factors.clear()
         write_peft_folder(out, config, tensors)
+        copy_run_tokenizer(Path(adapter_ckpt), out)
         if check_logits:
             from megatron_lora.conversion.logit_check import check_adapter_logits
 
@@ -108,7 +110,7 @@ def merge_lora_to_hf(
         merger = Merger(spec, factors, base.weights, target)
         metadata = {"adapter_fingerprint": fingerprint_adapter(factors)}
         base.copy_small_files(out, target)
-        _copy_tokenizer(Path(adapter_ckpt), out)
+        copy_run_tokenizer(Path(adapter_ckpt), out)
         merger.write(out, metadata, show_progress=show_progress)
         logger.info("%s", merger.report)
         if check_logits:
@@ -118,15 +120,6 @@ def merge_lora_to_hf(
             with base.as_hf_folder(out.parent) as folder:
                 logger.info("logits agree to %.1e", check_merged_logits(folder, spec, factors, out, coarsest))
     return str(hf_ckpt_path)
-
-
-def _copy_tokenizer(step: Path, out: Path) -> None:
-    """The run's tokenizer, where the base folder has none."""
-    source = step / "policy" / "tokenizer"
-    if source.is_dir() and not (out / "tokenizer_config.json").is_file():
-        for path in source.iterdir():
-            if path.is_file() and not (out / path.name).exists():
-                (out / path.name).write_bytes(path.read_bytes())
 
 
 def import_hf_adapter(
