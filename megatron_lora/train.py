@@ -71,7 +71,8 @@ def _train(loaded: LoadedRecipe, *, dry_run: bool) -> int:
     from megatron_lora.trainers.run import check_only, run_recipe
 
     if dry_run:
-        check_only(loaded)
+        for line in check_only(loaded):
+            _print_once(line)
         _print_once("the recipe is valid: layout, data, tokenizer and weights' files were checked; nothing was trained")
         return 0
     return run_recipe(loaded)

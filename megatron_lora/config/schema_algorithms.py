@@ -234,6 +234,8 @@ class LossFnConfig(Section):
 
 
 RewardKind = Literal["exact", "math", "dapo_math_verify", "gsm8k", "format", "length", "python"]
+# Kinds that compare an answer with the row's reference.
+REFERENCE_KINDS = frozenset({"exact", "math", "dapo_math_verify", "gsm8k"})
 _NEEDED = {"format": "pattern", "length": "max_tokens", "python": "function"}
 
 
@@ -274,6 +276,11 @@ class RewardFunctionConfig(Section):
         if self.name is None:
             self.name = self.kind
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reward compares with a row's reference answer, so that a row without one cannot be rewarded."""
+        return self.kind in REFERENCE_KINDS
 
 
 class MathEnvConfig(Section):

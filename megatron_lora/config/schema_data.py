@@ -13,13 +13,22 @@ class DatasetConfig(Section):
     dataset_name: str | None = Field(
         default=None, description="Hub name, or a built-in: `gsm8k`, `arithmetic`. Ignored where `data_path` is set."
     )
-    data_path: str | None = Field(default=None, description="JSONL file.")
+    data_path: str | None = Field(
+        default=None, description="File of rows: JSON lines or array (.gz, .zst), parquet, Arrow, CSV; or a folder."
+    )
     subset: str | None = Field(default=None, description="Configuration of a hub data set.")
     split: str | None = Field(default=None, description="Split of a hub data set.")
     input_key: str | None = Field(default=None, description="Column of the prompt; null: found by the row's form.")
     output_key: str | None = Field(default=None, description="Column of the answer; null: found by the row's form.")
     chosen_key: str | None = Field(default=None, description="Preference rows: column of the preferred answer.")
     rejected_key: str | None = Field(default=None, description="Preference rows: column of the other answer.")
+    prompt_key: str | None = Field(default=None, description="Preference rows: column of the prompt, as `input_key`.")
+    chat_key: str | None = Field(default=None, description="Column of the messages; null: found by the row's form.")
+    system_key: str | None = Field(default=None, description="Column of the system message; null: `system`.")
+    tool_key: str | None = Field(default=None, description="Column of the tools; null: `tools`.")
+    form: str | None = Field(
+        default=None, description="The rows' form, where a row has the columns of two: a name of docs/data.md's table."
+    )
     prompt_file: str | None = Field(
         default=None, description="File with a text around each prompt, which stands at `{}`."
     )
@@ -64,6 +73,16 @@ class DataConfig(Section):
                 given = {key: value for key, value in data[part].items() if value is not None}
                 filled[part] = {**data["default"], **given}
         return filled
+
+    @model_validator(mode="after")
+    def _one_prompt_key(self) -> Self:
+        for part in ("train", "validation"):
+            block = getattr(self, part)
+            if block is not None and None not in (block.input_key, block.prompt_key):
+                raise ValueError(f"{part} has both input_key and prompt_key, which mean the same; keep one")
+            if block is not None and block.form is not None and (block.input_key or block.chat_key):
+                raise ValueError(f"{part} has both form and a column's name (input_key or chat_key); keep one")
+        return self
 
     @model_validator(mode="after")
     def _sources(self) -> Self:

@@ -4,20 +4,25 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.progress import track
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.data.batch import Row
-from megatron_lora.data.examples import Instructions, Keys, RowError, parse_preference, parse_prompt, parse_sft
+from megatron_lora.data.examples import Instructions
+from megatron_lora.data.forms import Keys
+from megatron_lora.data.parse import RowReader
 from megatron_lora.data.sources import Source
 from megatron_lora.data.stats import LengthStats
 from megatron_lora.data.tokenize import Encoded, Encoder, EncodingOptions
+from megatron_lora.data.values import RowError
 from megatron_lora.data.workers import EncodeRow, encode_rows
 from megatron_lora.errors import UserError
+
+if TYPE_CHECKING:  # as in `tokenize`
+    from torch import Tensor
+
+    from megatron_lora.data.batch import Row
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Prompt:
     reference answer, "" where there is one (`references.rows_without_reference` says which rows lack one).
     """
 
-    input_ids: Tensor
+    input_ids: "Tensor"
     text: str
     answer: str
     index: int
@@ -37,7 +42,7 @@ class Prompt:
     no_reference: str = ""
 
 
-class TokenizedDataset(Sequence[list[Row]]):
+class TokenizedDataset(Sequence["list[Row]"]):
     """Groups of rows that stay in one micro-batch: [row] for SFT, [chosen, rejected] for DPO."""
 
     def __init__(self, groups: Sequence[Sequence[Encoded]], stats: LengthStats):
@@ -49,6 +54,14 @@ class TokenizedDataset(Sequence[list[Row]]):
 
     def __getitem__(self, position):  # type: ignore[override]  # no slices
         return [encoded.to_row() for encoded in self._groups[position]]
+
+    def encoded(self, position: int) -> Sequence[Encoded]:
+        """A group as token ids and masks, without making its tensors."""
+        return self._groups[position]
+
+    def with_targets(self) -> "TokenizedDataset":
+        """Without the groups that carry no loss."""
+        return TokenizedDataset([group for group in self._groups if any(row.mask.any() for row in group)], self.stats)
 
     def group_lengths(self) -> list[int]:
         """Tokens of each group, without making its tensors."""
@@ -89,24 +102,32 @@ def build_sft_dataset(source: Source, tokenizer: PreTrainedTokenizerBase, prepar
 
     Rows over `max_length` are cut at the end; one that keeps no target token is dropped. Raises UserError for a row
     that cannot be used (with file and number; hub rows are dropped and counted), where every row is over the limit,
-    and where none is left.
+    where none is left, and where none of those left carries loss.
     """
     stats = LengthStats(preparation.max_length)
     encode = partial(_encode_sft, keys=source.sft_keys, instructions=preparation.instructions)
     groups = []
-    for [encoded] in _encode_all(source, tokenizer, preparation, encode, stats):
+    for number, [encoded] in _encode_all(source, tokenizer, preparation, encode, stats):
         stats.lengths.append(len(encoded))
+        untrained = not encoded.mask.any()
         if len(encoded) > preparation.max_length:
             encoded = encoded.truncated(preparation.max_length)
             if not encoded.mask.any():
                 stats.dropped_long += 1
+                stats.drops[number] = f"no token that carries loss is left within {preparation.max_length} tokens"
                 continue
             stats.truncated += 1
+        stats.untrained += untrained
         stats.target_tokens += int(encoded.mask.sum())
         groups.append([encoded])
     if stats.lengths and stats.min > preparation.max_length:
         raise _all_too_long(source, stats, "row")
-    return TokenizedDataset(_checked(groups, source, stats), stats)
+    kept = _checked(groups, source, stats)
+    if not stats.target_tokens:
+        raise UserError(
+            f"{source.name}: none of its rows carries loss, as they say themselves; there is nothing to train"
+        )
+    return TokenizedDataset(kept, stats)
 
 
 def build_preference_dataset(
@@ -120,12 +141,14 @@ def build_preference_dataset(
     stats = LengthStats(preparation.max_length)
     encode = partial(_encode_preference, keys=source.sft_keys, instructions=preparation.instructions)
     groups = []
-    for pair in _encode_all(source, tokenizer, preparation, encode, stats):
+    for number, pair in _encode_all(source, tokenizer, preparation, encode, stats):
         stats.lengths.extend(map(len, pair))
         if pair[0].same_tokens(pair[1]):
             stats.dropped_equal += 1
+            stats.drops[number] = "both answers are equal"
         elif max(map(len, pair)) > preparation.max_length:
             stats.dropped_long += 1
+            stats.drops[number] = f"an answer with its prompt is longer than {preparation.max_length} tokens"
         else:
             stats.target_tokens += sum(int(encoded.mask.sum()) for encoded in pair)
             groups.append(pair)
@@ -142,10 +165,11 @@ def build_prompt_dataset(source: Source, tokenizer: PreTrainedTokenizerBase, pre
     stats = LengthStats(preparation.max_length)
     encode = partial(_encode_prompt, keys=source.prompt_keys, instructions=preparation.instructions)
     prompts = []
-    for prompt in _encode_all(source, tokenizer, preparation, encode, stats):
+    for number, prompt in _encode_all(source, tokenizer, preparation, encode, stats):
         stats.lengths.append(prompt.input_ids.numel())
         if prompt.input_ids.numel() > preparation.max_length:
             stats.dropped_long += 1
+            stats.drops[number] = f"the prompt is longer than {preparation.max_length} tokens"
         else:
             prompts.append(prompt)
     if not prompts and stats.dropped_long:
@@ -156,23 +180,25 @@ def build_prompt_dataset(source: Source, tokenizer: PreTrainedTokenizerBase, pre
 def _encode_sft(
     encoder: Encoder, number: int, row: Mapping[str, Any], keys: Keys, instructions: Instructions
 ) -> list[Encoded]:
-    return [encoder.encode(parse_sft(row, keys, instructions), number)]
+    return [encoder.encode(RowReader(keys, instructions, encoder.notes).read_sft(row), number)]
 
 
 def _encode_preference(
     encoder: Encoder, number: int, row: Mapping[str, Any], keys: Keys, instructions: Instructions
 ) -> list[Encoded]:
-    return [encoder.encode(example, number, only_final=True) for example in parse_preference(row, keys, instructions)]
+    pair = RowReader(keys, instructions, encoder.notes).read_preference(row)
+    return [encoder.encode(example, number) for example in pair]
 
 
 def _encode_prompt(
     encoder: Encoder, number: int, row: Mapping[str, Any], keys: Keys, instructions: Instructions
 ) -> Prompt:
-    example = parse_prompt(row, keys, instructions)
+    import torch
+
+    example = RowReader(keys, instructions, encoder.notes).read_prompt(row)
     ids, text = encoder.encode_prompt(example)
-    return Prompt(
-        torch.tensor(ids, dtype=torch.int64), text, example.answer, number, example.extra, example.no_reference
-    )
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    return Prompt(tokens, text, example.answer, number, example.extra, example.no_reference)
 
 
 def _encode_all(
@@ -181,11 +207,12 @@ def _encode_all(
     preparation: Preparation,
     encode: EncodeRow,
     stats: LengthStats,
-) -> Iterator[Any]:
-    """Encode every row in order; a row that cannot be used ends the run in the user's own file, else is counted."""
+) -> Iterator[tuple[int, Any]]:
+    """(number, encoded row) of every row in order; one that cannot be used ends the run in the user's own file, else it
+    is counted."""
     results = encode_rows(source, tokenizer, preparation.options, encode, preparation.num_workers)
     reason = ""
-    for number, result in track(
+    for number, result, notes in track(
         results,
         description=f"Tokenizing {source.name}",
         total=len(source),
@@ -194,12 +221,14 @@ def _encode_all(
     ):
         stats.rows += 1
         if not isinstance(result, RowError):
-            yield result
+            stats.notices.add(number, notes)
+            yield number, result
         elif source.strict:
             raise UserError(f"{source.name}, row {number}: {result}")
         else:
             reason = str(result)
             stats.dropped_bad += 1
+            stats.drops[number] = reason
     if stats.dropped_bad == stats.rows:
         raise UserError(f"{source.name}: none of its {stats.rows} rows can be used; the last one: {reason}")
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from megatron_lora.data.examples import Keys
+from megatron_lora.data.forms import Keys
 from megatron_lora.errors import UserError
 
 RawRow = Mapping[str, Any]
@@ -77,12 +78,16 @@ def load_hub_rows(entry: HubDataset, split: str | None) -> Sequence[RawRow]:
 
     split = split or entry.train_split
     try:
-        rows = datasets.load_dataset(entry.path, entry.subset, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if (Path(entry.path) / "state.json").is_file() or (Path(entry.path) / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(entry.path)
+            rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(entry.path, entry.subset, split=split)
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"data set {entry.path} (split {split}) could not be loaded: {type(error).__name__}: {reason}; check the "
-            "name, the split and the connection, or give a JSONL file with data_path"
+            "name, the split and the connection, or give a file of rows with data_path"
         ) from error
     assert isinstance(rows, datasets.Dataset)
     return rows  # type: ignore[return-value]  # a Dataset is indexed like a sequence of dicts

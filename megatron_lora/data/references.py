@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_lora.data.values import from_json_text
+
 # In order: the first that a row has is its reference. `reward_model.ground_truth` is verl's.
 REFERENCE_COLUMNS = (
     "answer", "final_answer", "expected_answer", "reference_answer", "ground_truth", "gt_answer", "reward_model",
@@ -35,10 +37,13 @@ class HasReference(Protocol):
 def find_reference(row: Mapping[str, Any], column: str | None = None) -> Reference:
     """The reference answer of a row without nulls. column: the recipe's output_key; None for the first known name."""
     if column is None:
-        column = next((name for name in REFERENCE_COLUMNS if row.get(name) not in (None, "")), None)
+        held = (name for name in REFERENCE_COLUMNS if row.get(name) is not None and str(row[name]).strip())
+        column = next(held, None)
     if column is None:
         return Reference(problem=f"no column holds one (read are {', '.join(REFERENCE_COLUMNS)})")
     value, where = row.get(column), f"column {column!r}"
+    if isinstance(value, str) and column == "reward_model":
+        value = from_json_text(value, where)
     if isinstance(value, Mapping) and "ground_truth" in value:
         value, where = value["ground_truth"], f"'{column}.ground_truth'"
     if isinstance(value, list) and value and all(isinstance(part, Mapping) and "role" in part for part in value):

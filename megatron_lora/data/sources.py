@@ -1,20 +1,20 @@
 """Raw rows: JSONL files, the built-in data sets and the hub, one shape for all."""
 
-import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lora.data.arithmetic import arithmetic_rows
-from megatron_lora.data.examples import Keys, RowError
+from megatron_lora.data.files import COMPRESSIONS, FILE_KINDS, read_rows
+from megatron_lora.data.forms import Keys
 from megatron_lora.data.hub import HUB_DATASETS, HubDataset, load_hub_rows
+from megatron_lora.data.values import RowError
 from megatron_lora.errors import UserError
 
-# NeMo RL's names for "the file that data_path names".
+# NeMo RL's classes, which read the file (or hub data set) that data_path names.
 FILE_DATASETS = ("ResponseDataset", "PreferenceDataset", "BinaryPreferenceDataset", "openai_format")
 GSM8K_VARIABLE = "MEGATRON_LORA_GSM8K"
 
@@ -31,10 +31,26 @@ class SourceSpec:
     output_key: str | None = None
     chosen_key: str | None = None
     rejected_key: str | None = None
+    prompt_key: str | None = None
+    chat_key: str | None = None
+    system_key: str | None = None
+    tool_key: str | None = None
+    form: str | None = None
 
     @property
     def keys(self) -> Keys:
-        return Keys(self.input_key, self.output_key, self.chosen_key, self.rejected_key)
+        reader = self.dataset_name if self.dataset_name in FILE_DATASETS else None
+        return Keys(
+            input_key=self.input_key or self.prompt_key,
+            output_key=self.output_key,
+            chosen_key=self.chosen_key,
+            rejected_key=self.rejected_key,
+            chat_key=self.chat_key,
+            system_key=self.system_key,
+            tool_key=self.tool_key,
+            form=self.form,
+            reader=reader,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Source:
 
     name: the file or data set, for messages. sft_keys, prompt_keys: the fields to read in training on answers and in
     GRPO. strict: one bad row is an error (the user's own file); otherwise it is dropped and counted. order: positions
-    in `rows`, where only some of them belong to this source.
+    in `rows`, where only some of them belong to this source. notices: keys of its block that are not honoured.
     """
 
     name: str
@@ -53,6 +69,7 @@ class Source:
     strict: bool = False
     adapt: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     order: Sequence[int] | None = field(default=None, repr=False)
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows) if self.order is None else len(self.order)
@@ -75,18 +92,19 @@ class Source:
 def load_source(spec: SourceSpec, where: str = "data.train") -> Source:
     """Load the rows of one data block; `where` names it in messages.
 
-    `data_path`, if given, is a JSONL file and wins over `dataset_name` (a folder with train.jsonl and test.jsonl for
-    gsm8k). Raises UserError: nothing named, an unknown split, a file that cannot be read, a line that is no JSON
-    object or is empty (with its number), an empty data set, a hub data set that cannot be loaded.
+    `data_path`, if given, is a file of rows and wins over `dataset_name` (a folder with train.jsonl and test.jsonl for
+    gsm8k; a folder that `datasets` reads; under NeMo RL's class names also a hub name). Raises UserError: nothing
+    named, an unknown split, a file that cannot be read, a line that is no JSON object or is empty (with its number), an
+    empty data set, a hub data set that cannot be loaded.
     """
     if spec.dataset_name is None and spec.data_path is None:
-        raise UserError(f"{where} names no data; set {where}.dataset_name or {where}.data_path (a JSONL file)")
+        raise UserError(f"{where} names no data; set {where}.dataset_name or {where}.data_path (a file of rows)")
     if spec.dataset_name == "gsm8k":
         source = _load_gsm8k(spec, where)
     elif spec.data_path is not None:
-        source = _load_jsonl(Path(spec.data_path), spec, where)
+        source = _load_path(spec.data_path, spec, where)
     elif spec.dataset_name in FILE_DATASETS:
-        raise UserError(f"{where}.dataset_name={spec.dataset_name} reads a file; set {where}.data_path to a JSONL file")
+        raise UserError(f"{where}.dataset_name={spec.dataset_name} reads a file; set {where}.data_path to it")
     elif spec.dataset_name == "arithmetic":
         source = _load_arithmetic(spec, where)
     else:
@@ -115,40 +133,26 @@ def load_sources(
             f"data.train.split_validation_size={split_validation_size} takes {count} of {source.name}'s {len(source)} "
             f"rows; it must leave at least one row on both sides"
         )
+    import torch
+
     shuffled = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
     return source.select(sorted(shuffled[count:])), source.select(sorted(shuffled[:count]))
 
 
-def read_jsonl(path: Path, where: str = "data_path") -> list[dict[str, Any]]:
-    """Every line of `path` as a JSON object. Raises UserError naming file and row (counted from 1)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}={path} cannot be read ({error}); give the path of a JSONL file in UTF-8") from error
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise UserError(f"{path}, row {number}: the row is empty; every line must hold one JSON object")
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, row {number}: no JSON ({error.msg} at column {error.colno}); every line must hold one JSON "
-                "object"
-            ) from error
-        if not isinstance(row, dict) or not row:
-            got = "an empty object" if row == {} else type(row).__name__
-            raise UserError(f"{path}, row {number}: wanted a JSON object with fields, got {got}")
-        rows.append(row)
-    return rows
+def _load_path(name: str, spec: SourceSpec, where: str) -> Source:
+    path = Path(name).expanduser()
+    is_hub_name = spec.dataset_name in FILE_DATASETS and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if path.is_dir() or (is_hub_name and not path.exists() and not name.endswith((*FILE_KINDS, *COMPRESSIONS))):
+        return _load_hub(str(path) if path.is_dir() else name, spec)
+    return _load_file(path, spec, where)
 
 
-def _load_jsonl(path: Path, spec: SourceSpec, where: str) -> Source:
-    rows = read_jsonl(path.expanduser(), f"{where}.data_path")
-    return Source(str(path), rows, sft_keys=spec.keys, prompt_keys=spec.keys, strict=True)
+def _load_file(path: Path, spec: SourceSpec, where: str) -> Source:
+    rows = read_rows(path, f"{where}.data_path")
+    keys = [key for key in ("split", "subset") if getattr(spec, key) not in (None, "train")]
+    unread = tuple(f"{where}.{key}={getattr(spec, key)} is not read: {where}.data_path is one file" for key in keys)
+    notices = () if spec.dataset_name == "gsm8k" else unread
+    return Source(str(path), rows, sft_keys=spec.keys, prompt_keys=spec.keys, strict=True, notices=notices)
 
 
 def _load_arithmetic(spec: SourceSpec, where: str) -> Source:
@@ -156,7 +160,10 @@ def _load_arithmetic(spec: SourceSpec, where: str) -> Source:
         rows = arithmetic_rows(spec.split or "train")
     except ValueError as error:
         raise UserError(f"{where}.split={spec.split}: arithmetic has the splits train and validation") from error
-    return Source("arithmetic", rows, sft_keys=spec.keys, prompt_keys=spec.keys, strict=True)
+    named = (spec.input_key or "prompt", spec.output_key or "completion")
+    # A row is in two forms at once; the recipe's keys, or plain text, say which is meant.
+    kept = [{name: value for name, value in row.items() if name in named} for row in rows]
+    return Source("arithmetic", kept, sft_keys=spec.keys, prompt_keys=spec.keys, strict=True)
 
 
 def _load_gsm8k(spec: SourceSpec, where: str) -> Source:
@@ -168,18 +175,18 @@ def _load_gsm8k(spec: SourceSpec, where: str) -> Source:
     path = Path(local).expanduser()
     if path.is_dir():
         path = path / f"{split}.jsonl"
-    return _load_jsonl(path, spec, where)
+    return _load_file(path, spec, where)
 
 
 def _load_hub(name: str, spec: SourceSpec) -> Source:
     entry = HUB_DATASETS.get(name, HubDataset(name))
     if spec.subset is not None:
         entry = replace(entry, subset=spec.subset)
-    named = spec.keys != Keys()
+    named = spec.keys.names_columns
     return Source(
         f"{name} ({spec.split or entry.train_split})",
         load_hub_rows(entry, spec.split),
-        sft_keys=spec.keys if named else entry.sft_keys,
-        prompt_keys=spec.keys if named else entry.prompt_keys,
+        sft_keys=spec.keys if named or name not in HUB_DATASETS else entry.sft_keys,
+        prompt_keys=spec.keys if named or name not in HUB_DATASETS else entry.prompt_keys,
         adapt=None if named else entry.adapt,
     )

@@ -1,8 +1,14 @@
 """Length statistics of a tokenized data set."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from megatron_lora.data.notices import Notices
+
+# Reasons for leaving rows out that are told, the commonest first.
+TOLD_REASONS = 5
 
 
 @dataclass
@@ -11,7 +17,8 @@ class LengthStats:
 
     lengths: tokens of every sequence (two for a pair) as tokenized, before truncation. rows: what was read.
     truncated, dropped_long (beyond the limit), dropped_equal (pairs with one answer twice), dropped_bad (hub rows that
-    cannot be used): counts of rows. target_tokens: tokens that carry loss in what was kept.
+    cannot be used): counts of rows. untrained: rows kept that by their own word carry no loss. target_tokens: tokens
+    that carry loss in what was kept. drops: why a row was left out, by its number. notices: what is not honoured.
     """
 
     max_length: int
@@ -21,7 +28,10 @@ class LengthStats:
     dropped_long: int = 0
     dropped_equal: int = 0
     dropped_bad: int = 0
+    untrained: int = 0
     target_tokens: int = 0
+    drops: dict[int, str] = field(default_factory=dict, repr=False)
+    notices: Notices = field(default_factory=Notices, repr=False)
     lengths: list[int] = field(default_factory=list, repr=False)
 
     @property
@@ -44,8 +54,22 @@ class LengthStats:
     def max(self) -> int:
         return max(self.lengths, default=0)
 
+    def lines(self) -> list[str]:
+        """What the log says: counts and lengths, why rows were left out, what is not honoured."""
+        lines = [self.describe()]
+        reasons = Counter(self.drops.values())
+        for reason, count in reasons.most_common(TOLD_REASONS):
+            first = next(number for number, why in self.drops.items() if why == reason)
+            rows = f"row {first}" if count == 1 else f"{count} rows, first row {first}"
+            lines.append(f"dropped ({rows}): {reason}")
+        if len(reasons) > TOLD_REASONS:
+            lines.append(f"dropped for {len(reasons) - TOLD_REASONS} further reasons")
+        if self.untrained:
+            lines.append(f"{self.untrained} rows carry no loss, as they say themselves")
+        return lines + self.notices.lines()
+
     def describe(self) -> str:
-        """One line for the log."""
+        """One line: counts and lengths."""
         reasons = [
             f"{count} {reason}"
             for count, reason in (

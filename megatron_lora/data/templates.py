@@ -1,5 +1,6 @@
-"""Chat templates: a conversation as text, and where its answers stand in that text."""
+"""Chat templates: a conversation as text."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from megatron_lora.data.examples import Message, RowError
+from megatron_lora.data.messages import THINKING_KEYS, Message
+from megatron_lora.data.values import RowError
 
 # For tokenizers without a template of their own (base models): roles as words, every answer closed by EOS.
 PLAIN_TEMPLATE = (
@@ -20,15 +22,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-_SENTINEL = "ANSWERSTANDSHERE"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters [start, end) of a rendered conversation that the model is to produce."""
-
-    start: int
-    end: int
+SENTINEL = "ANSWERSTANDSHERE"
 
 
 class ChatTemplate:
@@ -39,112 +33,126 @@ class ChatTemplate:
         self.kwargs = dict(kwargs or {})
         has_own = isinstance(tokenizer.chat_template, (str, dict)) and bool(tokenizer.chat_template)
         self.source: str | None = None if has_own else PLAIN_TEMPLATE
-        text = tokenizer.get_chat_template() if has_own else PLAIN_TEMPLATE
-        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", text) is not None
+        templates = tokenizer.chat_template if has_own else PLAIN_TEMPLATE
+        self.text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
+        marked = tokenizer.get_chat_template() if has_own else PLAIN_TEMPLATE
+        self.marks_answers = re.search(r"\{%[-+]?\s*generation\b", marked) is not None
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         tokens = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._special_token = re.compile("|".join(re.escape(token) for token in tokens))
+        self.special_token = re.compile("|".join(re.escape(token) for token in tokens))
+        self._thinking_key = next((key for key in THINKING_KEYS if self.reads_key(key)), None)
+        self._arguments_as_text = False
+        # Some templates (DeepSeek R1's) look at the calls only where there is no content at all.
+        self._none_for_empty = re.search(r"content['\"\]]*\s+is\s+(not\s+)?none", self.text) is not None
+
+    def mentions(self, name: str) -> bool:
+        """Whether the template's source has this word anywhere."""
+        return re.search(rf"\b{re.escape(name)}\b", self.text) is not None
+
+    def reads_key(self, name: str) -> bool:
+        """Whether the template's source has this name as a key: `message.name` or `message['name']`."""
+        return re.search(rf"[.'\"]{re.escape(name)}\b", self.text) is not None
+
+    def bind(self, tools: list[dict[str, Any]] | None = None, kwargs: Mapping[str, Any] | None = None) -> "Rendering":
+        """The template with what one row gives it besides messages."""
+        return Rendering(self, tools, dict(kwargs or {}))
+
+    def apply(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, kwargs: Mapping[str, Any], **options: Any
+    ) -> Any:
+        """transformers' `apply_chat_template`. Raises RowError where the template refuses the conversation."""
+        own = [self._spelled(message) for message in messages]
+        try:
+            return self._call(own, tools, kwargs, options)
+        except TypeError as error:
+            # Some templates (DeepSeek's) put the arguments into a text as they are, and want them as JSON text.
+            if self._arguments_as_text or not any(message.get("tool_calls") for message in messages):
+                raise _refusal(error) from error
+            try:
+                result = self._call([_arguments_as_text(message) for message in own], tools, kwargs, options)
+            except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError):
+                raise _refusal(error) from error
+            self._arguments_as_text = True
+            return result
+        except (jinja2.TemplateError, KeyError, IndexError, AttributeError, ValueError) as error:
+            raise _refusal(error) from error
+
+    def _call(self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], options: dict[str, Any]) -> Any:
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=self.source, **options, **{**self.kwargs, **kwargs}
+        )
+
+    def _spelled(self, message: Message) -> Message:
+        """The message as the template wants it: the key of its thinking, its arguments, its missing text."""
+        key = self._thinking_key
+        if key is not None and key not in message:
+            given = next((other for other in THINKING_KEYS if other in message), None)
+            if given is not None:
+                message = {(key if name == given else name): value for name, value in message.items()}
+        if self._none_for_empty and message.get("tool_calls") and not message["content"]:
+            message = {**message, "content": None}
+        return _arguments_as_text(message) if self._arguments_as_text else message
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A template bound to one row's tools and variables."""
+
+    template: ChatTemplate
+    tools: list[dict[str, Any]] | None
+    kwargs: dict[str, Any]
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as text. Raises RowError where the template refuses it."""
         return self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """What generation starts from: a last assistant message is gone on with, otherwise one is begun."""
+        if messages[-1]["role"] == "assistant":
+            return self._apply(messages, continue_final_message=True, tokenize=False)
+        return self.render(messages, add_generation_prompt=True)
 
     def marked_tokens(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Token ids, and 1 where the template's `{% generation %}` marks an answer."""
         encoding = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(encoding["input_ids"]), list(encoding["assistant_masks"])
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+    def try_render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
+        """None where the template refuses it."""
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, **options, **self.kwargs
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-            raise RowError(f"the chat template refuses this conversation: {error}") from error
-
-    def answer_spans(self, messages: Sequence[Message], text: str, only_final: bool) -> list[Span]:
-        """Where each assistant message (or the last) stands in `text` = render(messages), its end token included.
-
-        A span starts where generation would, so that a thinking block that the template opens inside the turn
-        belongs to the answer; the role's header never does. It ends after the special token that closes the turn.
-        Raises RowError where an answer cannot be found exactly.
-        """
-        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        return [self._answer_span(messages, number, text) for number in (numbers[-1:] if only_final else numbers)]
-
-    def _answer_span(self, messages: Sequence[Message], number: int, text: str) -> Span:
-        """One answer, found by putting a sentinel in its place: what surrounds the sentinel surrounds the answer.
-
-        Cutting `text` by rendering messages[:number] alone would fail for templates that treat earlier turns
-        differently from the last one (Qwen3 strips their thinking).
-        """
-        prompt = self._rendered_prompt(messages, number)
-        before, after = self._surroundings(messages, number, text)
-        prompt_fits = prompt is not None and text.startswith(prompt)
-        if after is not None and text.endswith(after):
-            content_end = len(text) - len(after)
-        else:
-            content_end = self._end_by_prefix(messages, number, text)
-        if before is not None and text.startswith(before):
-            start = len(before)
-            if prompt_fits and prompt is not None and len(prompt) <= start:
-                has_generation_prompt = prompt != self._rendered_prompt(messages, number, add_generation_prompt=False)
-                # Without a generation prompt the text in between may be the role's header, which is no answer.
-                if has_generation_prompt or not text[len(prompt) : start].strip():
-                    start = len(prompt)
-        elif prompt_fits and prompt is not None:
-            start = len(prompt)
-        else:
-            raise RowError(_not_found(number))
-        if start > content_end:
-            raise RowError(_not_found(number))
-        return Span(start, self._closing_end(messages, number, text, content_end))
-
-    def _rendered_prompt(
-        self, messages: Sequence[Message], number: int, add_generation_prompt: bool = True
-    ) -> str | None:
-        """The text that generation of message `number` would start from; None where the template refuses it."""
-        if number == 0:
-            return None
-        try:
-            return self.render(messages[:number], add_generation_prompt)
+            return self.render(messages, add_generation_prompt)
         except RowError:
             return None
 
-    def _surroundings(self, messages: Sequence[Message], number: int, text: str) -> tuple[str | None, str | None]:
-        sentinel = _SENTINEL
-        while sentinel in text:
-            sentinel += "X"
-        changed = [*messages[:number], {**messages[number], "content": sentinel}, *messages[number + 1 :]]
-        parts = self.render(changed).split(sentinel)
-        return (parts[0], parts[1]) if len(parts) == 2 else (None, None)
-
-    def _end_by_prefix(self, messages: Sequence[Message], number: int, text: str) -> int:
-        """The end of the turn where its surroundings depend on the answer: the last special token of the prefix."""
-        upto = self.render(messages[: number + 1])
-        closings = list(self._special_token.finditer(upto))
-        if not text.startswith(upto):
-            raise RowError(_not_found(number))
-        if closings and not upto[closings[-1].end() :].strip():
-            return closings[-1].start()
-        return len(upto)
-
-    def _closing_end(self, messages: Sequence[Message], number: int, text: str, content_end: int) -> int:
-        """Past the special token that closes the turn, if nothing but whitespace (or tool calls) stands before it."""
-        closing = self._special_token.search(text, content_end)
-        if closing is None:
-            return content_end
-        if text[content_end : closing.start()].strip() and not messages[number].get("tool_calls"):
-            return content_end
-        # A special token that is not there when the turn comes last opens the next turn; it closes nothing.
-        _, own_tail = self._surroundings(messages[: number + 1], number, text)
-        if own_tail is not None and closing.end() > content_end + len(own_tail):
-            return content_end
-        return closing.end()
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+        return self.template.apply(messages, self.tools, self.kwargs, **options)
 
 
-def _not_found(number: int) -> str:
-    return (
-        f"the chat template renders message {number + 1} so that its answer cannot be told from the rest; use a "
-        "template that marks answers with {% generation %}"
-    )
+def _refusal(error: Exception) -> RowError:
+    return RowError(f"the chat template refuses this conversation: {error}")
+
+
+def _arguments_as_text(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        if not isinstance(function["arguments"], str):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
+
+
+def with_call_names(message: Message, name: str) -> Message:
+    """The message with its last tool call's function named so."""
+    *rest, last = message["tool_calls"]
+    return {**message, "tool_calls": [*rest, {**last, "function": {**last["function"], "name": name}}]}
+
+
+def free_sentinel(text: str) -> str:
+    """A word that the text does not hold."""
+    sentinel = SENTINEL
+    while sentinel in text:
+        sentinel += "X"
+    return sentinel

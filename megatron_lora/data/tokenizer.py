@@ -1,8 +1,9 @@
 """Load a tokenizer, ready for training: it has an end-of-sequence token, a padding token and its chat template."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_lora.errors import UserError
 
@@ -26,6 +27,8 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
             "tokenizer.json and tokenizer_config.json there, or set policy.tokenizer.name to a folder or hub name that "
             "has them"
         )
+    from transformers import AutoTokenizer  # imports torch
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -58,3 +61,33 @@ def _read_template(chat_template: str) -> str:
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself puts its beginning-of-sequence token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def end_tokens(model_name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's own, those of the model's generation_config.json, and those of its
+    config.json (one or a list) that are special tokens: a config class fills in an id where nobody chose one."""
+    special = special_ids(tokenizer)
+    filled = [number for number in _ids(_declared(model_name, "config.json")) if number in special]
+    chosen = _ids(_declared(model_name, "generation_config.json"))
+    return sorted({*_ids(tokenizer.eos_token_id), *filled, *chosen})
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every special token of the tokenizer, named or added."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*tokenizer.all_special_ids, *added})
+
+
+def _declared(model_name: str, file: str) -> Any:
+    """eos_token_id in a file of the model's folder; None where it has none, or there is no such file."""
+    from transformers import PretrainedConfig
+
+    try:
+        values, _ = PretrainedConfig.get_config_dict(str(Path(model_name).expanduser()), _configuration_file=file)
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with it
+    return values.get("eos_token_id")
+
+
+def _ids(value: Any) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

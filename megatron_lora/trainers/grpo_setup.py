@@ -66,17 +66,6 @@ def check_reward_columns(recipe: Recipe, sets: Sequence[Sequence[Prompt]]) -> No
         runner.check_columns(columns)
 
 
-def longest_prompt(recipe: Recipe) -> int:
-    """Tokens of the longest prompt that is kept: one token of an answer must fit behind it."""
-    policy = recipe.policy
-    limits = [policy.max_total_sequence_length - 1]
-    if recipe.data.max_input_seq_length is not None:
-        limits.append(recipe.data.max_input_seq_length)
-    if policy.generation.backend == "vllm" and policy.generation.vllm_cfg.max_model_len is not None:
-        limits.append(policy.generation.vllm_cfg.max_model_len - 1)
-    return min(limits)
-
-
 def prompts_a_batch(grpo: GrpoConfig) -> int:
     """Prompts that are answered at once: a step's, or with dynamic sampling a part or a multiple of them."""
     multiplier = grpo.batch_multiplier if grpo.use_dynamic_sampling else 1

@@ -4,13 +4,12 @@ repeats."""
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig as HFGenerationConfig
 
 from megatron_lora.data.dataset import Prompt
+from megatron_lora.data.tokenizer import end_tokens
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.refit import Refitter, choose_refitter
@@ -149,15 +148,3 @@ class RolloutEngine:
 def derive_seed(*numbers: int) -> int:
     """One seed [0, 2^31) from several numbers, spread so that neighbours have nothing in common."""
     return int(np.random.SeedSequence([number % (1 << 32) for number in numbers]).generate_state(1)[0]) >> 1
-
-
-def end_tokens(model_name: str, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation_config.json."""
-    found: list[int] = []
-    try:
-        declared = HFGenerationConfig.from_pretrained(model_name).eos_token_id
-    except OSError:
-        declared = None  # the file is optional
-    for value in (tokenizer.eos_token_id, declared):
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return sorted(set(found))

@@ -32,14 +32,16 @@ from megatron_lora.trainers.setup import (
 FAILURE_STATUS = 1
 
 
-def check_only(loaded: LoadedRecipe) -> None:
-    """--dry-run. Raises UserError."""
-    prepare(loaded.recipe, environment_world())
+def check_only(loaded: LoadedRecipe) -> list[str]:
+    """--dry-run; returns what a run would say of its recipe and rows. Raises UserError."""
+    prepared = prepare(loaded.recipe, environment_world())
+    build_loaders(prepared)
     folder = RunFolder(Path(loaded.recipe.checkpointing.checkpoint_dir))
     folder.check(loaded.recipe.checkpointing.resume)
     found, _ = folder.latest()
     if found is not None:
         check_checkpoint(found, loaded.recipe.policy)
+    return [*loaded.notices, *prepared.data_lines]
 
 
 def run_recipe(loaded: LoadedRecipe) -> int:
@@ -156,9 +158,8 @@ def _same_on_every_rank(world: World) -> Iterator[None]:
 
 
 def _describe_data(reporter: RunReporter, prepared: Prepared) -> None:
-    reporter.message(f"train: {prepared.train.stats.describe()}")
-    if prepared.validation is not None:
-        reporter.message(f"validation: {prepared.validation.stats.describe()}")
+    for line in prepared.data_lines:
+        reporter.message(line)
 
 
 def _describe_policy(reporter: RunReporter, policy: Policy) -> None:

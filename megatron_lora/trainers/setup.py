@@ -5,18 +5,9 @@ from typing import Any
 
 from megatron_lora.config.layout_checks import check_layout, model_shape_from_hf_config
 from megatron_lora.config.schema import Recipe
-from megatron_lora.config.schema_data import DatasetConfig
-from megatron_lora.data.dataset import (
-    Preparation,
-    build_preference_dataset,
-    build_prompt_dataset,
-    build_sft_dataset,
-)
-from megatron_lora.data.examples import load_instructions
 from megatron_lora.data.loader import GroupLoader
-from megatron_lora.data.sources import Source, SourceSpec, load_sources
-from megatron_lora.data.tokenize import EncodingOptions
-from megatron_lora.data.tokenizer import load_tokenizer
+from megatron_lora.data.prepare import prepare_data
+from megatron_lora.errors import UserError
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import check_base_weights
@@ -27,18 +18,19 @@ from megatron_lora.trainers.grpo_setup import (
     check_grpo,
     check_reward_columns,
     fewest_batches,
-    longest_prompt,
 )
 
 
 @dataclass
 class Prepared:
-    """What is ready before any weight is loaded. datasets: what the loaders read."""
+    """What is ready before any weight is loaded. datasets: what the loaders read. data_lines: what there is to say of
+    the rows: counts, drops and why, what is not honoured."""
 
     recipe: Recipe
     tokenizer: Any
     train: Any
     validation: Any | None
+    data_lines: list[str]
 
 
 def prepare(recipe: Recipe, world: World) -> Prepared:
@@ -51,61 +43,11 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         check_dpo(recipe)
     elif recipe.algorithm == "grpo":
         check_grpo(recipe, world)
-    tokenizer = load_tokenizer(recipe.policy.tokenizer.name or "", recipe.policy.tokenizer.chat_template)
-    train_source, validation_source = sources(recipe)
-    builders = {"sft": build_sft_dataset, "dpo": build_preference_dataset, "grpo": build_prompt_dataset}
-    build: Any = builders[recipe.algorithm]
-    train = build(train_source, tokenizer, preparation(recipe, recipe.data.train, world))
-    validation = None
-    if validation_source is not None:
-        section = recipe.data.validation or recipe.data.train
-        validation = build(validation_source, tokenizer, preparation(recipe, section, world))
+    data = prepare_data(recipe, show_progress=world.is_main)
     if recipe.algorithm == "grpo":
-        check_reward_columns(recipe, [prompts for prompts in (train, validation) if prompts is not None])
-    return Prepared(recipe=recipe, tokenizer=tokenizer, train=train, validation=validation)
-
-
-def sources(recipe: Recipe) -> tuple[Source, Source | None]:
-    """The rows of `data.train` and `data.validation`."""
-    train = recipe.data.train
-    return load_sources(
-        _source_spec(train),
-        _source_spec(recipe.data.validation) if recipe.data.validation is not None else None,
-        split_validation_size=train.split_validation_size or 0.0,
-        seed=train.seed if train.seed is not None else recipe.seed,
-    )
-
-
-def _source_spec(section: DatasetConfig) -> SourceSpec:
-    return SourceSpec(
-        dataset_name=section.dataset_name,
-        data_path=section.data_path,
-        split=section.split,
-        subset=section.subset,
-        input_key=section.input_key,
-        output_key=section.output_key,
-        chosen_key=section.chosen_key,
-        rejected_key=section.rejected_key,
-    )
-
-
-def preparation(recipe: Recipe, section: DatasetConfig, world: World) -> Preparation:
-    """How rows become tokens."""
-    data = recipe.data
-    limit = recipe.policy.max_total_sequence_length
-    if recipe.algorithm == "grpo":
-        limit = longest_prompt(recipe)
-    return Preparation(
-        max_length=limit,
-        options=EncodingOptions(
-            add_bos=data.add_bos,
-            add_eos=data.add_eos,
-            only_unmask_final=bool(recipe.sft and recipe.sft.only_unmask_final),
-            chat_template_kwargs=dict(recipe.policy.tokenizer.chat_template_kwargs or {}),
-        ),
-        instructions=load_instructions(section.prompt_file, section.system_prompt_file),
-        num_workers=data.num_workers,
-        show_progress=world.is_main,
+        check_reward_columns(recipe, [prompts for _, _, prompts in data.sets])
+    return Prepared(
+        recipe=recipe, tokenizer=data.tokenizer, train=data.train, validation=data.validation, data_lines=data.lines()
     )
 
 
@@ -116,14 +58,22 @@ def build_loaders(prepared: Prepared) -> tuple[GroupLoader, GroupLoader | None]:
         return build_prompt_loaders(recipe, prepared.train, prepared.validation)
     section = recipe.sft or recipe.dpo
     assert section is not None
+    size = recipe.policy.train_global_batch_size
+    untrained = prepared.train.stats.untrained
+    if untrained >= size:
+        raise UserError(
+            f"{untrained} training rows carry no loss, as they say themselves (their weights are 0): a whole batch of "
+            f"policy.train_global_batch_size={size} could be of them, which has no mean loss; take them out of the file"
+        )
     train = GroupLoader(
         prepared.train, recipe.policy.train_global_batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle
     )
     if prepared.validation is None:
         return train, None
-    size = min(section.val_global_batch_size, len(prepared.validation))
+    held_out = prepared.validation.with_targets()
+    size = min(section.val_global_batch_size, len(held_out))
     validation = GroupLoader(
-        prepared.validation, size, shuffle=False, drop_last=False, size_key=f"{recipe.algorithm}.val_global_batch_size"
+        held_out, size, shuffle=False, drop_last=False, size_key=f"{recipe.algorithm}.val_global_batch_size"
     )
     return train, validation
 

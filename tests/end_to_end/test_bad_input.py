@@ -119,7 +119,7 @@ MISTAKES = {
     "PP beyond the layers": Mistake(override(f"{PP}=4"), (f"{PP}=4", "2 layers", "at most 2")),
     "row is no JSON": Mistake(data(GOOD_ROW, '{"question": '), ("rows.jsonl, row 2", "no JSON")),
     "row lacks a field": Mistake(data(GOOD_ROW, GOOD_ROW, {"question": "?"}), ("row 3", "'answer'", "missing")),
-    "row is empty": Mistake(data(GOOD_ROW, ""), ("rows.jsonl, row 2", "empty")),
+    "row is empty": Mistake(data(GOOD_ROW, "", GOOD_ROW), ("rows.jsonl, row 2", "empty")),
     "row is an empty object": Mistake(data({}), ("rows.jsonl, row 1", "empty")),
     "answer is empty": Mistake(data(GOOD_ROW | {"answer": " "}), ("row 1", "'answer'", "empty")),
     "no data file": Mistake(

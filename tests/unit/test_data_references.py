@@ -2,7 +2,9 @@
 
 import pytest
 
-from megatron_lora.data.examples import Instructions, Keys, parse_prompt
+from megatron_lora.data.examples import Instructions
+from megatron_lora.data.forms import Keys
+from megatron_lora.data.parse import RowReader
 from megatron_lora.data.references import find_reference, rows_without_reference
 
 
@@ -30,15 +32,17 @@ def test_known_names(row: dict, text: str) -> None:
         ({"answer": {"value": 2}}, "column 'answer' is an object"),
         ({"reward_model": {"ground_truth": ["2"]}}, "'reward_model.ground_truth' is a list"),
         ({"label": True}, "column 'label' is true or false"),
-        ({"answer": " "}, "column 'answer' is empty"),
+        ({"answer": " "}, "no column holds one"),
     ],
 )
 def test_what_is_no_reference(row: dict, problem: str) -> None:
     reference = find_reference(row)
     assert reference.text == "" and problem in reference.problem
     # A reward function of the user's may still want the column as it is.
-    example = parse_prompt({"prompt": "1+1", **row}, Keys(), Instructions())
-    assert example.no_reference == reference.problem and row.items() <= (example.extra | {"prompt": "1+1"}).items()
+    example = RowReader(Keys(), Instructions(), []).read_prompt({"prompt": "1+1", **row})
+    assert example.no_reference == reference.problem
+    kept = [name for name, value in row.items() if name != "prompt" and value != " "]
+    assert all(example.extra[name] == row[name] for name in kept)
 
 
 def test_rows_without_one_are_counted() -> None:

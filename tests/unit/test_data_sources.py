@@ -10,24 +10,36 @@ import pytest
 from megatron_lora.data.arithmetic import arithmetic_rows
 from megatron_lora.data.examples import (
     ChatExample,
+    Example,
     Instructions,
-    Keys,
-    RowError,
+    PromptExample,
     TextExample,
     load_instructions,
-    parse_preference,
-    parse_prompt,
-    parse_sft,
 )
+from megatron_lora.data.forms import Keys
 from megatron_lora.data.hub import HUB_DATASETS
+from megatron_lora.data.parse import RowReader
 from megatron_lora.data.references import final_answer
 from megatron_lora.data.sources import GSM8K_VARIABLE, Source, SourceSpec, load_source, load_sources
+from megatron_lora.data.values import RowError
 from megatron_lora.errors import UserError
 
 NONE = (Keys(), Instructions())
 USER = {"role": "user", "content": "How?"}
 GOOD = {"role": "assistant", "content": "Well"}
 BAD = {"role": "assistant", "content": "Badly"}
+
+
+def parse_sft(row: Any, keys: Keys, instructions: Instructions) -> Example:
+    return RowReader(keys, instructions, []).read_sft(row)
+
+
+def parse_preference(row: Any, keys: Keys, instructions: Instructions) -> tuple[Example, Example]:
+    return RowReader(keys, instructions, []).read_preference(row)
+
+
+def parse_prompt(row: Any, keys: Keys, instructions: Instructions) -> PromptExample:
+    return RowReader(keys, instructions, []).read_prompt(row)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -43,7 +55,7 @@ def raw(source: Source, position: int) -> Mapping[str, Any]:
 
 def test_sft_forms() -> None:
     assert parse_sft({"prompt": "12+7=", "completion": "19"}, *NONE) == TextExample("12+7=", "19")
-    chat = ChatExample([USER, GOOD])
+    chat = ChatExample([USER, GOOD], (False, True))
     assert parse_sft({"messages": [USER, GOOD]}, *NONE) == chat
     assert parse_sft({"input": "How?", "output": "Well"}, *NONE) == chat
     assert parse_sft({"question": "How?", "answer": "Well"}, *NONE) == chat
@@ -60,11 +72,11 @@ def test_sft_forms() -> None:
         ({}, "the row is empty"),
         ({"prompt": "a"}, "field 'completion' is missing"),
         ({"answer": "a"}, "field 'question' is missing"),
-        ({"text": "a"}, "wanted 'messages', 'prompt' and 'completion'"),
+        ({"body": "a"}, "wanted one of: 'messages', .*'prompt' and 'completion'"),
         ({"prompt": "a", "completion": " "}, "field 'completion' is empty"),
-        ({"prompt": None, "completion": "b"}, "field 'prompt' is missing"),
-        ({"prompt": {"a": 1}, "completion": "b"}, "field 'prompt' is dict"),
-        ({"messages": []}, "'messages' is empty"),
+        ({"prompt": None, "completion": "b"}, "field 'prompt' is null"),
+        ({"prompt": {"a": 1}, "completion": "b"}, "message 1 of 'prompt' has no 'role'"),
+        ({"messages": []}, "field 'messages' is empty"),
         ({"messages": [USER]}, "no assistant message"),
         ({"messages": [{"content": "a"}]}, "message 1 of 'messages' has no 'role'"),
         ({"messages": [USER, {"role": "assistant"}]}, "message 2 of 'messages' has no text"),
@@ -80,7 +92,7 @@ def test_preference_forms() -> None:
         TextExample("p", "c"),
         TextExample("p", "r"),
     )
-    chat = (ChatExample([USER, GOOD]), ChatExample([USER, BAD]))
+    chat = (ChatExample([USER, GOOD], (False, True)), ChatExample([USER, BAD], (False, True)))
     assert parse_preference({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, *NONE) == chat
     assert parse_preference({"prompt": [USER], "chosen": "Well", "rejected": "Badly"}, *NONE) == chat
     assert parse_preference({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, *NONE) == chat
@@ -90,7 +102,8 @@ def test_preference_forms() -> None:
         ({"prompt": "p", "chosen": "c"}, "field 'rejected' is missing"),
         ({"prompt": "p", "chosen": "", "rejected": "r"}, "field 'chosen' is empty"),
         ({"chosen": "c", "rejected": "r"}, "field 'prompt' is missing"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "'rejected' does not end with an assistant"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER]}, "'rejected' is a conversation that begins with"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD, USER]}, "'rejected' does not end with an assistant"),
     ):
         with pytest.raises(RowError, match=message):
             parse_preference(row, *NONE)
@@ -98,7 +111,11 @@ def test_preference_forms() -> None:
 
 def test_prompt_forms() -> None:
     plain = parse_prompt({"prompt": "12+7=", "completion": "19", "level": 3}, *NONE)
-    assert (plain.prompt, plain.answer, plain.extra) == ("12+7=", "19", {"level": 3})
+    assert (plain.prompt, plain.answer, plain.extra) == (
+        "12+7=",
+        "19",
+        {"level": 3, "completion": "19"},
+    )
     question = parse_prompt({"question": "How many?", "answer": "Two.\n#### 1,002"}, *NONE)
     assert question.prompt == [{"role": "user", "content": "How many?"}]
     assert question.answer == "1002" and question.extra["solution"].startswith("Two.")
@@ -138,7 +155,8 @@ def test_instructions_come_from_files(tmp_path: Path, monkeypatch) -> None:
         ('{"prompt": "a", "completion": "b"}\n{"prompt": \n', r"bad.jsonl, row 2: no JSON"),
         ('{"prompt": "a"}\n\n{"prompt": "a"}\n', r"bad.jsonl, row 2: the row is empty"),
         ("{}\n", r"bad.jsonl, row 1: wanted a JSON object with fields, got an empty object"),
-        ("[1]\n", r"bad.jsonl, row 1: wanted a JSON object with fields, got list"),
+        ("[1]\n", r"bad.jsonl, row 1: wanted a JSON object with fields, got int"),
+        ("3\n", r"bad.jsonl, row 1: wanted a JSON object with fields, got int"),
         ("", r"bad.jsonl holds no rows"),
     ],
 )
@@ -152,7 +170,7 @@ def test_bad_files_name_the_row(tmp_path: Path, content: str, message: str) -> N
 def test_missing_file_folder_and_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.train.data_path=.*nowhere.jsonl cannot be read"):
         load_source(SourceSpec(data_path=str(tmp_path / "nowhere.jsonl")))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="could not be loaded"):
         load_source(SourceSpec(data_path=str(tmp_path)))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(UserError, match="UTF-8"):

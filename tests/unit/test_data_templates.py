@@ -3,8 +3,9 @@
 import pytest
 from data_tokenizers import HEADER_ONLY, MISTRAL, UNCLOSED, build_tokenizer, family_template, target_texts
 
-from megatron_lora.data.examples import ChatExample, PromptExample, RowError, TextExample
+from megatron_lora.data.examples import ChatExample, PromptExample, TextExample
 from megatron_lora.data.tokenize import Encoder, EncodingOptions
+from megatron_lora.data.values import RowError
 
 NEMO_RL_SFT = (
     "{% for message in messages %}{%- if message['role'] == 'system' %}{{'Context: ' + message['content'].strip()}}"

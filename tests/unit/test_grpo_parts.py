@@ -10,13 +10,14 @@ from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt
+from megatron_lora.data.prepare import longest_prompt
 from megatron_lora.errors import UserError
 from megatron_lora.policy.interface import StepResult
 from megatron_lora.rollout.generator import Sample
 from megatron_lora.rollout.rewards import RewardOutcome, RewardSpec
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.grpo import mean_result
-from megatron_lora.trainers.grpo_setup import check_grpo, longest_prompt
+from megatron_lora.trainers.grpo_setup import check_grpo
 from megatron_lora.trainers.grpo_validation import accuracy
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
 from megatron_lora.trainers.rollout_engine import derive_seed

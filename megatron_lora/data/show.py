@@ -1,0 +1,107 @@
+"""Shows rows as a run trains on them.
+
+    python -m megatron_lora.data.show RECIPE.yaml [key=value ...] [--rows N] [--json]
+
+Reads the tokenizer and the rows as the run would, no weights. The tokens that carry loss are coloured on a terminal,
+and stand in [[...]] elsewhere. Status 2 and one message where the run would refuse the rows.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron_lora.config.loader import load_recipe
+from megatron_lora.config.schema import Recipe
+from megatron_lora.errors import UserError
+
+USER_ERROR_STATUS = 2
+DEFAULT_ROWS = 3
+PARTS = {"sft": ("row",), "dpo": ("chosen", "rejected"), "grpo": ("prompt",)}
+_COLOUR, _PLAIN = "\x1b[30;42m", "\x1b[0m"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = _parse(arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides).recipe
+        return _show(recipe, options.rows, options.json)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR_STATUS
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megatron_lora.data.show", description="Show rows as a run trains on them; no weights are read."
+    )
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace the recipe's")
+    parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help=f"rows of each set (default {DEFAULT_ROWS})")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _show(recipe: Recipe, num_rows: int, as_json: bool) -> int:
+    # Imported here: a wrong recipe is told without waiting for torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from megatron_lora.data.prepare import prepare_data
+
+    data = prepare_data(recipe)
+    for line in data.lines():
+        print(line, file=sys.stderr)
+    for name, source, dataset in data.sets:
+        for shown in show_rows(recipe.algorithm, name, source, dataset, data.tokenizer, num_rows):
+            text = json.dumps(shown, ensure_ascii=False) if as_json else _readable(shown, data.tokenizer)
+            print(text, flush=True)
+    return 0
+
+
+def show_rows(
+    algorithm: str, name: str, source: Any, dataset: Any, tokenizer: Any, num_rows: int
+) -> Iterator[dict[str, Any]]:
+    """The first `num_rows` rows of a set in the file's order, one object for each part of a row."""
+    parts = PARTS[algorithm]
+    position = 0
+    for number in (source[place][0] for place in range(min(num_rows, len(source)))):
+        head = {"set": name, "row": number}
+        if number in dataset.stats.drops:
+            yield {**head, "part": parts[0], "dropped": dataset.stats.drops[number]}
+            continue
+        if algorithm == "grpo":
+            prompt = dataset[position]
+            ids = prompt.input_ids.tolist()
+            tokens = [(ids, [0] * len(ids))]
+            more = {"answer": prompt.answer}
+        else:
+            tokens = [(row.ids.tolist(), row.mask.astype(int).tolist()) for row in dataset.encoded(position)]
+            more = {}
+        position += 1
+        for part, (ids, mask) in zip(parts, tokens, strict=True):
+            text = tokenizer.decode(ids)
+            yield {**head, "part": part, "input_ids": ids, "target_mask": mask, "text": text, **more}
+
+
+def _readable(shown: dict[str, Any], tokenizer: Any) -> str:
+    """One part of a row for the eye: a line that says which, then the text with its targets marked."""
+    title = f"--- {shown['set']} row {shown['row']}, {shown['part']}"
+    if "dropped" in shown:
+        return f"{title}: dropped, {shown['dropped']}"
+    ids, mask = shown["input_ids"], shown["target_mask"]
+    title += f": {len(ids)} tokens, {sum(mask)} carry loss"
+    opening, closing = (_COLOUR, _PLAIN) if sys.stdout.isatty() else ("[[", "]]")
+    text, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or mask[end] != mask[start]:
+            run = tokenizer.decode(ids[start:end])
+            text += f"{opening}{run}{closing}" if mask[start] else run
+            start = end
+    answer = f"\n(reference answer: {shown['answer']!r})" if "answer" in shown else ""
+    return f"{title}\n{text}{answer}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
