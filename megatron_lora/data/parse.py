@@ -16,7 +16,7 @@ from megatron_lora.data.messages import (
 )
 from megatron_lora.data.notices import Kind, Note
 from megatron_lora.data.pairs import split_pair, split_text_pair
-from megatron_lora.data.references import Reference, final_answer, find_reference
+from megatron_lora.data.references import Reference, find_reference
 from megatron_lora.data.values import Fields, RowError, as_text, from_json_text
 
 # What a template is called with by this package; a row may not set it.
@@ -84,10 +84,7 @@ class RowReader:
         extra = {name: fields.take(name) for name in rest}
         if reference.column not in ("", "answer"):
             extra[reference.column] = fields.take(reference.column)  # reward functions know it by its own name
-        final = final_answer(reference.text)
-        if final != reference.text:
-            extra.setdefault("solution", reference.text)
-        return PromptExample(prompt, final, extra, reference.problem, tools, kwargs)
+        return PromptExample(prompt, reference.text, extra, reference.problem, tools, kwargs)
 
     # --- training rows
 

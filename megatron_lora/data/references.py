@@ -11,7 +11,6 @@ REFERENCE_COLUMNS = (
     "answer", "final_answer", "expected_answer", "reference_answer", "ground_truth", "gt_answer", "reward_model",
     "target", "label", "solution", "completion", "output", "response",
 )  # fmt: skip
-FINAL_ANSWER_MARK = "####"
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,6 @@ def find_reference(row: Mapping[str, Any], column: str | None = None) -> Referen
     if not str(value).strip():
         return Reference(column=column, problem=f"{where} is empty")
     return Reference(str(value), column)
-
-
-def final_answer(answer: str) -> str:
-    """GSM8K's answers end with `#### number`: that number without thousands separators; other answers as they are."""
-    _, mark, final = answer.rpartition(FINAL_ANSWER_MARK)
-    return final.strip().replace(",", "") if mark else answer
 
 
 def rows_without_reference(prompts: Sequence[HasReference]) -> str:

@@ -110,7 +110,7 @@ def test_prompts(tmp_path: Path) -> None:
     prompt = dataset[0]
     assert prompt.text.endswith("<|im_start|>user\nSolve: 1+1<|im_end|>\n<|im_start|>assistant\n")
     assert prompt.input_ids.tolist() == tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-    assert (prompt.answer, prompt.index, prompt.extra) == ("2", 1, {"level": 1, "solution": "so\n#### 2"})
+    assert (prompt.answer, prompt.index, prompt.extra) == ("so\n#### 2", 1, {"level": 1})
     limit = prompt.input_ids.numel()
     dataset = build_prompt_dataset(source_of(rows), tokenizer, Preparation(max_length=limit, instructions=instructions))
     assert len(dataset) == 1 and dataset.stats.dropped_long == 1

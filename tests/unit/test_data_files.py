@@ -127,7 +127,7 @@ def test_an_answer_that_a_reward_needs_is_missed_before_anything_else(tmp_path: 
     [
         ({"prompt": [user("1+1")], "reward_model": {"style": "rule", "ground_truth": "2"}, "data_source": "x"}, "2"),
         ({"prompt": "1+1", "final_answer": 2}, "2"),
-        ({"question": "1+1", "answer": "so\n#### 2"}, "2"),
+        ({"question": "1+1", "answer": "so\n#### 2"}, "so\n#### 2"),
         ({"messages": [user("1+1"), assistant("2")]}, "2"),
         ({"conversations": [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}]}, "2"),
     ],

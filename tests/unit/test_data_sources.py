@@ -19,7 +19,6 @@ from megatron_lora.data.examples import (
 from megatron_lora.data.forms import Keys
 from megatron_lora.data.hub import HUB_DATASETS
 from megatron_lora.data.parse import RowReader
-from megatron_lora.data.references import final_answer
 from megatron_lora.data.sources import GSM8K_VARIABLE, Source, SourceSpec, load_source, load_sources
 from megatron_lora.data.values import RowError
 from megatron_lora.errors import UserError
@@ -118,11 +117,10 @@ def test_prompt_forms() -> None:
     )
     question = parse_prompt({"question": "How many?", "answer": "Two.\n#### 1,002"}, *NONE)
     assert question.prompt == [{"role": "user", "content": "How many?"}]
-    assert question.answer == "1002" and question.extra["solution"].startswith("Two.")
+    assert question.answer == "Two.\n#### 1,002"  # rewards cut it where they want the number alone
     assert parse_prompt({"messages": [USER, GOOD]}, *NONE).answer == "Well"
     named = parse_prompt({"problem": "How?", "expected_answer": 4}, Keys("problem", "expected_answer"), Instructions())
     assert (named.prompt, named.answer) == ([USER], "4")
-    assert final_answer("plain") == "plain"
 
 
 def test_instructions_come_from_files(tmp_path: Path, monkeypatch) -> None:
