@@ -236,6 +236,8 @@ class LossFnConfig(Section):
 RewardKind = Literal["exact", "math", "dapo_math_verify", "gsm8k", "format", "length", "python"]
 # Kinds that compare an answer with the row's reference.
 REFERENCE_KINDS = frozenset({"exact", "math", "dapo_math_verify", "gsm8k"})
+# `reward_<name>` is a metric; these are others.
+_TAKEN_NAMES = frozenset({"std", "errors", "seconds"})
 _NEEDED = {"format": "pattern", "length": "max_tokens", "python": "function"}
 
 
@@ -273,8 +275,9 @@ class RewardFunctionConfig(Section):
                 raise ValueError(f"{key} belongs to kind={kind}, not to kind={self.kind}")
         if self.kwargs and self.kind != "python":
             raise ValueError(f"kwargs belongs to kind=python, not to kind={self.kind}")
-        if self.name is None:
-            self.name = self.kind
+        self.name = self.name or self.kind
+        if self.name in _TAKEN_NAMES:
+            raise ValueError(f"name={self.name} would hide the metric reward_{self.name}; give it another")
         return self
 
     @property
@@ -310,4 +313,6 @@ class EnvConfig(Section):
         names = [reward.name for reward in self.reward_functions]
         if len(set(names)) < len(names):
             raise ValueError(f"reward_functions have the names {names}; give each its own `name`")
+        if not any(reward.weight for reward in self.reward_functions):
+            raise ValueError("every weight of reward_functions is 0, so no answer is better than another; raise one")
         return self

@@ -221,6 +221,20 @@ def test_kwargs_of_a_built_in_reward_are_refused() -> None:
         RewardFunctionConfig(kind="exact", kwargs={"strict": True})
 
 
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"kind": "exact", "name": "std"}], "would hide the metric reward_std"),
+        ([{"kind": "exact", "weight": 0.0}, {"kind": "gsm8k", "weight": 0.0}], "every weight of reward_functions is 0"),
+        ([{"kind": "exact", "name": ""}, {"kind": "exact"}], "give each its own `name`"),
+        ([{"kind": "exact", "timeout_seconds": 1e9}], "less than or equal to 86400"),
+    ],
+)
+def test_odd_entries_are_refused(entries: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnvConfig.model_validate({"reward_functions": entries})
+
+
 def test_dapos_checker_in_nemo_rls_place() -> None:
     assert EnvConfig.model_validate({"math": {"math_verify_impl": "dapo_math_verify"}}).math.num_workers == 8
     with pytest.raises(ValueError, match="math_verify_impl"):
