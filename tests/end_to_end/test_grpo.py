@@ -260,7 +260,7 @@ def test_dynamic_sampling_ends_with_its_last_epoch(base: Path, tmp_path: Path) -
     data = write_lines(tmp_path / "rows.jsonl", rows)
     values = recipe(base, NATIVE, use_dynamic_sampling=True, batch_multiplier=0.5, max_num_epochs=2, max_num_steps=50)
     values["grpo"] |= {"val_period": 0}
-    values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:digit_share_where_judged"
+    values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:letters_where_judged"
     values["data"] = {"shuffle": False, "train": {"dataset_name": None, "data_path": str(data)}, "validation": None}
     folder = run(tmp_path, values, 1)
     assert [line["generation_batches"] for line in metrics(folder)] == [4, 4]

@@ -10,9 +10,9 @@ def digit_share(prompt: str, completion: str, answer: str, extra: dict) -> float
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
 
 
-def digit_share_where_judged(completion: str, judged: bool) -> float:
-    """As `digit_share` in rows whose column says so, equal for all answers elsewhere."""
-    return digit_share("", completion, "", {}) if judged else 1.0
+def letters_where_judged(completion: str, judged: bool) -> float:
+    """Another number for each text in rows whose column says so, equal for all answers elsewhere."""
+    return sum(map(ord, completion)) / 1000 if judged else 1.0
 
 
 def always_fails(completion: str) -> float:
