@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from math import lcm
-from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.schema import Recipe
@@ -29,28 +28,14 @@ class ModelShape:
     num_experts: int = 0
 
 
-def model_shape_from_hf_config(path_or_name: str) -> ModelShape:
-    """Read the shapes from a Hugging Face folder or hub name. Raises UserError where there is no readable config."""
-    folder = Path(path_or_name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"policy.model_name={path_or_name}: the folder has no config.json; give a Hugging Face folder")
-    if not folder.exists() and (folder.is_absolute() or path_or_name.startswith(".") or path_or_name.count("/") > 1):
-        raise UserError(f"policy.model_name={path_or_name}: there is no such folder; check the path")
-    if folder.is_file():
-        raise UserError(f"policy.model_name={path_or_name} is a file; give the folder that holds config.json")
-    from transformers import AutoConfig  # slow to import
-
-    try:
-        config: Any = AutoConfig.from_pretrained(path_or_name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"policy.model_name={path_or_name} is no folder or hub model that loads: {reason}") from error
+def model_shape(config: Any) -> ModelShape:
+    """The shapes of a transformers config. Raises UserError where it is not of a decoder of Llama's form."""
     try:
         return _shape_of(config)
     except AttributeError as error:
         raise UserError(
-            f"policy.model_name={path_or_name} is a {config.model_type!r} model, whose config has no {error.name}; use "
-            "a decoder of Llama's form (llama, mistral, qwen2, qwen3 or gemma3_text)"
+            f"policy.model_name is a {config.model_type!r} model, whose config has no {error.name}; use a decoder of "
+            "Llama's form (llama, mistral, qwen2, qwen3 or gemma3_text)"
         ) from error
 
 

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
-from megatron_lora.conversion.base_model import find_base, read_config
-from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_base, fingerprint_stream
+from megatron_lora.conversion.base_model import find_adapter, find_base
+from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_stream, fingerprint_weights
+from megatron_lora.conversion.hf_model import read_hf_model
+from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.conversion.merge import Merger
 from megatron_lora.conversion.model_source import check_base, open_base
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
 from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.peft_format import from_hf, to_hf
 
 logger = logging.getLogger(__name__)
@@ -133,19 +135,20 @@ def import_hf_adapter(
         config, tensors = read_peft_folder(Path(hf_adapter))
         trained_on = config.get("base_model_name_or_path") or ""
         base = find_base(base_ckpt, hf_model_name, trained_on, weights=False)
-        shapes = ModelShapes.from_hf_config(read_config(base))
+        model = read_hf_model(base)
         has_weights = any(base.glob("*.safetensors"))
-        fingerprint = fingerprint_base(base) if has_weights else None
+        fingerprint = fingerprint_weights(open_weights(model, base)) if has_weights else None
         name = hf_model_name or trained_on or str(base)
-        spec, factors = from_hf(config, tensors, shapes, name, fingerprint)
+        spec, factors = from_hf(config, tensors, model.shapes, name, fingerprint)
         write_adapter(out / "policy" / "weights", spec, factors)
         _check_import(out, spec, factors)
     return str(adapter_ckpt_path)
 
 
 def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(adapter_config.json's content, tensors) of an HF PEFT folder. Raises UserError where a file is missing or
-    damaged."""
+    """(adapter_config.json's content, tensors) of an HF PEFT folder or a hub name. Raises UserError where a file is
+    missing or damaged."""
+    folder = find_adapter(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder} is no HF PEFT adapter folder: it holds no {ADAPTER_CONFIG}")
     if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():

@@ -65,7 +65,7 @@ def _peft_logits(base: Path, spec: AdapterSpec, adapter: Path) -> Tensor:
 
 def _load(folder: Path) -> torch.nn.Module:
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 def _logits(model: torch.nn.Module, vocab_size: int) -> Tensor:

@@ -48,7 +48,7 @@ class MegatronWeights:
             # The DTensor backend writes the transformers model's own parameters.
             return [ModelParameter(name, (name,), entry.shape) for name, entry in stored.items()]
         parameters = model_parameters(self.shapes)
-        check_names(parameters, stored, self.folder, hf=False)
+        check_names(parameters, stored, self.folder)
         for parameter in parameters:
             found = stored[parameter.name].shape
             rows_fit = found[0] >= parameter.shape[0] if parameter.is_vocabulary else found[0] == parameter.shape[0]

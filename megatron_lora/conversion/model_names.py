@@ -79,18 +79,20 @@ def _layer(layer: int, shapes: ModelShapes) -> list[ModelParameter]:
         return ModelParameter(name, (f"{hf}.{hf_end}.weight",), (size,))
 
     result = [norm(f"{qkv}.layer_norm_weight", "input_layernorm"), linears["linear_qkv"]]
-    if family in QKV_BIAS:
-        names = tuple(name.replace(".weight", ".bias") for name in linears["linear_qkv"].hf_names)
-        rows = linears["linear_qkv"].shape[:1]
-        result.append(ModelParameter(f"{qkv}.bias", names, rows, 0, "linear_qkv"))
+    if family in QKV_BIAS or shapes.attention_bias:
+        result.append(_bias(linears["linear_qkv"]))
     if family in QK_NORM:
         parent = qkv.removesuffix(".linear_qkv")
         for end in "qk":
             result.append(norm(f"{parent}.{end}_layernorm.weight", f"self_attn.{end}_norm", shapes.head_dim))
     result.append(linears["linear_proj"])
+    if shapes.attention_bias:
+        result.append(_bias(linears["linear_proj"]))
     if after_attention is not None:
         result.append(norm(f"{proj}.post_layernorm.weight", after_attention))
     result += [norm(f"{fc1}.layer_norm_weight", before_mlp), linears["linear_fc1"], linears["linear_fc2"]]
+    if shapes.mlp_bias:
+        result += [_bias(linears["linear_fc1"]), _bias(linears["linear_fc2"])]
     if after_mlp is not None:
         result.append(norm(f"{fc2}.post_layernorm.weight", after_mlp))
     return result
@@ -102,6 +104,14 @@ def _linear(kind: str, layer: int, shapes: ModelShapes) -> ModelParameter:
     fusion: Fusion | None = kind if kind in ("linear_qkv", "linear_fc1") else None  # type: ignore[assignment]
     axis = 0 if fusion is not None else 1
     return ModelParameter(f"{module_name(kind, layer)}.weight", names, (outputs, inputs), axis, fusion)
+
+
+def _bias(linear: ModelParameter) -> ModelParameter:
+    names = tuple(name.removesuffix("weight") + "bias" for name in linear.hf_names)
+    # A row-parallel linear adds its bias once, to the sum over the ranks.
+    axis = 0 if linear.tp_axis == 0 else None
+    name = linear.name.removesuffix("weight") + "bias"
+    return ModelParameter(name, names, linear.shape[:1], axis, linear.fusion)
 
 
 def hf_shape(parameter: ModelParameter, hf_tensor: str, shapes: ModelShapes) -> tuple[int, ...]:
@@ -145,9 +155,22 @@ def unshard_parameter(parameter: ModelParameter, shards: Sequence[Tensor], shape
     return torch.cat(list(shards), parameter.tp_axis)[: parameter.shape[0]]
 
 
-def check_names(parameters: Sequence[ModelParameter], found: Collection[str], where: object, *, hf: bool) -> None:
-    """Raise UserError unless `found` (HF names, or Megatron's) are exactly the model's tensors."""
-    wanted = {name for parameter in parameters for name in (parameter.hf_names if hf else (parameter.name,))}
+def shard_parameter(parameter: ModelParameter, whole: Tensor, rank: int, size: int, local_rows: int) -> Tensor:
+    """A tensor-parallel rank's part of the whole tensor. local_rows: of a vocabulary's part; padding is zero."""
+    if parameter.tp_axis is None or (size == 1 and not parameter.is_vocabulary):
+        return whole
+    if parameter.is_vocabulary:
+        part = whole[rank * local_rows : (rank + 1) * local_rows]
+        return torch.cat([part, part.new_zeros(local_rows - part.shape[0], *part.shape[1:])])
+    if parameter.fusion == "linear_fc1":
+        segments = whole.chunk(len(parameter.hf_names))
+        return torch.cat([segment.chunk(size)[rank] for segment in segments])
+    return whole.chunk(size, parameter.tp_axis)[rank]
+
+
+def check_names(parameters: Sequence[ModelParameter], found: Collection[str], where: object) -> None:
+    """Raise UserError unless `found` (Megatron's names) are exactly the model's tensors."""
+    wanted = {parameter.name for parameter in parameters}
     missing, unexpected = sorted(wanted - set(found)), sorted(set(found) - wanted)
     if missing or unexpected:
         raise UserError(

@@ -14,6 +14,8 @@ import yaml
 
 from megatron_lora.conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
 from megatron_lora.conversion.fingerprint import fingerprint_weights
+from megatron_lora.conversion.hf_model import read_hf_model
+from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.shard_writer import write_shards
@@ -38,7 +40,7 @@ class ModelSource:
 
     @property
     def shapes(self) -> ModelShapes:
-        return ModelShapes.from_hf_config(read_config(self.folder))
+        return read_hf_model(self.folder).shapes
 
     def copy_small_files(self, out: Path, dtype: torch.dtype | None = None) -> None:
         """Config, generation config, tokenizer, license: every file that is no weights. dtype: to name in the config;
@@ -82,7 +84,7 @@ def open_base(base_ckpt: str | None, hf_model_name: str | None, trained_on: str)
     if base_ckpt is not None and _weights_folder(Path(base_ckpt)) is not None:
         return open_checkpoint(base_ckpt, hf_model_name or trained_on)
     folder = find_base(base_ckpt, hf_model_name, trained_on)
-    return ModelSource(folder, SafetensorsFolder(folder))
+    return ModelSource(folder, open_model(hf_model_name or base_ckpt or trained_on, folder)[1])
 
 
 def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) -> ModelSource:
@@ -111,7 +113,7 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
             raise UserError(f"{checkpoint} does not say which model it is; name it with --hf-model-name")
         folder = find_base(None, name, name, weights=False)
     tokenizer = top / "policy" / "tokenizer"
-    shapes = ModelShapes.from_hf_config(read_config(folder))
+    shapes = read_hf_model(folder).shapes
     return ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None)
 
 
@@ -129,7 +131,7 @@ def check_base(spec: AdapterSpec, base: ModelSource) -> None:
 
 def check_shapes(spec: AdapterSpec, folder: Path) -> None:
     """Raises UserError where the config in an HF folder has other shapes than the adapter's."""
-    actual = ModelShapes.from_hf_config(read_config(folder))
+    actual = read_hf_model(folder).shapes
     if actual != spec.shapes:
         wanted = asdict(spec.shapes)
         differing = [f"{key}={value} ({wanted[key]})" for key, value in asdict(actual).items() if value != wanted[key]]

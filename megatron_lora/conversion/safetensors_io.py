@@ -18,6 +18,8 @@ from megatron_lora.errors import UserError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
+# Weights that are not read: what a folder without safetensors holds instead.
+OTHER_FORMATS = (".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".safetensors")
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,7 +65,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         header: dict[str, Any] = json.loads(raw)
         metadata = header.pop("__metadata__", {})
         entries = {name: _entry(name, value, path, 8 + length) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} has an unreadable safetensors header ({error}); fetch it again") from error
     wanted = max((entry.stop for entry in entries.values()), default=8 + length)
     if size < wanted:
@@ -73,7 +75,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def _entry(name: str, value: Mapping[str, Any], path: Path, data_start: int) -> TensorEntry:
     start, stop = value["data_offsets"]
-    return TensorEntry(name, DTYPES[value["dtype"]], tuple(value["shape"]), path, data_start + start, data_start + stop)
+    dtype, shape = DTYPES.get(value["dtype"]), tuple(value["shape"])
+    if dtype is None:
+        raise UserError(
+            f"{name} in {path} is stored as {value['dtype']}, which is not read here (known are {', '.join(DTYPES)}); "
+            "give the model in bfloat16 or float32"
+        )
+    if start < 0 or stop - start != torch.Size(shape).numel() * dtype.itemsize:
+        raise ValueError(f"{name} of shape {list(shape)} does not fill its bytes {start} to {stop}")
+    return TensorEntry(name, dtype, shape, path, data_start + start, data_start + stop)
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -148,13 +158,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 class SafetensorsFolder:
-    """The weights of an HF folder, whether one file or several with an index.
+    """The weights of an HF folder: the files that transformers takes, in its order. A single file comes before an
+    index; of the files that an index names every tensor counts, whichever file it names for it.
 
     entries: every tensor by name. shards: file name -> its tensors' names in the order they lie in the file.
     """
 
     def __init__(self, folder: Path):
-        """Raises UserError where weights are missing, truncated, or not in safetensors."""
+        """Raises UserError where weights are missing, truncated, not in safetensors, or twice there and different."""
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give a Hugging Face model folder")
         self.folder = folder
@@ -162,22 +173,41 @@ class SafetensorsFolder:
         self.shards: dict[str, list[str]] = {}
         for name in self._files():
             entries, _ = read_header(folder / name)
+            for tensor in entries.keys() & self.entries.keys():
+                self._check_copy(self.entries[tensor], entries.pop(tensor))
             self.shards[name] = sorted(entries, key=lambda tensor: entries[tensor].start)
             self.entries |= entries
 
+    def _check_copy(self, first: TensorEntry, second: TensorEntry) -> None:
+        same = (first.dtype, first.shape) == (second.dtype, second.shape)
+        if not same or tensor_bytes(read_tensor(first)) != tensor_bytes(read_tensor(second)):
+            raise UserError(
+                f"{first.name} lies in {first.path.name} and in {second.path.name} of {self.folder}, and they differ; "
+                "remove the files that do not belong to the model"
+            )
+
     def _files(self) -> list[str]:
         index = self.folder / INDEX_FILE
-        if (self.folder / SINGLE_FILE).is_file() and not index.is_file():
+        if (self.folder / SINGLE_FILE).is_file():
             return [SINGLE_FILE]
         if not index.is_file():
+            others = [path.name for path in sorted(self.folder.iterdir()) if path.name.endswith(OTHER_FORMATS)]
             raise UserError(
                 f"{self.folder} holds no {SINGLE_FILE} and no {INDEX_FILE}; the base's weights must be in safetensors"
+                + (
+                    f": it has {', '.join(others[:3])}, so load it in transformers and write it with save_pretrained"
+                    if others
+                    else ""
+                )
             )
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error}); fetch it again") from error
-        return sorted(set(weight_map.values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{index} is damaged (its weight_map names no files); fetch it again")
+        return names
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.entries[name])

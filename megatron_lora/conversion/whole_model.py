@@ -8,9 +8,9 @@ import torch
 
 from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.fingerprint import fingerprint_weights
+from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
-from megatron_lora.conversion.merge import FLOATS
-from megatron_lora.conversion.model_names import ModelParameter, check_names, fuse, model_parameters
+from megatron_lora.conversion.model_names import ModelParameter, fuse, model_parameters
 from megatron_lora.conversion.model_source import HF_FOLDER, ModelSource, open_checkpoint, write_config_dtype
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
@@ -24,11 +24,8 @@ from megatron_lora.lora.sharding import placement
 logger = logging.getLogger(__name__)
 
 SOURCE_FILE = "source.json"
-# A buffer that old Llama checkpoints carry; it follows from the config.
-DERIVED = ".rotary_emb.inv_freq"
 # Checked for NaN at a time: the check's own temporaries are several times what it looks at.
 CHECKED_ROWS = 4096
-HEAD, HF_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def convert_hf_to_megatron(
@@ -41,11 +38,11 @@ def convert_hf_to_megatron(
     """
     with output_folder(megatron_ckpt_path) as out:
         folder = find_base(None, hf_model_name, hf_model_name)
-        source = ModelSource(folder, SafetensorsFolder(folder))
-        shapes = source.shapes
+        model, stored = open_model(hf_model_name, folder)
+        source = ModelSource(folder, stored)
+        shapes = model.shapes
         _check_layout(shapes, tp, pp)
         parameters = model_parameters(shapes)
-        check_names(parameters, _names_to_convert(source.weights, shapes), folder, hf=True)
         weights = out / "policy" / "weights"
         _write_weights(weights, parameters, source.weights, shapes, show_progress)
         (out / HF_FOLDER).mkdir()
@@ -87,31 +84,13 @@ def _check_layout(shapes: ModelShapes, tp: int, pp: int) -> None:
         raise UserError(f"--pp {pp} is above the model's {shapes.num_layers} layers; use at most {shapes.num_layers}")
 
 
-def _names_to_convert(weights: WeightSource, shapes: ModelShapes) -> list[str]:
-    """Without what follows from other tensors: rotary frequencies, and a tied head stored a second time."""
-    names = [name for name in weights.entries if not name.endswith(DERIVED)]
-    if shapes.tied_embeddings and HEAD in names:
-        names.remove(HEAD)
-        if tensor_bytes(weights.read(HEAD)) != tensor_bytes(weights.read(HF_EMBEDDING)):
-            raise UserError(
-                f"config.json in {weights.folder} ties {HEAD} to {HF_EMBEDDING}, but they differ; set "
-                "tie_word_embeddings to false, or remove the head"
-            )
-    return names
-
-
 def _write_weights(
     folder: Path, parameters: list[ModelParameter], weights: WeightSource, shapes: ModelShapes, show_progress: bool
 ) -> None:
     by_name = {parameter.name: parameter for parameter in parameters}
     entries = {}
     for parameter in parameters:
-        stored = weights.entries[parameter.hf_names[0]]
-        if stored.dtype not in FLOATS:
-            raise UserError(
-                f"{parameter.hf_names[0]} in {weights.folder} is stored as {stored.dtype}; give an unquantized model"
-            )
-        entries[parameter.name] = StoredTensor(stored.dtype, parameter.shape)
+        entries[parameter.name] = StoredTensor(weights.entries[parameter.hf_names[0]].dtype, parameter.shape)
     with progress_bar(show_progress) as progress:
         task = progress.add_task("converting", total=len(parameters))
 

@@ -63,6 +63,14 @@ class TokenizedDataset(Sequence["list[Row]"]):
         """Without the groups that carry no loss."""
         return TokenizedDataset([group for group in self._groups if any(row.mask.any() for row in group)], self.stats)
 
+    def first_id_from(self, limit: int) -> tuple[int, int] | None:
+        """(row number, token id) of the first token whose id is `limit` or above; None where there is none."""
+        for encoded in (encoded for group in self._groups for encoded in group):
+            beyond = encoded.ids[encoded.ids >= limit]
+            if beyond.size:
+                return encoded.index, int(beyond[0])
+        return None
+
     def group_lengths(self) -> list[int]:
         """Tokens of each group, without making its tensors."""
         return [sum(map(len, group)) for group in self._groups]
@@ -80,6 +88,14 @@ class PromptDataset(Sequence[Prompt]):
 
     def __getitem__(self, position):  # type: ignore[override]  # no slices
         return self._prompts[position]
+
+    def first_id_from(self, limit: int) -> tuple[int, int] | None:
+        """As `TokenizedDataset.first_id_from`."""
+        for prompt in self._prompts:
+            beyond = prompt.input_ids[prompt.input_ids >= limit]
+            if beyond.numel():
+                return prompt.index, int(beyond[0])
+        return None
 
 
 @dataclass(frozen=True)

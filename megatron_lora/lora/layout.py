@@ -59,10 +59,16 @@ ADAPTER_VERSION = 1
 # Families whose HF linears are self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj under model.layers.
 HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
+# Families whose config can ask for biases; the others ignore such a field.
+ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text")
+MLP_BIAS = ("llama",)
+
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The sizes of a decoder that decide every factor's shape. vocab_size is the model's own, without padding."""
+    """The sizes of a decoder that decide every factor's shape, and which parameters it has. vocab_size is the model's
+    own, without padding. attention_bias: q, k, v and o have biases (qwen2's q, k, v always have); mlp_bias: gate, up
+    and down have."""
 
     model_type: str
     hidden_size: int
@@ -74,6 +80,8 @@ class ModelShapes:
     vocab_size: int
     tied_embeddings: bool
     gated: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelShapes":
@@ -102,6 +110,8 @@ class ModelShapes:
                 head_dim=int(config.get("head_dim") or hidden // heads),
                 vocab_size=int(config["vocab_size"]),
                 tied_embeddings=model_type.startswith("gemma") if tied is None else bool(tied),
+                attention_bias=model_type in ATTENTION_BIAS and bool(config.get("attention_bias")),
+                mlp_bias=model_type in MLP_BIAS and bool(config.get("mlp_bias")),
             )
         except KeyError as error:
             raise UserError(f"the base model's config.json has no {error.args[0]!r}; is the file complete?") from error

@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
@@ -15,7 +13,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelShapes, ModuleLayout, segments_of
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.targets import Selection, build_modules, select_linears
-from megatron_lora.policy.weights_check import local_fingerprint
+from megatron_lora.policy.weights_check import local_fingerprint, read_base
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ def planned_adapter(policy: PolicyConfig) -> StartingAdapter | None:
     Raises UserError as `starting_adapter` does."""
     if not policy.adapter.enabled:
         return None
-    config: Any = AutoConfig.from_pretrained(policy.model_name)
-    return starting_adapter(policy.adapter, ModelShapes.from_hf_config(config.to_dict()), policy.model_name)
+    return starting_adapter(policy.adapter, read_base(policy).shapes, policy.model_name)
 
 
 def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:

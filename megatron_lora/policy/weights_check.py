@@ -1,33 +1,73 @@
-"""Looks at a base's files before anything is loaded."""
+"""Looks at a base's config and files before anything is loaded."""
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.base_model import cached_folder
+from megatron_lora.conversion.config_gate import check_config
 from megatron_lora.conversion.fingerprint import fingerprint_base
-from megatron_lora.conversion.safetensors_io import SafetensorsFolder
+from megatron_lora.conversion.hf_model import HFModel, read_hf_model
+from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.errors import UserError
 
 MEGATRON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
-def check_base_weights(policy: PolicyConfig) -> None:
-    """Raise UserError for a family that the backend lacks, and for a local folder whose weights are missing or cut
-    short. A hub name is checked when it is fetched."""
-    folder = Path(policy.model_name)
-    if not folder.is_dir():
-        return
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
-    if policy.backend == "megatron" and model_type not in MEGATRON_FAMILIES:
+def read_base(policy: PolicyConfig) -> HFModel:
+    """The recipe's model as its config describes it. Raises UserError where there is none."""
+    return read_hf_model(policy.model_name, f"policy.model_name={policy.model_name}")
+
+
+def check_base(policy: PolicyConfig, model: HFModel) -> list[str]:
+    """Notices for the user. Raises UserError for a family that the backend lacks, a config that it does not honour, and
+    weights that are missing, cut short or not this model's. A hub name's weights are checked when they are here."""
+    megatron = policy.backend == "megatron"
+    if megatron and model.family not in MEGATRON_FAMILIES:
         raise UserError(
-            f"policy.model_name={policy.model_name!r} is a {model_type!r} model; the Megatron backend trains "
+            f"policy.model_name={policy.model_name!r} is a {model.family!r} model; the Megatron backend trains "
             f"{', '.join(MEGATRON_FAMILIES)}; use one of these, or the other backend "
             "(policy.megatron_cfg.enabled=false)"
         )
-    SafetensorsFolder(folder)
+    notices = check_config(model, megatron=megatron, max_length=policy.max_total_sequence_length)
+    folder = Path(model.source)
+    if not folder.is_dir():
+        folder = cached_folder(model.source)
+    if folder is not None:
+        open_weights(model, folder)
+    return notices
+
+
+def check_token_ids(model: HFModel, tokenizer: Any, datasets: Iterable[tuple[str, Any]]) -> list[str]:
+    """Notices for the user. datasets: (how messages name it, data set). Raises UserError for a token that training
+    would look up beyond the model's embedding."""
+    rows = model.shapes.vocab_size
+    fix = "use the tokenizer that belongs to the model, or resize the model's embedding to it"
+    for kind in ("eos", "pad"):
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id >= rows:
+            raise UserError(
+                f"the tokenizer's {kind}_token {getattr(tokenizer, f'{kind}_token')!r} has id {token_id}, beyond the "
+                f"embedding of the model (vocab_size={rows}); {fix}"
+            )
+    for name, dataset in datasets:
+        found = dataset.first_id_from(rows)
+        if found is not None:
+            number, token_id = found
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            raise UserError(
+                f"{name}, row {number}: token {token!r} has id {token_id}, beyond the embedding of the model "
+                f"(vocab_size={rows}); {fix}"
+            )
+    if len(tokenizer) > rows:
+        return [
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {rows} rows; no row uses one beyond it"
+        ]
+    return []
 
 
 def local_fingerprint(model_name: str) -> str | None:
     """The fingerprint of a local base, kept with its adapters; None for a hub name."""
-    folder = Path(model_name)
+    folder = Path(model_name).expanduser()
     return fingerprint_base(folder) if folder.is_dir() else None

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.linear import LoRAColumnParallelLinear
-from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
+from megatron_lora.policy.megatron.logprobs import HeadOptions, cap_logits, target_logprobs
 from megatron_lora.policy.megatron.schedule import Engine
 from megatron_lora.rollout.native_cache import CacheSession, LaneStep
 
@@ -142,7 +142,7 @@ def _next_token_logits(
     if tp.size > 1:
         logits = tp.all_gather(logits.t()).t()
     # The columns behind the vocabulary are padding: never sampled.
-    return logits[:, : engine.head.vocab_size]
+    return cap_logits(logits[:, : engine.head.vocab_size], engine.head.softcap)
 
 
 def _local_logits(hidden: Tensor, output_layer: Any, weight: Tensor | None) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
+from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout.vllm_worker import ADAPTER_ID
 from megatron_lora.runtime.world import World
 
@@ -116,11 +116,7 @@ def _check_rank(rank: int, largest: int) -> None:
 
 def base_config(policy: PolicyConfig) -> Any:
     """The base model's HF config (its text part). Raises UserError where there is none."""
-    try:
-        config = AutoConfig.from_pretrained(policy.model_name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"policy.model_name={policy.model_name}: no readable config.json ({error})") from error
-    return config.get_text_config()
+    return read_base(policy).config
 
 
 def engine_arguments(

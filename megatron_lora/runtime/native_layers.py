@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_lora.runtime.context_parallel import local_token_indices
@@ -195,9 +195,8 @@ class NativeAttention(torch.nn.Module):
 
 
 def _window(config: TransformerConfig, layer_number: int) -> int | None:
-    """How many positions back, itself included, a token of this layer sees; None for all."""
-    window: Any = config.window_size
-    if isinstance(window, int):
-        # Gemma 3's configuration before its own attention class has looked at the layer.
-        return window if layer_number % sum(config.interleaved_attn_pattern) else None  # type: ignore[attr-defined]
-    return None if window is None or window[0] < 0 else window[0] + 1
+    """How many positions back, itself included, a token of this layer (counted from 1) sees; None for all."""
+    window = config.window_size
+    if window is None or not is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):  # type: ignore[arg-type]
+        return None
+    return None if window[0] < 0 else window[0] + 1

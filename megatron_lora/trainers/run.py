@@ -41,7 +41,7 @@ def check_only(loaded: LoadedRecipe) -> list[str]:
     found, _ = folder.latest()
     if found is not None:
         check_checkpoint(found, loaded.recipe.policy)
-    return [*loaded.notices, *prepared.data_lines]
+    return [*loaded.notices, *prepared.notices, *prepared.data_lines]
 
 
 def run_recipe(loaded: LoadedRecipe) -> int:
@@ -70,7 +70,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         enabled=world.is_main,
     )
     with reporter:
-        for notice in [*loaded.notices, *skipped]:
+        for notice in [*loaded.notices, *prepared.notices, *skipped]:
             reporter.message(notice)
         _describe_data(reporter, prepared)
         policy = build_policy(recipe, world, prepared.tokenizer, count_updates(recipe, total_steps))

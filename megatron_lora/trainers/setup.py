@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lora.config.layout_checks import check_layout, model_shape_from_hf_config
+from megatron_lora.config.layout_checks import check_layout, model_shape
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import prepare_data
 from megatron_lora.errors import UserError
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
-from megatron_lora.policy.weights_check import check_base_weights
+from megatron_lora.policy.weights_check import check_base, check_token_ids, read_base
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.dpo import check_dpo
 from megatron_lora.trainers.grpo_setup import (
@@ -23,31 +23,38 @@ from megatron_lora.trainers.grpo_setup import (
 
 @dataclass
 class Prepared:
-    """What is ready before any weight is loaded. datasets: what the loaders read. data_lines: what there is to say of
-    the rows: counts, drops and why, what is not honoured."""
+    """What is ready before any weight is loaded. train, validation: what the loaders read. data_lines: what there is to
+    say of the rows: counts, drops and why, what is not honoured. notices: what the model's folder holds that is not."""
 
     recipe: Recipe
     tokenizer: Any
     train: Any
     validation: Any | None
     data_lines: list[str]
+    notices: list[str]
 
 
 def prepare(recipe: Recipe, world: World) -> Prepared:
     """Check layout, weights' files and data, and tokenize. Raises UserError."""
-    shape = model_shape_from_hf_config(recipe.policy.model_name)
-    check_layout(recipe.policy, shape, world.size)
-    check_base_weights(recipe.policy)
+    model = read_base(recipe.policy)
+    notices = check_base(recipe.policy, model)
+    check_layout(recipe.policy, model_shape(model.config), world.size)
     planned_adapter(recipe.policy)
     if recipe.algorithm == "dpo":
         check_dpo(recipe)
     elif recipe.algorithm == "grpo":
         check_grpo(recipe, world)
     data = prepare_data(recipe, show_progress=world.is_main)
+    notices += check_token_ids(model, data.tokenizer, [(source.name, rows) for _, source, rows in data.sets])
     if recipe.algorithm == "grpo":
         check_reward_columns(recipe, [prompts for _, _, prompts in data.sets])
     return Prepared(
-        recipe=recipe, tokenizer=data.tokenizer, train=data.train, validation=data.validation, data_lines=data.lines()
+        recipe=recipe,
+        tokenizer=data.tokenizer,
+        train=data.train,
+        validation=data.validation,
+        data_lines=data.lines(),
+        notices=notices,
     )
 
 

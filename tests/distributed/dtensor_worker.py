@@ -51,6 +51,8 @@ TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
     "sp_head": (2, "llama3_head", SP2),
     "sp_full": (2, "qwen3", SP2 | {"full": True}),
     "sp_tied_full": (2, "qwen2", SP2 | {"full": True}),
+    "tp_biases": (2, "llama_biases", TP2),
+    "sp_biases_full": (2, "llama_biases", SP2 | {"full": True}),
     "tp_dp": (4, "qwen3", TP2),
     "sp_dp_packed": (4, "llama3", SP2 | {"packed": True}),
     "tp_dp_full": (4, "qwen3", TP2 | {"full": True}),

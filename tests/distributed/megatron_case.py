@@ -16,8 +16,9 @@ CP: dict[str, Any] = {"context_parallel_size": 2}
 FULL_RECOMPUTE: dict[str, Any] = {"activation_checkpointing": True}
 PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 
-# A random Gemma 3 of this size has gradients near zero, whose sign decides Adam's first steps.
-LEARNING_RATES = {"gemma3": 1e-3}
+# A random Gemma 3 of this size has gradients near zero, whose sign decides Adam's first steps; so have biases of keys,
+# which only rotary embeddings keep from cancelling in the softmax.
+LEARNING_RATES = {"gemma3": 1e-3, "gemma3_softcap": 1e-3, "llama_biases": 1e-4}
 
 
 @dataclass(frozen=True)

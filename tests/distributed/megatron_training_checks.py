@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.megatron.logprobs import cap_logits
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from tests.distributed.megatron_build import build_policy
 from tests.distributed.megatron_case import scored_rows, training_rows
@@ -51,7 +52,7 @@ def logits(case: dict[str, Any]) -> dict[str, Any]:
         found["cut"] = policy.score(rows)
         policy.engine.head = replace(policy.engine.head, chunk_size=0)
         found["cut_plain"] = policy.score(rows)
-    found["logits"] = [_whole_vocabulary(policy, piece) for piece in kept]
+    found["logits"] = [cap_logits(_whole_vocabulary(policy, piece), policy.base.softcap) for piece in kept]
     found["trainable"] = policy.trainable_parameters()
     return found
 

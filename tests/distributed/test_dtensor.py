@@ -21,7 +21,7 @@ from tests.support.reference import TARGETS, cut_logits, make_rows, of_targets, 
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
-FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
 
 
 def named(cases: dict[str, Any], start: str = "") -> list[Any]:

@@ -32,6 +32,7 @@ CASES = [
     case("tp1_plain_logprobs_full_recompute", 1, "qwen3", PLAIN_LOGPROBS | FULL_RECOMPUTE),
     case("vpp", 2, "qwen2", VPP),
     case("cp", 2, "qwen2", CP),
+    case("sp", 2, "llama_biases", SP),
     case("sp_pp", 4, "qwen2", SP | PP),
 ]
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.megatron_case import CP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
-from tests.support.models import FAMILIES
+from tests.support.models import FAMILIES, UNUSUAL
 from tests.support.reference import cut_logits, of_targets
 
 pytestmark = pytest.mark.timeout(1800)
@@ -24,13 +24,20 @@ def case(layout: str, family: str) -> Case:
 
 CASES = [case(layout, family) for layout in ("tp1", "tp", "pp") for family in FAMILIES]
 CASES += [case(layout, family) for layout in ("sp", "cp", "tp_pp") for family in ("qwen2", "gemma3")]
+CASES += [case(layout, family) for layout in ("tp1", "tp") for family in UNUSUAL]
+CASES += [
+    case("sp", "llama_biases"),
+    case("sp", "gemma3_softcap"),
+    case("cp", "qwen3_yarn"),
+    case("pp", "gemma3_softcap"),
+]
 
 
 @pytest.fixture(scope="module")
 def transformers_logits(room: Any) -> dict[str, list[torch.Tensor]]:
     """family -> each row's logits [S, vocabulary]."""
     logits = {}
-    for family in FAMILIES:
+    for family in (*FAMILIES, *UNUSUAL):
         model = AutoModelForCausalLM.from_pretrained(room.base(family), attn_implementation="eager")
         with torch.no_grad():
             logits[family] = [model(row.input_ids[None]).logits[0] for row in scored_rows()]

@@ -68,6 +68,8 @@ CASES = [
     case("sp_mistral", 2, SP, family="mistral"),
     case("sp_gemma3", 2, SP, family="gemma3"),
     case("pp_gemma3", 2, PP, family="gemma3"),
+    case("sp_llama_biases", 2, SP, family="llama_biases"),
+    case("sp_gemma3_softcap", 2, SP, family="gemma3_softcap"),
     case("vpp_qwen2", 2, VPP, family="qwen2"),
     case("cp_llama3", 2, CP, family="llama3"),
     case("tp_pp", 4, TP | PP),

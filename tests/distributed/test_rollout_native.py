@@ -19,10 +19,10 @@ from tests.support.reference import TARGETS, save_adapter
 # The first test of a world size waits for all of its cases.
 pytestmark = pytest.mark.timeout(1800)
 
-FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
 ONE = {
     "one": {"family": "qwen3", "layout": {}, "stops": True, "trains": True, "refuses": True},
-    "gemma": {"family": "gemma3", "layout": {}},
+    "gemma": {"family": "gemma3_softcap", "layout": {}},
     "llama": {"family": "llama3", "layout": {}, "batch": None},
     "head": {"family": "qwen3_head", "layout": {}},
 }

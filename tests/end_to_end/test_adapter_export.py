@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_lora.conversion.adapter_checkpoint import write_adapter
 from megatron_lora.conversion.export import export_lora_adapter_to_hf, import_hf_adapter, merge_lora_to_hf
 from megatron_lora.conversion.fingerprint import fingerprint_base
+from megatron_lora.conversion.model_names import hf_shape, model_parameters
 from megatron_lora.conversion.safetensors_io import write_tensors
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
-from megatron_lora.lora.peft_format import hf_linears, segment_features
 
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(3, 35)[None]
@@ -304,8 +304,11 @@ def test_a_merge_holds_a_tensor_or_two_and_not_the_model(tmp_path):
         tie_word_embeddings=False,
     )
     config.save_pretrained(tmp_path / "base")
-    entries = {f"{linear.name}.weight": segment_features(linear, shapes) for linear in hf_linears(shapes).values()}
-    described = {name: (torch.bfloat16, (outputs, inputs)) for name, (inputs, outputs) in entries.items()}
+    described = {
+        name: (torch.bfloat16, hf_shape(parameter, name, shapes))
+        for parameter in model_parameters(shapes)
+        for name in parameter.hf_names
+    }
     zeros = ((name, torch.zeros(shape, dtype=dtype)) for name, (dtype, shape) in described.items())
     size = write_tensors(tmp_path / "base" / "model.safetensors", described, zeros)
     measured = measure(

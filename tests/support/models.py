@@ -1,6 +1,7 @@
 """Small random models of each supported family, as Hugging Face folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -50,6 +51,9 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Gemma3TextConfig(
             **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)
         )
+    if family in UNUSUAL:
+        kind, changes = UNUSUAL[family]
+        return kind(**sizes | changes)
     raise KeyError(family)
 
 
@@ -61,6 +65,52 @@ def gemma_layers(sizes: dict) -> list[str]:
 
 
 FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "mistral", "gemma3")
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+# What configs may ask for beyond the published models of a family, several things in one.
+UNUSUAL: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama_biases": (
+        LlamaConfig,
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "hidden_act": "gelu",
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+        },
+    ),
+    "qwen2_windows": (
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "rms_norm_eps": 0.01},
+    ),
+    "qwen3_yarn": (
+        Qwen3Config,
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": YARN,
+        },
+    ),
+    "mistral_window": (MistralConfig, {"sliding_window": 6, "hidden_act": "relu", "tie_word_embeddings": True}),
+    "gemma3_softcap": (
+        Gemma3TextConfig,
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+            "hidden_activation": "gelu",
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+}
 
 
 def save_model(folder: Path, family: str, seed: int = 0, **changes: object) -> Path:

@@ -1,17 +1,17 @@
 """Layouts against a model's shapes and the number of ranks."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config, T5Config
 
 from megatron_lora.config import check_recipe, load_recipe
 from megatron_lora.config.layout_checks import (
     ModelShape,
     check_generation,
     check_layout,
-    model_shape_from_hf_config,
+    model_shape,
     sequence_multiple,
 )
 from megatron_lora.config.schema_policy import PolicyConfig
@@ -162,30 +162,17 @@ def test_recipes_fit_the_models_they_name(recipe: str, shape: ModelShape, world_
         check_layout(loaded.recipe.policy, shape, world_size)
 
 
-def test_shape_from_a_folder(tmp_path: Path):
-    config = {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 96,
-        "vocab_size": 50,
-        "tie_word_embeddings": True,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert model_shape_from_hf_config(str(tmp_path)) == ModelShape(64, 4, 4, 2, 32, 96, 50, True, "qwen3")
-
-
-def test_folders_that_hold_no_model(tmp_path: Path):
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        model_shape_from_hf_config(str(tmp_path))
-    with pytest.raises(UserError, match="there is no such folder"):
-        model_shape_from_hf_config(str(tmp_path / "missing"))
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is no folder or hub model that loads"):
-        model_shape_from_hf_config(str(tmp_path))
-    with pytest.raises(UserError, match="is a file"):
-        model_shape_from_hf_config(str(tmp_path / "config.json"))
+def test_shape_of_a_config():
+    config = Qwen3Config(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        vocab_size=50,
+        tie_word_embeddings=True,
+    )
+    assert model_shape(config) == ModelShape(64, 4, 4, 2, 32, 96, 50, True, "qwen3")
+    with pytest.raises(UserError, match="'t5' model, whose config has no intermediate_size"):
+        model_shape(T5Config())

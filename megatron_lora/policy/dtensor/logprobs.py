@@ -26,7 +26,9 @@ from megatron_lora.policy.megatron.logprobs import HeadOptions, _FrozenHead
 class PolicyModule(nn.Module):
     """A transformers causal language model called for the log-probabilities of a micro-batch's targets."""
 
-    def __init__(self, model: Any, policy: PolicyConfig, tp_mesh: DeviceMesh, shapes: ModelShapes):
+    def __init__(
+        self, model: Any, policy: PolicyConfig, tp_mesh: DeviceMesh, shapes: ModelShapes, softcap: float | None
+    ):
         super().__init__()
         self.model = model
         self.tp_mesh = tp_mesh
@@ -40,7 +42,7 @@ class PolicyModule(nn.Module):
         self.head = HeadOptions(
             chunk_size=policy.megatron_cfg.fused_linear_logprobs_chunk_size, vocab_size=shapes.vocab_size
         )
-        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.softcap = softcap
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """[T] fp32 nats, on every TP rank."""

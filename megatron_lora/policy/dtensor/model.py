@@ -3,21 +3,19 @@ safetensors and sharded over data-parallel ranks (FSDP2) as it is filled, so tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Placement, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.base_model import find_base
+from megatron_lora.conversion.hf_model import build_empty
+from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
-from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelShapes
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.dtensor import adapter, attention
@@ -47,10 +45,10 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
     missing, truncated or of other shapes."""
     options = policy.dtensor_cfg
     folder = find_base(None, policy.model_name, policy.model_name)
-    config, shapes = _read_config(folder)
-    weights = SafetensorsFolder(folder)
+    model, weights = open_model(policy.model_name, folder)
+    shapes = model.shapes
     mesh = init_device_mesh(world.device.type, (world.dp, world.tp), mesh_dim_names=("dp", "tp"))
-    hf = _empty_model(config, policy)
+    hf = build_empty(model, dtype=DTYPES[policy.precision], attn_implementation=attention.NAME)
     start = None
     notices: list[str] = []
     if options.lora_cfg.enabled:
@@ -63,7 +61,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
         plan = parallelize(hf, mesh["tp"], sequence_parallel=options.sequence_parallel)
     if options.activation_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    root = PolicyModule(hf, policy, mesh["tp"], shapes)
+    root = PolicyModule(hf, policy, mesh["tp"], shapes, model.final_softcap)
     values = start.tensors if start is not None else {}
     summed = _fill_and_shard(root, _Source(weights, values, policy, world), plan, mesh, policy)
     return BaseModel(root, hf, shapes, mesh, start, summed, notices)
@@ -77,25 +75,6 @@ def _fused_notices(policy: PolicyConfig, world: World) -> list[str]:
     if world.tp > 1:
         return [f"{key}it works on whole matrices and tensor_parallel_size={world.tp}"]
     return [f"{key}compile=true fuses it"] if options.compile else []
-
-
-def _read_config(folder: Path) -> tuple[Any, ModelShapes]:
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/config.json cannot be read: {str(error).strip().splitlines()[0]}") from error
-    return config, ModelShapes.from_hf_config(config.to_dict())
-
-
-def _empty_model(config: Any, policy: PolicyConfig) -> Any:
-    """The model with parameters on the meta device and real buffers (rotary frequencies are in no checkpoint)."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[policy.precision], attn_implementation=attention.NAME
-        )
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
 
 
 @dataclass(frozen=True)
@@ -114,15 +93,8 @@ class _Source:
             # Factors train: fp32, whatever the base is in.
             return self.factors[f"{PREFIX}{full}"].to(self.world.device, torch.float32)
         stored = name.replace(".base_layer.", ".")
-        if stored not in self.weights.entries:
-            raise UserError(
-                f"{self.weights.folder} lacks the tensor {stored}; are these the weights of {self.policy.model_name}?"
-            )
         value = self.weights.read(stored)
-        if value.shape != shape:
-            raise UserError(
-                f"{stored} in {self.weights.folder} has shape {tuple(value.shape)}, config.json wants {tuple(shape)}"
-            )
+        assert value.shape == shape, f"{stored}: {tuple(value.shape)} for {tuple(shape)}"
         # In full fine-tuning FSDP keeps the weights in fp32 and casts what it gathers.
         dtype = DTYPES[self.policy.precision] if self.factors else torch.float32
         return value.to(self.world.device, dtype)

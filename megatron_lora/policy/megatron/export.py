@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_lora.conversion.model_names import ModelParameter, model_parameters, unfuse, unshard_parameter
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.merge import merge_targets
+from megatron_lora.policy.megatron.base_weights import global_names
 from megatron_lora.policy.megatron.model import BaseModel
 from megatron_lora.runtime.world import World
 
@@ -43,16 +44,7 @@ def merged_hf_weights(
 
 def _own_parameters(chunks: Sequence[GPTModel]) -> dict[str, Tensor]:
     """This rank's parts, by name with the global layer number. Factors are among them and asked for by nobody."""
-    result: dict[str, Tensor] = {}
-    for chunk in chunks:
-        layers: Any = chunk.decoder.layers
-        numbers = {str(index): layer.layer_number - 1 for index, layer in enumerate(layers)}
-        for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
-            if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(numbers[parts[2]])
-            result[".".join(parts)] = parameter.detach()
-    return result
+    return {name: parameter.detach() for chunk in chunks for name, parameter in global_names(chunk).items()}
 
 
 def _gather_over_pipeline(mine: dict[str, torch.dtype]) -> list[dict[str, torch.dtype]]:

@@ -27,13 +27,15 @@ from megatron_lora.policy.tail_cut import cut_around_targets
 @dataclass(frozen=True)
 class HeadOptions:
     """chunk_size: tokens a chunk; 0: all logits in one piece (the plain path). vocab_size: without padding.
-    temperature: logits are divided by it; top_k, top_p: then the tail is cut (`policy.tail_cut`), -1 and 1 for all."""
+    temperature: logits are divided by it; top_k, top_p: then the tail is cut (`policy.tail_cut`), -1 and 1 for all.
+    softcap: c, where logits x become c tanh(x / c) before all that."""
 
     chunk_size: int
     vocab_size: int
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    softcap: float | None = None
 
     @property
     def cuts(self) -> bool:
@@ -57,7 +59,8 @@ def target_logprobs(
     adapted = isinstance(output_layer, LoRALinear) and output_layer.enabled
     if options.chunk_size == 0:
         return _plain(hidden, output_layer, weight, targets, tp, options)
-    if adapted or weight.requires_grad or getattr(output_layer, "bias", None) is not None:
+    capped = options.softcap is not None
+    if adapted or capped or weight.requires_grad or getattr(output_layer, "bias", None) is not None:
         return _recomputed(hidden, output_layer, weight, targets, tp, options)
     hidden = hidden.squeeze(1)
     return _FrozenHead.apply(hidden, weight, targets, tp, options)  # type: ignore[return-value]
@@ -70,8 +73,13 @@ def _plain(
     return _logprobs_of_logits(logits.squeeze(1), targets, tp, options)
 
 
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits kept within +-softcap (Gemma 2, eq. in section 2); None: as they are."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
 def _logprobs_of_logits(logits: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions) -> Tensor:
-    logits = logits.float()
+    logits = cap_logits(logits.float(), options.softcap)
     if options.temperature != 1.0:
         logits = logits / options.temperature
     padding = _padding_columns(logits.shape[-1], tp, options.vocab_size)

@@ -13,8 +13,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.base_model import find_base
+from megatron_lora.conversion.inventory import open_model
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.policy.megatron.architecture import (
+    apply_config,
+    plain_config,
+    set_rotary_frequencies,
+    use_native_attention,
+)
+from megatron_lora.policy.megatron.base_weights import load_base_weights
 from megatron_lora.runtime.transformer_engine import have_transformer_engine, import_bridge
 from megatron_lora.runtime.world import World
 
@@ -30,43 +39,44 @@ FUSIONS = (
 
 @dataclass
 class BaseModel:
-    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. bridge: megatron-bridge's AutoBridge."""
+    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. softcap: c, where logits x become
+    c tanh(x / c)."""
 
     chunks: list[GPTModel]
     shapes: ModelShapes
     config: Any
-    bridge: Any
+    softcap: float | None
 
     @property
     def has_last_stage(self) -> bool:
         return bool(self.chunks[-1].post_process)
 
 
-def build_base(policy: PolicyConfig, world: World, *, load_weights: bool = True) -> BaseModel:
+def build_base(policy: PolicyConfig, world: World) -> BaseModel:
     """Build the base in the recipe's layout and load its Hugging Face weights.
 
-    Raises UserError for an architecture that megatron-bridge lacks, or one whose linears are not known here.
+    Raises UserError for an architecture that megatron-bridge lacks, and for weights that are not this model's.
     """
     import_bridge()
     from megatron.bridge import AutoBridge
 
+    folder = find_base(None, policy.model_name, policy.model_name)
+    model, weights = open_model(policy.model_name, folder)
     with _bridge_errors(policy.model_name):
-        bridge = AutoBridge.from_hf_pretrained(policy.model_name, trust_remote_code=False)
-        provider = bridge.to_megatron_provider(load_weights=False)
-    hf_config: Any = bridge.hf_pretrained.config
-    shapes = ModelShapes.from_hf_config(hf_config.to_dict())
-    _configure(provider, policy, world, shapes)
+        provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
+    shapes = model.shapes
+    apply_config(provider, model)
+    _configure(provider, policy, world)
     with redirect_stdout(StringIO()):  # bridge prints the padded vocabulary, once a chunk
         chunks = _provide_chunks(provider)
-    _set_rope_frequencies(chunks, hf_config)
+    set_rotary_frequencies(chunks, model)
     for chunk in chunks:
         _set_norm_eps(chunk, provider.layernorm_epsilon)
         if provider.recompute_granularity == "full" and hasattr(chunk, "embedding"):
             # Recompute gives gradients only to inputs that want one; a frozen embedding's output would not.
             chunk.embedding.register_forward_hook(_require_grad)
-    if load_weights:
-        bridge.load_hf_weights(chunks)
-    return BaseModel(chunks=chunks, shapes=shapes, config=provider, bridge=bridge)
+    load_base_weights(chunks, weights, shapes, world)
+    return BaseModel(chunks=chunks, shapes=shapes, config=provider, softcap=model.final_softcap)
 
 
 @contextmanager
@@ -80,7 +90,7 @@ def _bridge_errors(model_name: str) -> Iterator[None]:
         ) from error
 
 
-def _configure(provider: Any, policy: PolicyConfig, world: World, shapes: ModelShapes) -> None:
+def _configure(provider: Any, policy: PolicyConfig, world: World) -> None:
     """Set the provider from the recipe. Attributes are Megatron-Core's own (TransformerConfig)."""
     megatron = policy.megatron_cfg
     dtype = DTYPES[policy.precision]
@@ -101,7 +111,6 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, shapes: ModelS
     provider.seq_length = policy.max_total_sequence_length
     provider.should_pad_vocab = True
     provider.make_vocab_size_divisible_by = 1
-    provider.vocab_size = shapes.vocab_size
     # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
     provider.calculate_per_token_loss = True
     provider.moe_token_dispatcher_type = "alltoall"
@@ -125,39 +134,19 @@ def _configure_kernels(provider: Any, policy: PolicyConfig, world: World) -> Non
     for name in FUSIONS:
         setattr(provider, name, False)
     provider.use_cpu_initialization = world.device.type == "cpu"
-    if getattr(provider.activation_func, "__name__", "") == "fast_gelu":
-        # The same function in PyTorch's own kernel; Megatron's is compiled at the first step (a minute on a CPU).
-        provider.activation_func = gelu_tanh
     provider.apply_rope_fusion = fused and policy.megatron_cfg.apply_rope_fusion and policy.precision == "bfloat16"
-    # Gemma's activation has no fused kernel in Megatron-Core.
-    fusable = provider.activation_func is not gelu_tanh
+    # Of the activations only this one has a fused kernel in Megatron-Core that is the same function.
+    fusable = provider.activation_func is torch.nn.functional.silu
     provider.bias_activation_fusion = (
         fusable and world.device.type == "cuda" and policy.megatron_cfg.bias_activation_fusion
     )
     # Whatever fused attention Transformer Engine finds; bridge asks for the flash-attn package in some families.
     provider.attention_backend = AttnBackend.auto
     provider.bias_dropout_fusion = world.device.type == "cuda"
-    if fused and policy.precision == "float32":
-        # Transformer Engine's fused attention has no fp32; ours does.
-        _use_native_attention(provider)
-
-
-def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """GELU with the tanh approximation (Hendrycks and Gimpel 2016), Gemma's activation."""
-    return torch.nn.functional.gelu(x, approximate="tanh")
-
-
-def _use_native_attention(provider: Any) -> None:
-    from megatron_lora.runtime.native_layers import NativeAttention
-
-    make_spec = provider.transformer_layer_spec
-
-    def spec_with_native_attention(config: Any) -> Any:
-        spec = make_spec(config)
-        spec.submodules.self_attention.submodules.core_attention = NativeAttention
-        return spec
-
-    provider.transformer_layer_spec = spec_with_native_attention
+    windows_over_ranks = provider.window_size is not None and policy.megatron_cfg.context_parallel_size > 1
+    if fused and (policy.precision == "float32" or windows_over_ranks):
+        # Transformer Engine's fused attention has no fp32, and no windows where keys are passed around; ours has.
+        use_native_attention(provider)
 
 
 def _provide_chunks(provider: Any) -> list[GPTModel]:
@@ -180,28 +169,6 @@ def _provide_chunks(provider: Any) -> list[GPTModel]:
         chunk.vp_stage = stage
         chunks.append(chunk)
     return chunks
-
-
-def _set_rope_frequencies(chunks: list[GPTModel], hf_config: Any) -> None:
-    """Use transformers' own rotary frequencies: Megatron-Core's Llama 3 scaling has the published model's constants
-    built in, so a checkpoint with others would come out wrong."""
-    if hf_config.model_type.startswith("gemma3"):
-        return
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = getattr(hf_config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind == "default":
-        return
-    if kind not in ("linear", "llama3"):
-        raise UserError(
-            f"this model's rope scaling {kind!r} is not supported; supported are none, 'linear' and 'llama3'"
-        )
-    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](hf_config, device=torch.device("cpu"))
-    assert attention_factor == 1.0
-    for chunk in chunks:
-        buffer = chunk.rotary_pos_emb.inv_freq
-        chunk.rotary_pos_emb.inv_freq = frequencies.to(buffer)
 
 
 def _set_norm_eps(chunk: GPTModel, eps: float) -> None:

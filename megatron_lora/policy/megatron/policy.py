@@ -322,7 +322,7 @@ def _has_gradient(linear: LoRALinear) -> bool:
 def _head_options(policy: PolicyConfig, base: BaseModel) -> HeadOptions:
     megatron = policy.megatron_cfg
     chunk = megatron.fused_linear_logprobs_chunk_size if megatron.use_fused_linear_logprobs else 0
-    return HeadOptions(chunk_size=chunk, vocab_size=base.shapes.vocab_size)
+    return HeadOptions(chunk_size=chunk, vocab_size=base.shapes.vocab_size, softcap=base.softcap)
 
 
 def _batching_options(policy: PolicyConfig, world: World, config: Any, pad_token_id: int) -> BatchingOptions:

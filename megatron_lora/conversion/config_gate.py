@@ -1,0 +1,258 @@
+"""Which fields of a model's config are taken, before any weight is loaded.
+
+Every field of the family's transformers class is in one of these tables: what the model is built from (`BUILT_FROM`,
+carried into both backends), what does not change the numbers of training (`WITHOUT_EFFECT`), what must be off
+(`MUST_BE`). A field in none of them (a newer transformers) must be at its class's default. Fields that the class does
+not know are named, unless they are off.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_lora.conversion.hf_model import SIZES, HFModel, activation
+from megatron_lora.errors import UserError
+
+BUILT_FROM = frozenset(
+    {
+        *SIZES,
+        "attention_bias",
+        "final_logit_softcapping",
+        "hidden_act",
+        "hidden_activation",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "mlp_bias",
+        "query_pre_attn_scalar",
+        "rms_norm_eps",
+        "rope_parameters",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+    }
+)
+WITHOUT_EFFECT = frozenset(
+    {
+        "architectures",
+        "attention_dropout",  # named in a notice
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",  # policy.precision says it
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+        "use_cache",
+    }
+)
+# Field -> the values that are taken, and why no other is.
+MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "use_bidirectional_attention": ((None, False), "attention is causal here"),
+    "is_encoder_decoder": ((False, None), "the model is a decoder"),
+    # Not of any class; transformers looks for them all the same.
+    "is_causal": ((None, True), "attention is causal here"),
+    "transformers_weights": ((None,), "weights are read from model.safetensors or its index"),
+    "quantization_config": ((None,), "quantized weights are not trained on; give the model in bfloat16 or float32"),
+    "compression_config": ((None,), "quantized weights are not trained on; give the model in bfloat16 or float32"),
+}
+# Per family: what its class has and transformers' model does not apply.
+NOT_APPLIED = {"gemma3_text": ("attn_logit_softcapping",)}
+APPLIED = {"gemma2": ("attn_logit_softcapping",)}
+# Names of older configs, and of fields that transformers looks for without declaring them.
+LEGACY = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "head_dim",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "original_max_position_embeddings",
+        "output_attentions",
+        "partial_rotary_factor",
+        "rope_local_base_freq",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window_pattern",
+        "torch_dtype",
+    }
+)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str]:
+    """Notices for the user. megatron: whether Megatron-Core computes; else transformers does. max_length: tokens of the
+    run's longest sequence. Raises UserError that names every field that cannot be honoured, with its value."""
+    problems = [*_switches(model), *_sizes(model), *_attention(model), *_activation(model)]
+    problems += _rope_kinds(model, max_length)
+    if not problems:
+        problems += _rotary(model, megatron)
+    if problems:
+        raise UserError(f"{model.source}/config.json cannot be honoured: {'; '.join(problems)}")
+    return list(_notices(model))
+
+
+def _switches(model: HFModel) -> Iterator[str]:
+    config = model.config
+    known = {field.name: field for field in dataclasses.fields(config)}
+    for name, (values, reason) in MUST_BE.items():
+        value = getattr(config, name, None) if name in known else model.content.get(name)
+        if value not in values:
+            yield f"{name}={_shown(value)}: {reason}"
+    for name, field in known.items():
+        value = getattr(config, name)
+        if name in NOT_APPLIED.get(model.family, ()):
+            if value is not None:
+                yield f"{name}={_shown(value)}: transformers reads it and does not apply it; set it to null"
+        elif name not in BUILT_FROM | WITHOUT_EFFECT | MUST_BE.keys() | set(APPLIED.get(model.family, ())):
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if value != default:
+                yield f"{name}={_shown(value)}: this release does not know the field; the default is {default!r}"
+
+
+def _sizes(model: HFModel) -> Iterator[str]:
+    config = model.config
+    for name in SIZES:
+        value = getattr(config, name, None)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            yield f"{name}={_shown(value)}: wanted a positive number"
+            return
+    shapes = model.shapes
+    if shapes.num_attention_heads % shapes.num_query_groups:
+        yield (
+            f"num_key_value_heads={shapes.num_query_groups} does not divide "
+            f"num_attention_heads={shapes.num_attention_heads}"
+        )
+    if shapes.head_dim % 2:
+        yield f"head_dim={shapes.head_dim}: rotary embeddings need an even one"
+    pad = config.pad_token_id
+    if isinstance(pad, int) and not -config.vocab_size <= pad < config.vocab_size:
+        yield f"pad_token_id={pad} is beyond the embedding of vocab_size={config.vocab_size} rows"
+    scalar = getattr(config, "query_pre_attn_scalar", 1)
+    if not scalar > 0:
+        yield f"query_pre_attn_scalar={_shown(scalar)}: wanted a positive number"
+    if not config.rms_norm_eps >= 0:
+        yield f"rms_norm_eps={_shown(config.rms_norm_eps)}: wanted 0 or more"
+    if model.final_softcap is not None and not model.final_softcap > 0:
+        yield f"final_logit_softcapping={_shown(model.final_softcap)}: wanted a positive number or null"
+
+
+def _attention(model: HFModel) -> Iterator[str]:
+    kinds = getattr(model.config, "layer_types", None)
+    if model.family in ("llama", "mistral", "gemma"):
+        kinds = None  # not read
+    window = getattr(model.config, "sliding_window", None)
+    if kinds is not None:
+        unknown = sorted({str(kind) for kind in kinds} - set(_LAYER_TYPES))
+        if unknown:
+            yield f"layer_types has {', '.join(unknown)}; wanted {' or '.join(_LAYER_TYPES)}"
+            return
+        if len(kinds) != model.config.num_hidden_layers:
+            yield f"layer_types has {len(kinds)} entries for num_hidden_layers={model.config.num_hidden_layers}"
+            return
+        if "sliding_attention" in kinds and window is None:
+            yield "layer_types names sliding_attention, but sliding_window is off (sliding_window, use_sliding_window)"
+    if any(size is not None and size < 1 for size in model.windows):
+        yield f"sliding_window={window}: wanted a positive number or null"
+
+
+def _activation(model: HFModel) -> Iterator[str]:
+    name = model.activation_name
+    field = "hidden_activation" if hasattr(model.config, "hidden_activation") else "hidden_act"
+    try:
+        function = activation(name)
+    except KeyError:
+        yield f"{field}={_shown(name)}: transformers knows no such activation"
+        return
+    if isinstance(function, torch.nn.Module) and any(True for _ in function.parameters()):
+        yield f"{field}={_shown(name)}: an activation with parameters of its own is not supported"
+
+
+def _rope_kinds(model: HFModel, max_length: int) -> Iterator[str]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = model.config
+    parameters = config.rope_parameters or {}
+    nested = parameters and all(isinstance(value, dict) for value in parameters.values())
+    for rope in parameters.values() if nested else [parameters]:
+        kind = rope.get("rope_type", "default")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            yield f"rope_parameters: rope_type={_shown(kind)} is not one that transformers computes"
+        # These two depend on the length of what is in the batch: beyond the limit packed rows would change each other.
+        limit = {
+            "dynamic": config.max_position_embeddings,
+            "longrope": rope.get("original_max_position_embeddings", config.max_position_embeddings),
+        }.get(kind)
+        if limit is not None and max_length > limit:
+            yield (
+                f"rope_parameters: rope_type={kind!r} depends on the batch beyond {limit} tokens; set "
+                f"policy.max_total_sequence_length={max_length} to {limit} or less"
+            )
+
+
+def _rotary(model: HFModel, megatron: bool) -> Iterator[str]:
+    half = model.shapes.head_dim // 2
+    for frequencies, _ in model.rotary.values():
+        if frequencies.numel() != half:
+            yield (
+                f"rope_parameters: rotary embeddings of {2 * frequencies.numel()} of {2 * half} features "
+                "(partial_rotary_factor) are not supported for this family"
+            )
+        elif not bool(torch.isfinite(frequencies).all()):
+            yield f"rope_parameters={_shown(model.config.rope_parameters)} gives frequencies that are not finite"
+    factors = {kind: factor for kind, (_, factor) in model.rotary.items()}
+    if not all(math.isfinite(factor) for factor in factors.values()):
+        yield f"rope_parameters={_shown(model.config.rope_parameters)} gives an attention factor that is not finite"
+    elif megatron and len(set(factors.values())) > 1:
+        shown = ", ".join(f"{kind}: {factor:.4g}" for kind, factor in sorted(factors.items()))
+        yield (
+            f"rope_parameters: layer types with different attention factors ({shown}) are not supported by the "
+            "Megatron backend; set policy.megatron_cfg.enabled=false"
+        )
+
+
+def _notices(model: HFModel) -> Iterator[str]:
+    config = model.config
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if dropout:
+        yield f"config.json: attention_dropout={dropout} is not applied; the base trains without dropout"
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        ids = value if isinstance(value, list) else [value]
+        beyond = [number for number in ids if isinstance(number, int) and not 0 <= number < config.vocab_size]
+        if beyond:
+            yield f"config.json: {name}={_shown(value)} is beyond the embedding (vocab_size={config.vocab_size})"
+    unknown = [f"{name}={_shown(value)}" for name, value in sorted(_unknown_fields(model).items())]
+    if unknown:
+        yield (
+            f"config.json has fields that {type(config).__name__} does not have; transformers ignores them, and so "
+            f"does this run: {', '.join(unknown)}"
+        )
+
+
+def _unknown_fields(model: HFModel) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    known = {field.name for field in dataclasses.fields(model.config)}
+    known |= LEGACY | MUST_BE.keys() | GenerationConfig().to_dict().keys()
+    return {
+        name: value
+        for name, value in model.content.items()
+        if name not in known and not name.startswith("_") and value not in (None, False, 0, "", [], {})
+    }
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,194 @@
+"""A Hugging Face model as its config describes it, without weights. Code that lies in the folder is never run."""
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import ModelShapes
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+# Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
+_WINDOW_EVERYWHERE = ("mistral",)
+_WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+_SOFTCAPPED = ("gemma2", "gemma3_text")
+_ACTIVATION_FIELDS = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """source: the folder or hub name. content: config.json as it is written. config: transformers' object of it."""
+
+    source: str
+    content: Mapping[str, Any]
+    config: Any
+
+    @property
+    def family(self) -> str:
+        return self.config.model_type
+
+    @cached_property
+    def shapes(self) -> ModelShapes:
+        """Raises UserError for a family whose linears are not known here."""
+        return ModelShapes.from_hf_config(self.config.to_dict())
+
+    @cached_property
+    def empty(self) -> Any:
+        """transformers' own model, parameters on the meta device. Raises UserError where it cannot be built."""
+        return build_empty(self, attn_implementation="eager")
+
+    @property
+    def activation_name(self) -> str:
+        return getattr(self.config, _ACTIVATION_FIELDS.get(self.family, "hidden_act"))
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How many tokens back, itself included, a token of each layer sees; None for all."""
+        layers, window = self.config.num_hidden_layers, getattr(self.config, "sliding_window", None)
+        if self.family in _WINDOW_EVERYWHERE:
+            return [window] * layers
+        if self.family in _WINDOW_BY_LAYER:
+            return [window if kind == "sliding_attention" else None for kind in self.config.layer_types]
+        return [None] * layers
+
+    @property
+    def final_softcap(self) -> float | None:
+        """c, where logits x become c tanh(x / c) (Gemma 2)."""
+        return self.config.final_logit_softcapping if self.family in _SOFTCAPPED else None
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention scores are multiplied by, but for a factor on rotary embeddings."""
+        if self.family in _SOFTCAPPED:
+            return self.config.query_pre_attn_scalar**-0.5
+        return self.shapes.head_dim**-0.5
+
+    @cached_property
+    def rotary(self) -> dict[str, tuple[Tensor, float]]:
+        """Layer type ("" where all layers have the same) -> (rotary frequencies [head_dim / 2] fp32, the factor on
+        cosine and sine), as transformers computes them."""
+        module = self.empty.model.rotary_emb
+        result = {}
+        for name, buffer in module.named_buffers():
+            if name.endswith("inv_freq") and "original" not in name:
+                kind = name.removesuffix("inv_freq").rstrip("_")
+                factor = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling")
+                result[kind] = (buffer, float(factor))
+        return result
+
+
+def read_hf_model(source: str | Path, what: str | None = None) -> HFModel:
+    """The model of a local folder (`~` stands for the home folder) or of a hub name, of which config.json is fetched.
+
+    what: how messages name it. Raises UserError where there is no config that transformers takes.
+    """
+    from transformers import CONFIG_MAPPING, PreTrainedConfig  # slow to import
+
+    what = what or f"the model {source}"
+    place = _check_place(str(source), what)
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(place)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{what} is no folder or hub model that loads (config.json): {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} is no folder or hub model that loads: config.json is no JSON object")
+    content.pop("_commit_hash", None)
+    family: Any = content.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        named = "has no model_type" if family is None else f"names model_type={family!r}, which transformers lacks"
+        custom = "; it comes with code of its own (auto_map), which is never run" if "auto_map" in content else ""
+        raise UserError(
+            f"{what} is no folder or hub model that loads: its config.json {named}{custom}; use a Llama, Mistral, "
+            "Qwen2, Qwen3 or Gemma 3 model"
+        )
+    # A known family needs no code from the folder.
+    plain = {key: copy.deepcopy(value) for key, value in content.items() if key != "auto_map"}
+    try:
+        with _quiet():
+            config = CONFIG_MAPPING[family].from_dict(plain)
+    except Exception as error:  # a field of the user's may raise anything in transformers' own code
+        sizes = ", ".join(f"{name}={plain[name]!r}" for name in SIZES if name in plain)
+        raise UserError(
+            f"{what}: transformers does not take its config.json: {one_line(error)} (its sizes: {sizes or 'none'})"
+        ) from error
+    return HFModel(place, content, config)
+
+
+def build_empty(model: HFModel, **options: Any) -> Any:
+    """transformers' model with parameters on the meta device and real buffers (rotary frequencies are in no
+    checkpoint). options: of `AutoModelForCausalLM.from_config`. Raises UserError where it cannot be built."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    # What a forward returns is the caller's business, not the folder's.
+    config.return_dict, config.output_hidden_states, config._output_attentions = True, False, False
+    try:
+        with init_empty_weights(include_buffers=False), _quiet():
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    except Exception as error:  # as above
+        raise UserError(
+            f"{model.source}: transformers cannot build the model that config.json describes "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+    if config.tie_word_embeddings:
+        empty.lm_head.weight = empty.model.embed_tokens.weight
+    return empty
+
+
+def activation(name: str) -> Any:
+    """transformers' activation function of that name. Raises KeyError where there is none."""
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def _check_place(source: str, what: str) -> str:
+    """The folder with `~` resolved, or the hub name."""
+    source = os.path.expanduser(source)
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{what}: the folder has no config.json; give a Hugging Face folder")
+    elif folder.is_file():
+        raise UserError(f"{what} is a file; give the folder that holds config.json")
+    elif folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UserError(f"{what}: there is no such folder; check the path")
+    return source
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns of what the gate answers for."""
+    from transformers.utils import logging as hf_logging
+
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -1,0 +1,106 @@
+"""The tensors of a model folder against those that its config asks for: names, shapes and dtypes, from the headers of
+the files alone."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_lora.conversion.hf_model import HFModel, read_hf_model
+from megatron_lora.conversion.merge import FLOATS
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.errors import UserError
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Follows from the config; old Llama checkpoints carry it.
+DERIVED = "rotary_emb.inv_freq"
+NAMED = 4
+
+
+def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder:
+    """The weights of a folder, complete and of this model. Raises UserError that names what is missing, too much, of
+    another shape, or not a floating-point number."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds adapter_config.json beside the model, and transformers would load that adapter's base "
+            "instead; move the adapter to a folder of its own"
+        )
+    quantized = model.content.get("quantization_config") or model.content.get("compression_config")
+    if quantized:
+        raise UserError(
+            f"{folder}/config.json has quantization_config={quantized!r}; quantized weights are not read: give the "
+            "model in bfloat16 or float32"
+        )
+    weights = SafetensorsFolder(folder)
+    problems = list(_problems(expected_tensors(model), weights, model.shapes.tied_embeddings))
+    if problems:
+        raise UserError(
+            f"{folder} does not hold the tensors of the model that its config describes: {'; '.join(problems)}; is it "
+            "complete, and of this model?"
+        )
+    return weights
+
+
+def open_model(source: str | Path, folder: Path) -> tuple[HFModel, SafetensorsFolder]:
+    """Config and weights of a local folder. source: how the user named it."""
+    model = read_hf_model(folder, f"the model {source}")
+    return model, open_weights(model, folder)
+
+
+def expected_tensors(model: HFModel) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of every parameter; a tied head is not repeated."""
+    found = {name: tuple(value.shape) for name, value in model.empty.named_parameters(remove_duplicate=False)}
+    if model.shapes.tied_embeddings:
+        del found[HEAD]
+    return found
+
+
+def is_derived(name: str) -> bool:
+    return name.endswith(DERIVED)
+
+
+def _problems(expected: Mapping[str, tuple[int, ...]], weights: SafetensorsFolder, tied: bool) -> Iterator[str]:
+    stored = {name: entry for name, entry in weights.entries.items() if not is_derived(name)}
+    missing = [name for name in expected if name not in stored]
+    extra = sorted(stored.keys() - expected.keys())
+    if tied and HEAD in extra and EMBEDDING in stored:
+        extra.remove(HEAD)
+        if not _same(weights, HEAD, EMBEDDING):
+            yield f"config.json ties {HEAD} to {EMBEDDING}, but they differ (set tie_word_embeddings to false)"
+    if missing:
+        yield f"missing {_some([_with_relative(name, extra) for name in missing])}"
+    if extra:
+        yield f"unexpected {_some(extra)}"
+    shapes = [
+        f"{name} is {_shown(stored[name].shape)}, wanted {_shown(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if shapes:
+        yield f"of another shape: {_some(shapes)}"
+    dtypes = [
+        f"{name} is {str(entry.dtype).removeprefix('torch.')}"
+        for name, entry in stored.items()
+        if entry.dtype not in FLOATS
+    ]
+    if dtypes:
+        yield f"not stored as floating-point numbers (quantized?): {_some(dtypes)}"
+
+
+def _with_relative(name: str, extra: list[str]) -> str:
+    """`name`, and the stored name that differs from it by a prefix."""
+    relative = next((other for other in extra if other.endswith(f".{name}") or name.endswith(f".{other}")), None)
+    return name if relative is None else f"{name} (there is {relative}: another prefix)"
+
+
+def _same(weights: SafetensorsFolder, one: str, other: str) -> bool:
+    first, second = weights.entries[one], weights.entries[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return tensor_bytes(weights.read(one)) == tensor_bytes(weights.read(other))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

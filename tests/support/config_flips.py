@@ -1,0 +1,151 @@
+"""Every field of a family's transformers config, at plausible values that are not its default."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+BASE: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "num_hidden_layers": 6},
+}
+# In the rows of the tests every token sees more than a window.
+WINDOWED = {"use_sliding_window": True, "sliding_window": 6}
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 500.0},
+    {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+    {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1000.0},
+    {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1000.0, "original_max_position_embeddings": 16},
+    {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "rope_theta": 1000.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    {
+        "rope_type": "longrope",
+        "rope_theta": 1000.0,
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 3.0, 4.0, 6.0],
+        "original_max_position_embeddings": 64,
+        "factor": 2.0,
+    },
+    {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+    {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0, "partial_rotary_factor": 0.5},
+]
+VALUES: dict[str, list[Any]] = {
+    "hidden_size": [48],
+    "intermediate_size": [40],
+    "num_hidden_layers": [3],
+    "num_attention_heads": [2, 3],
+    "num_key_value_heads": [1, 4, 3],
+    "head_dim": [16, 7],
+    "hidden_act": ["gelu", "relu", "gelu_pytorch_tanh", "quick_gelu", "relu2", "no_such_activation"],
+    "hidden_activation": ["gelu", "silu", "relu"],
+    "pad_token_id": [5, 500, -1],
+    "eos_token_id": [[1, 3], 500],
+    "bos_token_id": [500],
+    "query_pre_attn_scalar": [32],
+    "final_logit_softcapping": [2.0],
+    "attn_logit_softcapping": [2.0],
+    "attention_dropout": [0.25],
+    "initializer_range": [0.5],
+    "rms_norm_eps": [0.05],
+    "max_position_embeddings": [64],
+    "dtype": ["bfloat16"],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "label2id": [{"a": 0, "b": 1}],
+    "problem_type": ["regression"],
+    "architectures": [["LlamaModel"], None],
+    "transformers_version": ["4.0.0"],
+    "sliding_window": [6, None],
+    "chunk_size_feed_forward": [4],
+    "max_window_layers": [1],
+}
+# Fields that no class of these families declares: older names, other families' fields, what transformers looks for.
+EXTRAS: list[dict[str, Any]] = [
+    {"is_causal": False},
+    {"head_dim": 16},
+    {"attention_bias": True},
+    {"mlp_bias": True},
+    {"final_logit_softcapping": 2.0},
+    {"sliding_window": 6},
+    {"logit_scale": 0.5},
+    {"embedding_multiplier": 3.0},
+    {"layer_types": ["sliding_attention", "full_attention"]},
+    {"rope_theta": 700.0},
+    {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 700.0},
+    {"partial_rotary_factor": 0.5},
+    {"original_max_position_embeddings": 32},
+    {"torch_dtype": "bfloat16"},
+    {"num_labels": 5},
+    {"output_attentions": True},
+    {"temperature": 0.5},
+    {"qk_norm": True},
+    {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}},
+]
+
+
+def flips(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what is changed, the fields to set over `SIZES` and `BASE`), for every field of the family's class."""
+    declared = {field.name: field for field in dataclasses.fields(CONFIG_MAPPING[family])}
+    for name, field in declared.items():
+        for number, changes in enumerate(_changes(family, name, field, declared)):
+            yield f"{name}-{number}", changes
+    for extra in EXTRAS:
+        if not extra.keys() & declared.keys():
+            yield "extra-" + "-".join(extra), extra
+
+
+def _changes(family: str, name: str, field: Any, declared: dict[str, Any]) -> list[dict[str, Any]]:
+    windowed = WINDOWED if "use_sliding_window" in declared else {}
+    if name == "rope_parameters":
+        return [{name: _rope(family, rope)} for rope in ROPES]
+    if name == "layer_types":
+        layers = BASE[family].get("num_hidden_layers", SIZES["num_hidden_layers"])
+        mixed = [["sliding_attention", "full_attention"][index % 2] for index in range(layers)]
+        return [
+            windowed | {name: mixed},
+            windowed | {name: ["sliding_attention"] * layers},
+            {name: ["full_attention"] * layers},
+            {name: mixed} | ({"sliding_window": None} if not windowed else {}),
+            {name: ["chunked_attention"] * layers},
+        ]
+    if name in ("use_sliding_window", "max_window_layers"):
+        return [WINDOWED | {"max_window_layers": number} for number in (0, 1)]
+    if name in VALUES:
+        return [{name: value} for value in VALUES[name]]
+    if isinstance(field.default, bool) or field.default is None:
+        return [{name: not field.default}]
+    return [{name: field.default * 2 if isinstance(field.default, float) else field.default + 1}]
+
+
+def _rope(family: str, rope: dict[str, Any]) -> dict[str, Any]:
+    if family != "gemma3_text":
+        return rope
+    return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}
+
+
+def config_content(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """config.json's content."""
+    return {"model_type": family} | SIZES | BASE[family] | changes
