@@ -108,12 +108,12 @@ def compute_logits(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.
 
 def check(base_dir: Path, adapter_dir: Path, merged_dir: Path) -> Checks:
     """Load what was exported with transformers and peft, compare the two, and ask the held-out questions."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_dir, trust_remote_code=False)
     rows = arithmetic_rows("validation")[:NUM_QUESTIONS]
     prompts = [row["prompt"] for row in rows[:NUM_CHECKED_PROMPTS]]
 
     def load(folder: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
     base, merged = load(base_dir), load(merged_dir)
     base_logits, merged_logits = (compute_logits(model, tokenizer, prompts) for model in (base, merged))

@@ -71,10 +71,12 @@ def _fetch(folder: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     tokenizer.clean_up_tokenization_spaces = False  # of word-piece tokenizers; it would cut spaces out of answers
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model.config.eos_token_id = model.config.pad_token_id = end
     vars(model.config).pop("_model_name_or_path", None)  # the file's own title, no field of a Llama model

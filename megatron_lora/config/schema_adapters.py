@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_lora.config.schema_base import Fraction, PositiveFloat, PositiveInt, Section
+from megatron_lora.config.schema_base import Fraction, Place, PositiveFloat, PositiveInt, Section
 
 DTYPES = ("float32", "bfloat16", "float16")
 InitMethod = Literal["xavier", "uniform", "normal", "zero"]
@@ -52,7 +52,7 @@ class _Adapter(Section):
     dropout_position: DropoutPosition = Field(
         default="post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."
     )
-    init_adapter: str | None = Field(default=None, description="HF PEFT adapter folder to start from.")
+    init_adapter: Place | None = Field(default=None, description="HF PEFT adapter folder to start from.")
 
     @model_validator(mode="after")
     def _targets_or_exclusions(self) -> Self:

@@ -1,8 +1,9 @@
 """What every section of the recipe's schema is built from: the base class and the number types."""
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -35,6 +36,8 @@ def numbers_from_text(value: Any) -> Any:
     return number_from_text(value)
 
 
+# A path, or a name where one may stand in its place; `~` at its beginning is the home folder.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 Int = Annotated[int, BeforeValidator(_integral)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]

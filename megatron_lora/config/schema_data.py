@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from megatron_lora.config.schema_base import Fraction, Int, PositiveInt, Section
+from megatron_lora.config.schema_base import Fraction, Int, Place, PositiveInt, Section
 
 
 class DatasetConfig(Section):
@@ -13,7 +13,7 @@ class DatasetConfig(Section):
     dataset_name: str | None = Field(
         default=None, description="Hub name, or a built-in: `gsm8k`, `arithmetic`. Ignored where `data_path` is set."
     )
-    data_path: str | None = Field(
+    data_path: Place | None = Field(
         default=None, description="File of rows: JSON lines or array (.gz, .zst), parquet, Arrow, CSV; or a folder."
     )
     subset: str | None = Field(default=None, description="Configuration of a hub data set.")
@@ -29,10 +29,10 @@ class DatasetConfig(Section):
     form: str | None = Field(
         default=None, description="The rows' form, where a row has the columns of two: a name of docs/data.md's table."
     )
-    prompt_file: str | None = Field(
+    prompt_file: Place | None = Field(
         default=None, description="File with a text around each prompt, which stands at `{}`."
     )
-    system_prompt_file: str | None = Field(default=None, description="File with a system message for every row.")
+    system_prompt_file: Place | None = Field(default=None, description="File with a system message for every row.")
     split_validation_size: Fraction = Field(
         default=0.0, description="Part of the training rows held out where `data.validation` is null."
     )

@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_lora.config.schema_base import KeywordArguments, NonNegativeFloat, PositiveInt, Section
+from megatron_lora.config.schema_base import KeywordArguments, NonNegativeFloat, Place, PositiveInt, Section
 from megatron_lora.config.schema_dtensor import (
     DTensorConfig,
     TorchOptimizerConfig,
@@ -18,7 +18,7 @@ from megatron_lora.config.schema_megatron import MegatronConfig
 class TokenizerConfig(Section):
     """`policy.tokenizer`."""
 
-    name: str | None = Field(default=None, description="Hub name or local folder; null: `policy.model_name`.")
+    name: Place | None = Field(default=None, description="Hub name or local folder; null: `policy.model_name`.")
     chat_template: str | None = Field(
         default=None, description="A Jinja template or a path to one; null or `default`: the tokenizer's own."
     )
@@ -52,7 +52,7 @@ class SequencePackingConfig(DynamicBatchingConfig):
 class PolicyConfig(Section):
     """`policy`."""
 
-    model_name: str = Field(description="Hub name or local Hugging Face folder of the base model.")
+    model_name: Place = Field(description="Hub name or local Hugging Face folder of the base model.")
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of the model's weights.")
     train_global_batch_size: PositiveInt = Field(

@@ -4,14 +4,14 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from megatron_lora.config.schema_base import NonNegativeInt, PositiveInt, Section
+from megatron_lora.config.schema_base import NonNegativeInt, Place, PositiveInt, Section
 
 
 class CheckpointingConfig(Section):
     """`checkpointing`."""
 
     enabled: bool = Field(default=True, description="Write `step_N/` folders.")
-    checkpoint_dir: str = Field(default="results", description="Folder of the run.")
+    checkpoint_dir: Place = Field(default="results", description="Folder of the run.")
     resume: bool = Field(
         default=True, description="Go on from the latest complete step; off: refuse a folder that has a run."
     )
@@ -57,7 +57,7 @@ class WandbConfig(Section):
 class TensorboardConfig(Section):
     """`logger.tensorboard`."""
 
-    log_dir: str | None = Field(
+    log_dir: Place | None = Field(
         default=None, description="Folder of event files, below `logger.log_dir`; null: `tensorboard`."
     )
 
@@ -65,7 +65,7 @@ class TensorboardConfig(Section):
 class LoggerConfig(Section):
     """`logger`. metrics.jsonl is always written."""
 
-    log_dir: str = Field(default="logs", description="Folder of W&B's and TensorBoard's files.")
+    log_dir: Place = Field(default="logs", description="Folder of W&B's and TensorBoard's files.")
     wandb_enabled: bool = Field(default=False, description="Log to Weights & Biases.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     tensorboard_enabled: bool = Field(default=False, description="Write TensorBoard event files.")

@@ -30,7 +30,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     from transformers import AutoTokenizer  # imports torch
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -53,7 +53,7 @@ def _read_template(chat_template: str) -> str:
     if not chat_template.endswith(".jinja"):
         return chat_template
     try:
-        return Path(chat_template).read_text()
+        return Path(chat_template).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"policy.tokenizer.chat_template={chat_template}: the file cannot be read ({error})") from error
 

@@ -19,7 +19,9 @@ def build(task: Task, *, lora: bool, fp32_adapter: bool = True) -> tuple[Callabl
     from transformers import AutoModelForCausalLM
 
     device = torch.device(task.device)
-    model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=task.dtype, attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        task.model, dtype=task.dtype, attn_implementation="sdpa", trust_remote_code=False
+    )
     model = model.to(device)
     model.config.use_cache = False
     if lora:

@@ -124,7 +124,7 @@ def save_random_model(shape: Shape, folder: Path, device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     temporary = folder.with_name(folder.name + ".part")
     model.save_pretrained(temporary)
     temporary.rename(folder)
