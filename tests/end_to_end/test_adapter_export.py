@@ -252,6 +252,8 @@ def test_nan_in_the_adapter_is_refused(ready, tmp_path):
 
 MEASURE = """
 import json, sys, time
+import accelerate
+from transformers import LlamaForCausalLM
 from megatron_lora.conversion import export
 def kib(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
