@@ -94,6 +94,13 @@ DPO_FORMS = (
         chosen="chosen",
         rejected="rejected",
     ),
+    Form(
+        "messages-preferred",
+        "OpenAI, whose `input` object is opened",
+        conversation="messages",
+        chosen="preferred_output",
+        rejected="non_preferred_output",
+    ),
     Form("context-completions", "NeMo RL", conversation="context", rank="completions", final_only=True),
     Form("chosen-rejected", "TRL, implicit prompt", chosen="chosen", rejected="rejected", plain=True),
 )

@@ -1,5 +1,6 @@
 """Rows become examples: a row's form says where prompt and answer stand."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class RowReader:
 
     def read_preference(self, row: Any) -> tuple[Example, Example]:
         """One preference row: the chosen and the rejected example. Raises RowError."""
-        fields = Fields(row)
+        fields = Fields(_opened(row))
         form = choose_form(fields, self.keys, "dpo")
         if row_switches(fields, None) is False:
             raise RowError("the row's own weight is 0, but every pair counts in DPO; take the row out of the file")
@@ -233,6 +234,17 @@ class RowReader:
 
     def _name_unread(self, fields: Fields) -> None:
         self.notes += [Note(Kind.COLUMN, name) for name in fields.unread()]
+
+
+def _opened(row: Any) -> Any:
+    """OpenAI's preference rows have messages and tools in an object under `input`: its fields become the row's own."""
+    given = row.get("input") if isinstance(row, Mapping) else None
+    if not isinstance(given, Mapping) or "messages" not in given:
+        return row
+    rest = {name: value for name, value in row.items() if name != "input"}
+    if twice := sorted(name for name in given if rest.get(name) is not None):
+        raise RowError(f"the row has {twice} both inside 'input' and beside it; keep one")
+    return {**rest, **given}
 
 
 def _as_turns(value: Any, name: str) -> Turns:

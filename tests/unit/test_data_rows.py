@@ -165,6 +165,11 @@ WHOLE = {"chosen": [user("What?"), assistant("fox")], "rejected": [user("What?")
             "rejected": {"from": "gpt", "value": "dog"},
         },
         {
+            "input": {"messages": [user("What?")], "tools": [], "parallel_tool_calls": None},
+            "preferred_output": [assistant("fox")],
+            "non_preferred_output": [assistant("dog")],
+        },
+        {
             "context": [user("What?")],
             "completions": [
                 {"rank": 1, "completion": [assistant("dog")]},
