@@ -34,12 +34,15 @@ class RunReporter:
         config: Mapping[str, Any] | None = None,
         resume_step: int = 0,
         title: str = "train",
+        val_period: int = 0,
+        val_at_end: bool = False,
         enabled: bool = True,
         console: Console | None = None,
     ):
         """run_dir: `checkpointing.checkpoint_dir`. total_steps: of the whole run, for the bar. logger: the recipe's
         section (None: no trackers). config: the resolved recipe, shown in W&B. resume_step: the checkpoint's step;
-        records after it are dropped. title: names the bar and the pictures. Writes nothing before `start`."""
+        records after it are dropped. title: names the bar and the pictures. val_period, val_at_end: as in the recipe,
+        for the time that is left. Writes nothing before `start`."""
         self.run_dir = Path(run_dir)
         self.enabled = enabled
         self._title = title
@@ -48,7 +51,9 @@ class RunReporter:
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
         if enabled:
-            self._console = RunConsole(title, total_steps, resume_step, console)
+            self._console = RunConsole(
+                title, total_steps, resume_step, console, val_period=val_period, val_at_end=val_at_end
+            )
 
     def start(self) -> None:
         """Open metrics.jsonl and the trackers, when nothing can fail on a user's mistake any more. Raises UserError
@@ -58,7 +63,6 @@ class RunReporter:
         self._file = MetricsFile(self.run_dir / METRICS_NAME, self._resume_step)
         if self._logger is not None:
             self._trackers = build_trackers(self._logger, self.run_dir, self._config, self._resume_step)
-        self._console.start_clock()
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics under the contract's names. kind "train" moves the bar to `step`; any other kind

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, ConsoleDimensions
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from megatron_lora.reporting.time_left import TimeLeft
 from megatron_lora.runtime.terminal import terminal_output
 
 PLAIN_WIDTH = 120  # of tables where no terminal tells its width
@@ -57,14 +57,24 @@ def describe(metrics: Mapping[str, Any], names: Sequence[str] = tuple(_FORMATS))
 class RunConsole:
     """A run's terminal output. The bar stays at the bottom, everything else scrolls above it."""
 
-    def __init__(self, title: str, total_steps: int, first_step: int = 0, console: Console | None = None):
-        """first_step: the number of steps that were done before this start (a resumed run)."""
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+        *,
+        val_period: int = 0,
+        val_at_end: bool = False,
+    ):
+        """first_step: the number of steps that were done before this start (a resumed run). val_period, val_at_end: as
+        in the recipe, for the time that is left."""
         self.console = console or build_console()
         self.title = title
         self.total_steps = total_steps
         self.first_step = first_step
-        self._started = time.monotonic()
-        self._last_line = 0.0
+        self._time_left = TimeLeft(total_steps, val_period, val_at_end)
+        self._last_step, self._last_line = time.monotonic(), 0.0
         self._live: Progress | None = None
         if self.console.is_terminal:
             fixed = Column(no_wrap=True)  # only the bar gives way in a narrow terminal
@@ -73,32 +83,34 @@ class RunConsole:
                 BarColumn(None, complete_style="cyan", finished_style="green", table_column=Column(ratio=1)),
                 MofNCompleteColumn(table_column=fixed.copy()),
                 _MetricsColumn(table_column=fixed.copy()),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=fixed.copy()),
+                _TimeLeftColumn(table_column=fixed.copy()),
                 console=self.console,
                 expand=True,
                 refresh_per_second=4,
             )
-            self._main = self._live.add_task(title, total=total_steps, completed=first_step, metrics="")
+            self._main = self._live.add_task(title, total=total_steps, completed=first_step, metrics="", left="")
             self._live.start()
-
-    def start_clock(self) -> None:
-        """The first step begins: loading does not count towards the estimate of the time left."""
-        self._started = time.monotonic()
 
     def train_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Move the bar to `step`; without a terminal a line for the first and last step and every five seconds."""
-        if self._live is not None:
-            self._live.update(self._main, completed=step, metrics=describe(metrics, _IN_BAR))
-            return
         now = time.monotonic()
+        seconds = metrics.get("step_time_seconds")
+        self._time_left.step_took(seconds if isinstance(seconds, int | float) else now - self._last_step)
+        self._last_step = now
+        left = self._time_left.describe(step)
+        if self._live is not None:
+            self._live.update(self._main, completed=step, metrics=describe(metrics, _IN_BAR), left=left)
+            return
         is_edge = step == self.first_step + 1 or step >= self.total_steps
         if is_edge or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             width = len(str(self.total_steps))
-            self.print(f"{self.title} {step:>{width}}/{self.total_steps}  {describe(metrics)}  ETA {self._eta(step)}")
+            self.print(f"{self.title} {step:>{width}}/{self.total_steps}  {describe(metrics)}  ETA {left}")
 
     def event(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """A line for a record that is not a training step (validation)."""
+        if isinstance(seconds := metrics.get("step_time_seconds"), int | float):
+            self._time_left.validation_took(seconds)
         self.console.print(Text(f"{kind} at step {step}  ", style="bold magenta") + Text(describe(metrics)))
 
     def print(self, text: str, style: str = "") -> None:
@@ -140,11 +152,6 @@ class RunConsole:
         if live is None and elapsed >= SECONDS_BETWEEN_LINES:
             self.print(f"{title}: {done:,} {unit} in {elapsed:.1f} s")
 
-    def _eta(self, step: int) -> str:
-        done = step - self.first_step
-        seconds = (time.monotonic() - self._started) / max(1, done) * max(0, self.total_steps - step)
-        return str(timedelta(seconds=round(seconds)))
-
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
@@ -156,6 +163,19 @@ class _MetricsColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("metrics", ""), style="cyan", no_wrap=True)
+
+
+class _TimeLeftColumn(ProgressColumn):
+    """The run's time left; of a bar inside a step what rich makes of its speed."""
+
+    def __init__(self, table_column: Column):
+        super().__init__(table_column)
+        self._inner = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+
+    def render(self, task: Task) -> Text:
+        if "left" in task.fields:
+            return Text(task.fields["left"], style="progress.remaining")
+        return self._inner.render(task)
 
 
 def _cell(value: Any) -> str:

@@ -60,6 +60,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     world = build_world(recipe)
     loader, validation = build_loaders(prepared)
     total_steps = count_steps(recipe, len(loader))
+    options = getattr(recipe, recipe.algorithm)
     reporter = RunReporter(
         folder.path,
         total_steps,
@@ -67,6 +68,8 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         config=to_dict(recipe),
         resume_step=found.number if found else 0,
         title=recipe.algorithm,
+        val_period=options.val_period if validation is not None else 0,
+        val_at_end=options.val_at_end and validation is not None,
         enabled=world.is_main,
     )
     with reporter:

@@ -18,6 +18,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
 from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_curve, smooth
+from megatron_lora.reporting.time_left import RECENT_STEPS, TimeLeft
 
 STEP = {"loss": 0.1 + 0.2, "grad_norm": 1 / 3, "lr": 1e-4, "num_target_tokens": 96, "step_time_seconds": 0.25}
 
@@ -167,6 +168,31 @@ def test_without_a_terminal_lines_are_few_and_whole(tmp_path: Path):
     assert "validation at step 500  loss 0.1250" in lines
     assert any("[bold]linear_qkv" in line and "16" in line for line in lines)  # taken literally, not as markup
     assert "\x1b" not in output.getvalue()
+
+
+def test_the_time_left_is_that_of_recent_steps_and_of_validations_to_come(tmp_path: Path):
+    """The first step starts engines up; a validation at the start is no part of a step."""
+    console, output = plain_console()
+    with RunReporter(tmp_path, 100, title="SFT", val_period=40, val_at_end=True, console=console) as reporter:
+        reporter.start()
+        reporter.log("validation", 0, {"loss": 1.0, "step_time_seconds": 30.0})
+        for step, seconds in [(1, 300.0), (2, 2.0), *((step, 4.0) for step in range(3, 101))]:
+            reporter.log("train", step, {**STEP, "step_time_seconds": seconds})
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("SFT ")]
+    assert lines[0].endswith("ETA -:--:--")
+    assert lines[-1].endswith("ETA 0:00:30")
+    left = TimeLeft(100, val_period=40)
+    for seconds in (300.0, 2.0, 4.0):
+        left.step_took(seconds)
+    left.validation_took(30.0)
+    assert left.after(3) == 97 * 3.0 + 2 * 30
+    # The first step does not count; validations are due after steps 40 and 80.
+    assert left.after(40) == 60 * 3.0 + 2 * 30  # the one that is due now is still to come
+    assert left.after(41) == 59 * 3.0 + 30
+    for _ in range(RECENT_STEPS):
+        left.step_took(1.0)
+    assert left.describe(99) == "0:00:01"
+    assert TimeLeft(5).describe(0) == "-:--:--"
 
 
 def test_in_a_terminal_the_bar_shows_loss_speed_and_time(tmp_path: Path):
