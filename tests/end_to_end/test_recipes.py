@@ -75,6 +75,7 @@ def stand_ins(recipe: Path, room: Path) -> list[str]:
         f"policy.tokenizer.name={room / 'base'}",
         "policy.precision=float32",
         *SMALL[algorithm],
+        "policy.megatron_cfg.peft.init_adapter=null",
         *(f"policy.megatron_cfg.{key}={value}" for key, value in layout.items()),
         *small_data(content.get("data", {}).get("train", {}).get("dataset_name"), algorithm, room),
     ]
