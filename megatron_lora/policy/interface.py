@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_lora.data.batch import Row
@@ -94,6 +95,15 @@ class Policy(ABC):
     @abstractmethod
     def adapter(self) -> AdapterTensors:
         """The whole adapter under HF names, gathered over TP and PP; on every rank."""
+
+    @abstractmethod
+    def adapter_checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        """PEFT name -> checksum (`policy.checksums`) of A, and of scale * B, rounded to `dtype`, as an engine that
+        serves the adapter is to hold them; on every rank. Taken from the factors that the model computes with:
+        `adapter()`, which gathers and renames them, has no part in it and can be checked against this.
+
+        Raises DifferentCopies where ranks differ in what they hold together.
+        """
 
     @abstractmethod
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:

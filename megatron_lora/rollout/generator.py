@@ -98,14 +98,14 @@ class Generator(ABC):
     """Draws answers. Every method is collective: all ranks call it in the same order with the same arguments.
 
     num_replicas: engines that answer different prompts at once. block_size: tokens in a block of the KV cache.
-    logprob_tolerance: how far its log-probabilities (nats) may be from the trainer's, for its arithmetic.
+    dtype: that it computes in, and holds an adapter's factors in.
     version: of the weights it holds, as given with them; -1 before the first refit.
     on_answers: told of each few answers that are done, for a progress bar; another replica's are guessed from its own.
     """
 
     num_replicas: int = 1
     block_size: int = 1
-    logprob_tolerance: float = 1e-4
+    dtype: torch.dtype = torch.float32
     version: int = -1
     on_answers: Callable[[int], None] = staticmethod(_say_nothing)
 
@@ -141,13 +141,6 @@ class Generator(ABC):
         """num_samples answers to each prompt (token ids), sorted by prompt; all of them on every rank.
 
         Raises UserError for a prompt that leaves no room for an answer, RolloutError where the engine fails.
-        """
-
-    @abstractmethod
-    def score_prompt(self, ids: Sequence[int]) -> Tensor:
-        """Each token's log-probability given those before it: [S] fp32 CPU, nats, [0] is 0; temperature 1.
-
-        Each replica scores with its own weights; every rank gets its own replica's numbers.
         """
 
     @abstractmethod

@@ -14,19 +14,18 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_lora.errors import UserError
+from megatron_lora.policy.checksums import checksum, digest
 from megatron_lora.policy.interface import AdapterTensors, Policy
+from megatron_lora.policy.megatron.model import DTYPES
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors, trainer_fingerprint
 from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
-from megatron_lora.rollout.native_answers import Answer, complete, prompt_step
+from megatron_lora.rollout.native_answers import Answer, complete
 from megatron_lora.rollout.native_cache import cached_attention, row_bytes
 from megatron_lora.rollout.native_forward import LaneRunner, generating, num_lanes
 from megatron_lora.rollout.sampling import StopRule, random_stream
-from megatron_lora.rollout.vllm_fingerprint import checksum, digest
 from megatron_lora.runtime.memory import free_memory_bytes
 
-# |trainer - generator| in nats. float32: the same sums in another order. bfloat16: decoding attends with another
-# kernel than training, and logits of size 16 to 32 are rounded to 0.125.
-LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 CPU_ROWS = 32
 # A row's logits while a token is drawn: three copies in fp32, two in fp64.
 LOGIT_BYTES = 3 * 4 + 2 * 8
@@ -56,7 +55,7 @@ class NativeGenerator(Generator):
         self.max_length = policy.config.max_total_sequence_length
         self.group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.num_replicas = self.group.size()
-        self.logprob_tolerance = LOGPROB_TOLERANCE[policy.config.precision]
+        self.dtype = DTYPES[policy.config.precision]
         self._kind = "merge" if policy.spec is None else "adapter"
 
     def start(self) -> None:
@@ -71,18 +70,18 @@ class NativeGenerator(Generator):
     def load_adapter(self, adapter: AdapterTensors, version: int) -> Handover:
         """Nothing is copied, the model is the trainer's; the fingerprint is of the adapter given."""
         self._kind, self.version = "adapter", version
-        return Handover(num_bytes=0, fingerprint=self._fingerprint("adapter", adapter.tensors.items()))
+        factors = scaled_factors(adapter, self.dtype, self.policy.world.device)
+        return Handover(num_bytes=0, fingerprint=factors_fingerprint(factors))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
         """Nothing is copied, the model is the trainer's; the fingerprint is of the weights given."""
         self._kind, self.version = "merge", version
-        return Handover(num_bytes=0, fingerprint=self._fingerprint("merge", weights))
+        return Handover(num_bytes=0, fingerprint=self._merged_fingerprint(weights))
 
     def held_fingerprint(self) -> str:
         if self._kind == "adapter":
-            mine = self._fingerprint("adapter", self.policy.adapter().tensors.items())
-        else:
-            mine = self._fingerprint("merge", self.policy.hf_weights())
+            return trainer_fingerprint(self.policy, self.dtype)
+        mine = self._merged_fingerprint(self.policy.hf_weights())
         everyone: list[Any] = [None] * self.policy.world.size
         dist.all_gather_object(everyone, mine)
         if len(set(everyone)) > 1:
@@ -114,13 +113,6 @@ class NativeGenerator(Generator):
         dist.all_gather_object(everyone, [self._samples(answer, copies) for answer in mine], group=self.group)
         dealt = [everyone[number % self.num_replicas][number // self.num_replicas] for number in range(len(answers))]
         return [sample for samples in dealt for sample in samples]
-
-    def score_prompt(self, ids: Sequence[int]) -> Tensor:
-        tokens = list(ids)
-        with self._runner(1, len(tokens)) as runner:
-            step = prompt_step(runner, tokens)
-            logps = runner.target_logprobs(step, step.tokens.roll(-1))
-        return torch.cat([torch.zeros(1), logps[: len(tokens) - 1].cpu()])
 
     def close(self) -> None:
         """Nothing to end: the model stays the trainer's."""
@@ -179,9 +171,9 @@ class NativeGenerator(Generator):
             for _ in range(copies)
         ]
 
-    def _fingerprint(self, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    def _merged_fingerprint(self, tensors: Iterable[tuple[str, Tensor]]) -> str:
         totals = {}
         for name, tensor in tensors:
             matrix = tensor.detach().to(self.policy.world.device)
             totals[name] = int(checksum(matrix.reshape(-1, matrix.shape[-1])))
-        return digest(kind, totals)
+        return digest("merge", totals)

@@ -1,38 +1,46 @@
 """Bringing the trainer's weights to the rollout engine, and proving after each time that they arrived.
 
-Two proofs, both before any sample is drawn. The fingerprint: checksums of what was handed over against what is read
-back from the engine. The probe: a fixed prompt, longer than a block of the engine's cache, that the engine continues
-and the trainer scores; a skipped refit, a stale cache, wrong names, scales or shards show there as a difference.
+Two proofs, both before any sample is drawn. The fingerprint: checksums of the trainer's own factors, of what was handed
+over and of what is read back from the engine, which must be the same bit for bit; it does not depend on how much the
+weights changed. The probe: the engine continues prompts of the run's data, longer than a block of its cache, and the
+trainer scores what it drew; that the engine computes with what it holds, as the trainer does, shows there, up to
+rounding (`agreement.py`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_lora.data.batch import Row
 from megatron_lora.policy.interface import Policy
+from megatron_lora.rollout.adapter_factors import trainer_fingerprint
+from megatron_lora.rollout.agreement import Agreement, logit_distance
 from megatron_lora.rollout.generator import Generator, Handover, RolloutError, Sample, SamplingOptions
 
 RefitMode = Literal["adapter", "merge"]
-PROBE_CONTINUATION = 8
+# The probe: so many prompts a replica, continued by so many tokens each, from contexts of at most so many tokens.
+PROBE_PROMPTS, PROBE_CONTINUATION, PROBE_LONGEST = 16, 16, 128
+PROBE = SamplingOptions(max_new_tokens=PROBE_CONTINUATION, temperature=1.0, seed=20)
 # `auto` times the generation of this many answers an engine, of this many tokens each.
 TRIAL_ANSWERS, TRIAL_TOKENS = 16, 64
 
 
 @dataclass(frozen=True)
 class RefitReport:
-    """One refit. seconds: handing over, without the proof. bytes: handed to each rank's engine. probe_error: mean
-    |trainer - engine| over the probe's tokens, nats, the worst replica's. proof_seconds: fingerprint and probe."""
+    """One refit. seconds: handing over, without the proof. bytes: handed to each rank's engine. probe_error: how far
+    trainer and engine are apart on the probe, nats, the worst replica's (`agreement.logit_distance`). tolerance: how
+    far they could have been. proof_seconds: fingerprint and probe."""
 
     seconds: float
     bytes: int
     version: int
     probe_error: float
+    tolerance: float
     mode: RefitMode
     proof_seconds: float
     fingerprint: str
@@ -59,14 +67,32 @@ class Trial:
 class Refitter:
     """Refits `generator` from `policy` in one mode, and proves each time that it holds the trainer's weights.
 
-    vocab_size: the model's, for the probe's tokens. max_length: the engine's longest sequence.
+    prompts: token ids of some of the run's prompts, for the probe. max_length: the engine's longest sequence.
     """
 
-    def __init__(self, policy: Policy, generator: Generator, mode: RefitMode, *, vocab_size: int, max_length: int):
+    def __init__(
+        self, policy: Policy, generator: Generator, mode: RefitMode, *, prompts: Sequence[list[int]], max_length: int
+    ):
         self.policy, self.generator = policy, generator
         self.mode: RefitMode = mode
-        self.probe = probe_prompt(vocab_size, generator.block_size, max_length)
+        self.probe = probe_contexts(prompts, generator.block_size, max_length)
+        self.agreement = Agreement(generator.dtype)
         self.reports: list[RefitReport] = []
+
+    def measure_base(self, *, has_adapter: bool) -> float:
+        """The distance between the two while both are the base alone, which no refit can have spoiled: what rounding
+        does in this run. Collective; before the first refit. has_adapter: False: the trainer's weights are the base's.
+
+        Raises RolloutError where they are further apart than rounding can bring them.
+        """
+        with self.policy.adapters_disabled() if has_adapter else nullcontext():
+            distance = self._distance()
+        if not self.agreement.accepts(distance):
+            raise RolloutError(
+                f"before any refit the rollout engine's logits of the base model are {distance:.3e} nats from the "
+                f"trainer's, {self.agreement.describe()}: the two do not compute the same model, so the run stops"
+            )
+        return distance
 
     def refit(self, version: int) -> RefitReport:
         """Hand the trainer's present weights over as `version`. Collective; the engine is awake.
@@ -91,12 +117,15 @@ class Refitter:
                 f"refit {version} ({self.mode}) did not arrive: the trainer handed over {handover.fingerprint}, the "
                 f"rollout engine holds {held}"
             )
-        error = self.check(version)
+        self._check_factors(version, held)
+        tolerance = self.agreement.tolerance
+        error = self._check_probe(version)
         report = RefitReport(
             seconds=seconds,
             bytes=handover.num_bytes,
             version=version,
             probe_error=error,
+            tolerance=tolerance,
             mode=self.mode,
             proof_seconds=_slowest(time.perf_counter() - start),
             fingerprint=held,
@@ -105,7 +134,8 @@ class Refitter:
         return report
 
     def check(self, version: int) -> float:
-        """The probe alone: mean |trainer - engine| in nats. Raises RolloutError where the engine holds other weights.
+        """Whether the engine holds the trainer's present weights and computes with them; the probe's distance in nats.
+        Raises RolloutError where it does not.
 
         Also for the steps between refits: a refit that was left out is found here.
         """
@@ -113,37 +143,61 @@ class Refitter:
             raise RolloutError(
                 f"the rollout engine holds version {self.generator.version} of the weights, the trainer is at {version}"
             )
-        error = self._probe_error()
-        tolerance = self.generator.logprob_tolerance
-        if not error <= tolerance:
+        self._check_factors(version, self.generator.held_fingerprint())
+        return self._check_probe(version)
+
+    def _check_factors(self, version: int, held: str) -> None:
+        """Bit for bit, so that an update too small for the probe counts as any other."""
+        if self.mode == "merge":
+            return  # merged weights are the trainer's own products, rounded on the way
+        trains = trainer_fingerprint(self.policy, self.generator.dtype)
+        if held != trains:
             raise RolloutError(
-                f"after refit {version} ({self.mode}) the rollout engine's log-probabilities of the probe prompt are "
-                f"{error:.3e} nats from the trainer's on average, tolerance {tolerance:.0e}: it does not hold the "
-                "trainer's weights, so the run stops"
+                f"after refit {version} (adapter) the rollout engine holds {held}, but the trainer computes with "
+                f"{trains}: what was handed over are not the trainer's present factors, so the run stops"
             )
-        return error
 
-    def _probe_error(self) -> float:
-        """The worst replica's. The continuation reads the prompt's keys and values from the engine's cache where it
-        has kept any; the prompt's own score does not."""
-        options = SamplingOptions(max_new_tokens=PROBE_CONTINUATION, temperature=0.0)
-        samples = self.generator.generate([self.probe] * self.generator.num_replicas, 1, options)
-        trainer = self.policy.score([_as_row(sample) for sample in samples])
-        prompt_scores = self.generator.score_prompt(self.probe)
-        worst = 0.0
-        for sample, scores in zip(samples, trainer, strict=True):
-            size = len(sample.completion_ids)
-            worst = max(worst, _mean_difference(scores[-size:], sample.logprobs))
-        prompt_length = len(self.probe)
-        prompt_error = _mean_difference(trainer[0][1:prompt_length], prompt_scores[1:prompt_length])
-        return _slowest(max(worst, prompt_error))
+    def _check_probe(self, version: int) -> float:
+        distance, tolerance = self._distance(), self.agreement.describe()
+        if not self.agreement.accepts(distance):
+            raise RolloutError(
+                f"after refit {version} ({self.mode}) the rollout engine's logits are {distance:.3e} nats from the "
+                f"trainer's on answers that it drew, {tolerance}: it does not compute with the trainer's weights, so "
+                "the run stops"
+            )
+        return distance
+
+    def _distance(self) -> float:
+        """The worst replica's. Each continues the same contexts, and reads their keys and values from its cache where
+        it has kept any."""
+        replicas = self.generator.num_replicas
+        samples = self.generator.generate([ids for ids in self.probe for _ in range(replicas)], 1, PROBE)
+        scores = self.policy.score([_as_row(sample) for sample in samples])
+        engine: list[list[torch.Tensor]] = [[] for _ in range(replicas)]
+        trainer: list[list[torch.Tensor]] = [[] for _ in range(replicas)]
+        for sample, score in zip(samples, scores, strict=True):
+            replica = sample.prompt_index % replicas
+            engine[replica].append(sample.logprobs)
+            trainer[replica].append(score[-len(sample.completion_ids) :])
+        pairs = zip(engine, trainer, strict=True)
+        return _slowest(max(logit_distance(torch.cat(left), torch.cat(right)) for left, right in pairs))
 
 
-def probe_prompt(vocab_size: int, block_size: int, max_length: int) -> list[int]:
-    """A fixed prompt of a quarter more than one cache block, shorter only where max_length leaves no room."""
-    length = max(1, min(block_size + max(2, block_size // 4), max_length - PROBE_CONTINUATION))
-    draw = torch.Generator().manual_seed(20)
-    return torch.randint(0, vocab_size, (length,), generator=draw).tolist()
+def probe_contexts(prompts: Sequence[list[int]], block_size: int, max_length: int) -> list[list[int]]:
+    """PROBE_PROMPTS contexts out of the run's prompts (again from the first where they are fewer), each longer than a
+    block of the engine's cache, unless max_length leaves no room. A short prompt is followed by the next ones, of a
+    long one the end is taken."""
+    room = max(1, max_length - PROBE_CONTINUATION)
+    shortest = min(block_size + max(2, block_size // 4), room)
+    contexts = []
+    for first in range(PROBE_PROMPTS):
+        context: list[int] = []
+        following = first
+        while len(context) < shortest:
+            context = context + list(prompts[following % len(prompts)])
+            following += 1
+        contexts.append(context[-min(room, max(shortest, PROBE_LONGEST)) :])
+    return contexts
 
 
 def choose_refitter(
@@ -151,21 +205,25 @@ def choose_refitter(
     generator: Generator,
     requested: Literal["adapter", "merge", "auto"],
     *,
-    vocab_size: int,
+    prompts: Sequence[list[int]],
     max_length: int,
     tokens_per_step: int,
+    has_adapter: bool = True,
     merge_only: str | None = None,
     version: int = 0,
     say: Callable[[str], None] = print,
 ) -> Refitter:
-    """The refitter of `policy.generation.refit`, after its first refit, which is `version`.
+    """The refitter of `policy.generation.refit`, after its first refit, which is `version`. generator: just started.
 
     auto: refits and generates both ways and takes the one with fewer seconds a step of tokens_per_step tokens; one
-    whose probe fails is out. merge_only: why merging is the only way, where it is. say: told the choice and why, on
+    whose proof fails is out. merge_only: why merging is the only way, where it is. say: told the choice and why, on
     every rank (give a no-op where it is not to speak).
     """
     mode: RefitMode = "merge" if requested == "merge" or merge_only else "adapter"
-    refitter = Refitter(policy, generator, mode, vocab_size=vocab_size, max_length=max_length)
+    refitter = Refitter(policy, generator, mode, prompts=prompts, max_length=max_length)
+    # Of a whole model that has been trained the trainer has no base left to compare.
+    if has_adapter or version == 0:
+        refitter.measure_base(has_adapter=has_adapter)
     if requested != "auto" or merge_only:
         say(f"refit by {mode}" + (f": {merge_only}" if merge_only else ", as asked"))
         refitter.refit(version)
@@ -194,7 +252,7 @@ def _try(refitter: Refitter, version: int) -> Trial:
     report = refitter.refit(version)
     count = TRIAL_ANSWERS * refitter.generator.num_replicas
     options = SamplingOptions(max_new_tokens=TRIAL_TOKENS, temperature=1.0, seed=0)
-    prompts = [refitter.probe[: max(1, len(refitter.probe) // 2)]] * count
+    prompts = [refitter.probe[0][: max(1, len(refitter.probe[0]) // 2)]] * count
     warm_up = replace(options, max_new_tokens=2)
     refitter.generator.generate(prompts, 1, warm_up)
     start = time.perf_counter()
@@ -213,12 +271,6 @@ def _why(mode: RefitMode, trials: dict[RefitMode, Trial], failures: dict[RefitMo
 def _as_row(sample: Sample) -> Row:
     ids = torch.tensor(sample.prompt_ids + sample.completion_ids)
     return Row(input_ids=ids, target_mask=torch.arange(ids.numel()) > 0)
-
-
-def _mean_difference(left: Tensor, right: Tensor) -> float:
-    if left.numel() == 0:
-        return 0.0
-    return float((left.double() - right.double()).abs().mean())
 
 
 def _slowest(value: float) -> float:

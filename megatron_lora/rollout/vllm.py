@@ -17,17 +17,14 @@ from tqdm import tqdm
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.peft_config import read_patterns
+from megatron_lora.policy.checksums import DifferentCopies, checksum, digest, join_ranks, to_numbers
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.rollout import vllm_engine, vllm_worker
+from megatron_lora.rollout.adapter_factors import adapted_linears, factors_fingerprint, largest_rank, scaled_factors
 from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
-from megatron_lora.rollout.vllm_fingerprint import checksum, digest, join_ranks, to_numbers
 from megatron_lora.runtime.cpu import device_names_as_given
 from megatron_lora.runtime.world import World
 
-# |trainer - vLLM| on the probe, mean over its tokens, in nats. float32: both compute the same sums in another order.
-# bfloat16: logits of size 16 to 32 are rounded to 0.125, and the two engines' kernels round in different places.
-LOGPROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 SEED_STRIDE = 1_000_003
 
 
@@ -42,8 +39,8 @@ class VllmGenerator(Generator):
         vllm_engine.check_installed(world.device)
         self.policy, self.world, self.tokenizer = policy, world, tokenizer
         self.model_config = vllm_engine.base_config(policy)
-        self.adapter_rank = None if adapter is None else _largest_rank(adapter)
-        self.adapted = [] if adapter is None else sorted({name.rsplit(".", 1)[1] for name in _linears(adapter)})
+        self.adapter_rank = None if adapter is None else largest_rank(adapter)
+        self.adapted = [] if adapter is None else sorted({name.split(".")[-1] for name in adapted_linears(adapter)})
         vllm_engine.check_request(policy, world, self.model_config, self.adapter_rank)
         size = policy.generation.vllm_cfg.tensor_parallel_size
         self.num_replicas = world.size // size
@@ -66,7 +63,6 @@ class VllmGenerator(Generator):
         self.block_size = config.cache_config.block_size
         self.max_model_len = config.model_config.max_model_len
         self.dtype: torch.dtype = config.model_config.dtype
-        self.logprob_tolerance = LOGPROB_TOLERANCE[self.dtype]
         # An answer with a random stream of its own depends on nothing but its seed. vLLM's older GPU runner pays a
         # kernel launch an answer and token for that; there the batch draws from one stream (see `_run`).
         self.own_streams = self.world.device.type == "cpu" or config.use_v2_model_runner
@@ -90,20 +86,16 @@ class VllmGenerator(Generator):
         if self._mode == "merge":
             # The adapter goes on the base, not on merged weights.
             self._worker(vllm_worker.reload_weights, None)
-        factors = _scaled_factors(adapter, self.dtype, self.world.device)
+        factors = scaled_factors(adapter, self.dtype, self.world.device)
         with torch.no_grad():
             self._worker(vllm_worker.swap_adapter, factors)
         self._mode, self.version = "adapter", version
         self._forget_cache()
-        pieces = {}
-        for name, (a, b) in factors.items():
-            pieces[f"{vllm_worker.PREFIX}{name}.lora_A.weight", 0, 0] = checksum(a)
-            pieces[f"{vllm_worker.PREFIX}{name}.lora_B.weight", 0, 0] = checksum(b)
         num_bytes = sum(tensor.numel() * tensor.element_size() for pair in factors.values() for tensor in pair)
-        return Handover(num_bytes, digest("adapter", join_ranks([to_numbers(pieces)])))
+        return Handover(num_bytes, factors_fingerprint(factors))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
-        sent = _SentWeights(weights, self.dtype, self.world.device, self.model_config.num_hidden_layers)
+        sent = _SentWeights(weights, self.dtype, self.world.device)
         with torch.no_grad():
             self._worker(vllm_worker.remove_adapter)
             self._worker(vllm_worker.reload_weights, iter(sent))
@@ -119,7 +111,11 @@ class VllmGenerator(Generator):
         everyone: list[Any] = [None] * self.world.size
         dist.all_gather_object(everyone, mine)
         size = self.world.size // self.num_replicas
-        held = [digest(kind, join_ranks(everyone[first : first + size])) for first in range(0, self.world.size, size)]
+        try:
+            parts = [everyone[first : first + size] for first in range(0, self.world.size, size)]
+            held = [digest(kind, join_ranks(part)) for part in parts]
+        except DifferentCopies as error:
+            raise RolloutError(f"in vLLM {error}") from error
         if len(set(held)) > 1:
             raise RolloutError(f"vLLM's replicas hold different weights: {', '.join(held)}")
         return held[0]
@@ -131,15 +127,6 @@ class VllmGenerator(Generator):
         everyone: list[Any] = [None] * self.world.size
         dist.all_gather_object(everyone, samples if self.leads_replica else [])
         return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.prompt_index)
-
-    def score_prompt(self, ids: Sequence[int]) -> Tensor:
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        output = self._run([list(ids)], [params], seed=0)[0]
-        entries = output.prompt_logprobs or []
-        scores = [0.0] + [entry[token].logprob for entry, token in zip(entries[1:], list(ids)[1:], strict=True)]
-        return torch.tensor(scores, dtype=torch.float32)
 
     def close(self) -> None:
         if self._llm is not None:
@@ -251,11 +238,8 @@ class _AnswerBar(tqdm):
 class _SentWeights:
     """Passes weights on in the engine's dtype, and keeps count of bytes and the checksums of what is read back."""
 
-    def __init__(
-        self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device, num_layers: int
-    ):
+    def __init__(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device):
         self.weights, self.dtype, self.device = weights, dtype, device
-        self.layers = {f"model.layers.{layer}." for layer in vllm_worker.sampled_layers(num_layers)}
         self.pieces: dict[tuple[str, int, int], Tensor] = {}
         self.num_bytes = 0
 
@@ -263,32 +247,7 @@ class _SentWeights:
         for name, tensor in self.weights:
             tensor = tensor.to(device=self.device, dtype=self.dtype)
             self.num_bytes += tensor.numel() * tensor.element_size()
-            if name.startswith(tuple(self.layers)) and name.endswith("_proj.weight"):
+            if name.startswith("model.layers.") and name.endswith("_proj.weight"):
                 for column in vllm_worker.sampled_columns(tensor.shape[1]):
                     self.pieces[name, 0, column] = checksum(tensor[:, column, None] + 0.0, 0, column)
             yield name, tensor
-
-
-def _linears(adapter: AdapterTensors) -> list[str]:
-    """The HF linears that an adapter is on."""
-    ending = ".lora_A.weight"
-    return [name[len(vllm_worker.PREFIX) : -len(ending)] for name in adapter.tensors if name.endswith(ending)]
-
-
-def _largest_rank(adapter: AdapterTensors) -> int:
-    return max(adapter.tensors[f"{vllm_worker.PREFIX}{name}.lora_A.weight"].shape[0] for name in _linears(adapter))
-
-
-def _scaled_factors(
-    adapter: AdapterTensors, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """HF linear -> (A, scale * B) in the engine's dtype; each linear's own scale, multiplied in float32."""
-    patterns = read_patterns(adapter.config)
-    result = {}
-    for name in _linears(adapter):
-        a = adapter.tensors[f"{vllm_worker.PREFIX}{name}.lora_A.weight"]
-        b = adapter.tensors[f"{vllm_worker.PREFIX}{name}.lora_B.weight"]
-        rank, alpha = patterns.rank_and_alpha(name)
-        scale = alpha / rank**0.5 if patterns.use_rslora else alpha / rank
-        result[name] = (a.to(device, dtype), (b.to(device).float() * scale).to(dtype))
-    return result

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError
-from megatron_lora.rollout.vllm_fingerprint import Pieces, checksum
+from megatron_lora.lora.peft_format import PREFIX
+from megatron_lora.policy.checksums import Pieces, checksum
 
 ADAPTER_ID = 1
-PREFIX = "base_model.model."
 ATTENTION, MLP = "self_attn", "mlp"
 
 
@@ -46,8 +46,14 @@ def swap_adapter(worker: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> N
 
 def remove_adapter(worker: Any) -> None:
     """Answer with the base alone."""
-    if worker.model_runner.lora_config is not None:
-        _manager(worker).remove_adapter(ADAPTER_ID)
+    if worker.model_runner.lora_config is None:
+        return
+    manager = _manager(worker)
+    manager.remove_adapter(ADAPTER_ID)
+    # vLLM only forgets the slot's number, and its CPU head adds what is in the last slot to every request.
+    for module in manager.modules.values():
+        for slot in range(len(manager.lora_index_to_id)):
+            module.reset_lora(slot)
 
 
 def engine_dtype(worker: Any) -> torch.dtype:
@@ -123,22 +129,16 @@ def _as_vllm_names(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterat
         yield (f"{module}.base_layer.{leaf}" if module in wrapped else name), tensor
 
 
-def sampled_layers(num_layers: int) -> list[int]:
-    """The layers whose weights are read back: first, middle, last."""
-    return sorted({0, num_layers // 2, num_layers - 1})
-
-
 def sampled_columns(num_columns: int) -> list[int]:
     return sorted({0, num_columns // 2, num_columns - 1})
 
 
 def weight_pieces(worker: Any) -> Pieces:
-    """Checksums of sampled columns of sampled layers' linears, under HF names, read back through the linears."""
+    """Checksums of sampled columns of every layer's linears, under HF names, read back through the linears."""
     model = worker.model_runner.get_model().model
     dtype = engine_dtype(worker)
     pieces: Pieces = {}
-    for layer in sampled_layers(len(model.layers)):
-        block = model.layers[layer]
+    for layer, block in enumerate(model.layers):
         for parent, name, parts in (
             (ATTENTION, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
             (ATTENTION, "o_proj", ("o_proj",)),

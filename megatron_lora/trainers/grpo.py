@@ -47,7 +47,7 @@ def train_grpo(session: Session, loader: GroupLoader[Prompt], validation: GroupL
     """Raise the reward of the policy's answers."""
     options = session.recipe.grpo
     assert options is not None
-    engine = RolloutEngine(session)
+    engine = RolloutEngine(session, loader.dataset)
     with RewardRunner(reward_specs(session.recipe), session.recipe.env.math.num_workers) as runner:
         engine.start()
         trainer = GRPOTrainer(session, loader, engine, runner, shows_samples=validation is None)

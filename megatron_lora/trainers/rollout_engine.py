@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from megatron_lora.data.dataset import Prompt
+from megatron_lora.data.loader import Indexed
 from megatron_lora.data.tokenizer import end_tokens
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
-from megatron_lora.rollout.refit import Refitter, choose_refitter
+from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
 from megatron_lora.trainers.session import Session
 
 REFIT_MODE = "refit_mode"
@@ -26,8 +27,9 @@ class RolloutEngine:
     version: of the weights it answers with: the optimizer's state after that many rollout steps.
     """
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, session: Session, prompts: Indexed[Prompt]):
+        """prompts: of the run's data; the proof of a refit continues some of them."""
+        self.session, self.prompts = session, prompts
         self.policy_config = session.recipe.policy
         self.eos_token_ids = end_tokens(self.policy_config.model_name, session.tokenizer)
         self.generator = self._build()
@@ -62,14 +64,19 @@ class RolloutEngine:
             session.policy,
             self.generator,
             session.state.get(REFIT_MODE, generation.refit),
-            vocab_size=vllm_engine.base_config(self.policy_config).vocab_size,
+            prompts=self._probe_prompts(),
             max_length=generation.vllm_cfg.max_model_len,
             tokens_per_step=grpo.num_prompts_per_step * grpo.num_generations_per_prompt * generation.max_new_tokens,
+            has_adapter=self.policy_config.adapter.enabled,
             merge_only=vllm_engine.merge_only_reason(self.policy_config, session.world),
             version=session.step,
             say=session.reporter.message,
         )
         session.state[REFIT_MODE] = self._refitter.mode
+
+    def _probe_prompts(self) -> list[list[int]]:
+        count = min(PROBE_PROMPTS, len(self.prompts))
+        return [self.prompts[position].input_ids.tolist() for position in range(count)]
 
     def refit(self, version: int) -> dict[str, float]:
         """Give the engine the trainer's present weights; returns what it took. Raises RolloutError, with the numbers,
@@ -84,6 +91,7 @@ class RolloutEngine:
             "refit_bytes": report.bytes,
             "refit_proof_seconds": report.proof_seconds,
             "refit_probe_error": report.probe_error,
+            "refit_probe_tolerance": report.tolerance,
         }
 
     def generate(
@@ -91,7 +99,7 @@ class RolloutEngine:
     ) -> tuple[list[list[Sample]], float]:
         """(each prompt's answers, seconds). purpose, batch: with the run's seed and step they make the seed.
 
-        Raises RolloutError for an answer of other weights than this version's.
+        Raises RolloutError for an answer of other weights than those after the run's present step.
         """
         options = SamplingOptions.from_config(
             self.policy_config.generation,
@@ -107,9 +115,9 @@ class RolloutEngine:
         with self.session.reporter.progress(title, total, "answers") as advance, self._reporting(advance, total):
             samples = self.generator.generate([prompt.input_ids.tolist() for prompt in prompts], num_samples, options)
         seconds = time.perf_counter() - start
-        stale = {sample.adapter_version for sample in samples} - {self.version}
+        stale = {sample.adapter_version for sample in samples} - {self.session.step}
         if stale:
-            raise RolloutError(f"answers come from weights of version {sorted(stale)}, wanted {self.version}")
+            raise RolloutError(f"answers come from weights of version {sorted(stale)}, wanted {self.session.step}")
         return [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)], seconds
 
     def _wake(self) -> None:

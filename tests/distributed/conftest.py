@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.megatron_case import Case, training_rows
+from tests.distributed.megatron_case import Case, case_rows
 from tests.support.launch import RanksFailed, run_ranks
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, Training, save_adapter, train
+from tools.smollm2 import cached_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "shared": {},
     "own": {"share_a": False},
     "query_value": {"targets": ["q_proj", "v_proj"], "share_a": False},
     "head": {"targets": [*TARGETS, "lm_head"]},
+    # Of a trained model: its text stays text.
+    "small": {"std": 0.01},
 }
 
 
@@ -29,6 +32,8 @@ class Room:
         self.folder = folder
 
     def base(self, family: str) -> Path:
+        if family == "smollm2":
+            return cached_model()
         path = self.folder / family
         return path if path.is_dir() else save_model(path, family)
 
@@ -112,13 +117,14 @@ def reference(room: Room) -> Callable[..., Training]:
     known: dict[str, Training] = {}
 
     def trained(case: Case, **options: Any) -> Training:
-        key = repr((case.family, case.adapter, options))
+        asked = case.options if case.family == "smollm2" else {}
+        key = repr((case.family, case.adapter, asked, options))
         if key not in known:
             adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
-            share_a = case.adapter in ("shared", "head")
+            share_a = case.adapter in ("shared", "head", "small")
             torch.set_num_threads(1)
             options = {"lr": case.learning_rate, "share_a": share_a} | options
-            known[key] = train(room.base(case.family), adapter, training_rows(), **options)
+            known[key] = train(room.base(case.family), adapter, case_rows(case.family, asked), **options)
         return known[key]
 
     return trained

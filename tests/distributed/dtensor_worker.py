@@ -19,6 +19,7 @@ from megatron_lora.policy.dtensor import optim
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world
+from tests.support.fingerprints import fingerprints
 from tests.support.reference import make_rows
 
 NUM_STEPS = 10
@@ -100,6 +101,7 @@ def train(policy: DTensorPolicy, batches: list[list[Row]]) -> dict[str, Any]:
         "grad_norms": [result.grad_norm for result in results],
         "learning_rates": [result.learning_rate for result in results],
         "weights": policy.adapter().tensors if policy.spec is not None else dict(policy.hf_weights()),
+        "fingerprints": fingerprints(policy, policy.adapter()) if policy.spec is not None else [],
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_lora.data.batch import Row
 from tests.support.models import SIZES
+from tests.support.real_text import text_rows
 from tests.support.reference import make_rows
 
 VOCAB_SIZE = SIZES["vocab_size"]
@@ -18,7 +19,7 @@ PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 
 # A random Gemma 3 of this size has gradients near zero, whose sign decides Adam's first steps; so have biases of keys,
 # which only rotary embeddings keep from cancelling in the softmax.
-LEARNING_RATES = {"gemma3": 2e-4, "gemma3_softcap": 2e-4, "llama_biases": 1e-4}
+LEARNING_RATES = {"gemma3": 2e-4, "gemma3_softcap": 2e-4, "llama_biases": 1e-4, "smollm2": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Case:
     @property
     def learning_rate(self) -> float:
         return LEARNING_RATES.get(self.family, 1e-2)
+
+
+def case_rows(family: str, options: dict[str, Any]) -> list[list[Row]]:
+    """The rows of each training step of a case. options: `steps`; of the real model `questions` a row, too."""
+    steps = options.get("steps", 10)
+    if family == "smollm2":
+        return [text_rows(4, seed=step, questions=options.get("questions", 1)) for step in range(steps)]
+    return training_rows(steps)
 
 
 def training_rows(num_steps: int = 10, first: int = 0) -> list[list[Row]]:

@@ -18,7 +18,8 @@ from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.megatron.logprobs import cap_logits
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from tests.distributed.megatron_build import build_policy
-from tests.distributed.megatron_case import scored_rows, training_rows
+from tests.distributed.megatron_case import case_rows, scored_rows, training_rows
+from tests.support.fingerprints import fingerprints
 
 
 def train_steps(policy: MegatronPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
@@ -66,10 +67,14 @@ def _whole_vocabulary(policy: MegatronPolicy, shard: Tensor) -> Tensor:
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """Ten steps, and the adapter (or the whole model) at the end."""
     policy = build_policy(case)
-    found: dict[str, Any] = train_steps(policy, training_rows(case["options"].get("steps", 10)))
+    found: dict[str, Any] = train_steps(policy, case_rows(case["family"], case["options"]))
     if policy.spec is not None:
         exported = policy.adapter()
-        found |= {"adapter": exported.tensors, "config": exported.config}
+        found |= {
+            "adapter": exported.tensors,
+            "config": exported.config,
+            "fingerprints": fingerprints(policy, exported),
+        }
     else:
         found["weights"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
     found["dtypes"] = sorted({str(p.dtype) for linear in policy.adapted for p in (linear.lora_A, linear.lora_B)})

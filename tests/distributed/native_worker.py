@@ -128,19 +128,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     cut_samples = generator.generate(prompts(), 2, cut)
     with policy.sampling(1.4, top_k=20, top_p=0.7):
         cut_trainer = policy.score(rows_of(cut_samples))
-    probe = prompts()[-1]
     result = {
         "greedy": plain(greedy),
         "sampled": plain(sampled),
         "trainer": trainer,
         "cut": plain(cut_samples),
         "cut_trainer": cut_trainer,
-        "probe": generator.score_prompt(probe),
-        "trainer_probe": policy.score([Row(torch.tensor(probe), torch.ones(len(probe), dtype=torch.bool))])[0],
         "fingerprints": [handover.fingerprint, generator.held_fingerprint()],
         "state_kept": before == after,
         "replicas": generator.num_replicas,
-        "cache_bytes": cache_bytes(generator, probe),
+        "cache_bytes": cache_bytes(generator, prompts()[-1]),
         "prompt_tokens": sum(read),
     }
     if case.get("stops"):

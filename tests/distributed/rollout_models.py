@@ -27,10 +27,11 @@ CUTS = {
 
 
 def build(folder: Path) -> None:
-    """Bases, a plain adapter each, and one for qwen3 whose linears differ in A, rank and scale."""
+    """Bases, an adapter of all linears each, the head too, and one for qwen3 whose linears differ in A, rank and
+    scale."""
     for family in FAMILIES:
         save_model(folder / family, family)
-        save_adapter(folder / family, folder / f"{family}_adapter")
+        save_adapter(folder / family, folder / f"{family}_adapter", targets=[*TARGETS, "lm_head"])
         _save_tokenizer(folder / family)
     _save_uneven_adapter(folder / "qwen3", folder / "uneven_adapter")
 

@@ -4,17 +4,21 @@ import faulthandler
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions, rollout_logprob_error
 from megatron_lora.rollout.refit import Refitter, choose_refitter
 from megatron_lora.rollout.vllm import VllmGenerator
@@ -30,6 +34,7 @@ from tests.distributed.rollout_models import (
     read_adapter,
     write_adapter,
 )
+from tests.support.planted_faults import FAULTS, plant, plant_merged
 from tests.support.reference import make_rows
 
 SAMPLED = SamplingOptions(max_new_tokens=12, temperature=1.0, seed=3)
@@ -78,10 +83,11 @@ def check_tensor_parallel(folder: Path, found: dict[str, Any]) -> MegatronPolicy
     base, peft = Reference(folder / "qwen3", None), Reference(folder / "qwen3", folder / "qwen3_adapter")
     found["base_error"] = worst(base, generator.generate(prompts(), 1, GREEDY))
 
-    refitter = Refitter(policy, generator, "adapter", vocab_size=VOCAB, max_length=256)
+    refitter = Refitter(policy, generator, "adapter", prompts=prompts(), max_length=256)
+    found["measured"] = refitter.measure_base(has_adapter=True)
     report = refitter.refit(0)
     found["report"] = [report.seconds, report.bytes, report.version, report.probe_error, report.mode]
-    found["probe_length"], found["block_size"] = len(refitter.probe), generator.block_size
+    found["probe_length"], found["block_size"] = min(map(len, refitter.probe)), generator.block_size
     greedy, sampled = generator.generate(prompts(), 2, GREEDY), generator.generate(prompts(), 3, SAMPLED)
     found["order"] = [sample.prompt_index for sample in sampled]
     found["prompt_ids_kept"] = all(s.prompt_ids == prompts()[s.prompt_index] for s in sampled)
@@ -121,9 +127,6 @@ def check_options(generator: VllmGenerator, peft: Reference, found: dict[str, An
     found["length"] = [len(plain.completion_ids), plain.finish_reason]
     found["text"] = plain.text == " ".join(f"w{token}" for token in plain.completion_ids)
     found["long_prompt"] = message(generator.generate, [[5] * 256], 1, GREEDY)
-    scores = generator.score_prompt(prompts()[1])
-    expected = peft.completion_logps(prompts()[1][:1], prompts()[1][1:])
-    found["score_prompt_error"] = float((scores[1:] - expected).abs().max())
 
 
 def check_cut(generator: VllmGenerator, policy: MegatronPolicy, found: dict[str, Any]) -> None:
@@ -142,6 +145,7 @@ def check_refits(
     folder: Path, policy: MegatronPolicy, generator: VllmGenerator, refitter: Refitter, found: dict[str, Any]
 ) -> None:
     """The engine follows the trainer, and whatever keeps it from doing so is found out."""
+    before = policy.adapter(), dict(policy.hf_weights())
     train_once(policy)
     found["skipped_refit"] = message(refitter.check, 0)
     found["forgotten_version"] = message(refitter.check, 1)
@@ -152,6 +156,11 @@ def check_refits(
     generator._forget_cache = forget  # type: ignore[method-assign]
 
     refitter.refit(1)
+    with engine_ignoring_its_adapter():
+        found["not_applied"] = message(refitter.refit, 1)
+    with head_without_its_delta():
+        found["head_not_applied"] = message(refitter.refit, 1)
+    check_planted(folder, policy, generator, refitter, before, found)
     folder_now = folder / "adapter_now"
     adapter = policy.adapter()
     if dist.get_rank() == 0:
@@ -186,6 +195,7 @@ def check_refits(
     found["merge_equals_adapter"] = tokens(merged) == tokens(by_adapter)
     found["merge_error"] = worst(Reference(folder / "qwen3", folder_now), merged)
     found["merge_bytes"] = handover.num_bytes
+    refitter.mode = "merge"
     found["probe_of_merged"] = refitter.check(3)
     generator.load_weights(Reference(folder / "qwen3", folder / "qwen3_adapter").merged_weights().items(), 4)
     found["merge_of_other"] = message(refitter.check, 4)
@@ -197,6 +207,69 @@ def check_refits(
     found["uneven_error"] = worst(reference, generator.generate(prompts(), 2, SAMPLED))
     foreign = {name.replace("q_proj", "w_proj"): tensor for name, tensor in uneven.tensors.items()}
     found["unknown_linear"] = message(generator.load_adapter, AdapterTensors(uneven.config, foreign), 6)
+
+
+def check_planted(
+    folder: Path,
+    policy: MegatronPolicy,
+    generator: VllmGenerator,
+    refitter: Refitter,
+    before: tuple[AdapterTensors, dict[str, Tensor]],
+    found: dict[str, Any],
+) -> None:
+    """Each fault, handed over in both ways; at the end the engine holds the trainer's weights again."""
+    load_adapter, hf_weights = generator.load_adapter, policy.hf_weights
+    merged, base = dict(hf_weights()), Reference(folder / "qwen3", None).model.state_dict()
+    found["planted"] = {"adapter": {}, "merge": {}}
+    for fault in FAULTS:
+        generator.load_adapter = lambda now, version, fault=fault: load_adapter(  # type: ignore[method-assign]
+            plant(fault, now, before[0]), version
+        )
+        found["planted"]["adapter"][fault] = message(refitter.refit, 1)
+    generator.load_adapter = load_adapter  # type: ignore[method-assign]
+    refitter.mode = "merge"
+    for fault in FAULTS:
+        wrong = plant_merged(fault, merged, before[1], base)
+        policy.hf_weights = lambda wrong=wrong: iter(wrong.items())  # type: ignore[method-assign]
+        found["planted"]["merge"][fault] = message(refitter.refit, 1)
+    policy.hf_weights = hf_weights  # type: ignore[method-assign]
+    refitter.mode = "adapter"
+    refitter.refit(1)
+    # An update far below what any probe could see.
+    with torch.no_grad():
+        policy.adapted[0].lora_B[0, 0] += 1e-6
+    found["tiny_update_skipped"] = message(refitter.check, 1)
+    found["tiny_update"] = refitter.refit(1).probe_error
+
+
+@contextmanager
+def engine_ignoring_its_adapter() -> Iterator[None]:
+    """It holds the adapter and answers without it."""
+    request, vllm_engine.adapter_request = vllm_engine.adapter_request, lambda version: None
+    try:
+        yield
+    finally:
+        vllm_engine.adapter_request = request
+
+
+@contextmanager
+def head_without_its_delta() -> Iterator[None]:
+    from vllm.lora.layers import LogitsProcessorWithLoRA as Head
+
+    whole = Head._get_logits
+
+    def without(head: Any, states: Tensor, lm_head: Any, embedding_bias: Tensor | None = None) -> Any:
+        kept, head.lora_b_stacked = head.lora_b_stacked, torch.zeros_like(head.lora_b_stacked)
+        try:
+            return whole(head, states, lm_head, embedding_bias)
+        finally:
+            head.lora_b_stacked = kept
+
+    Head._get_logits = without  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Head._get_logits = whole  # type: ignore[method-assign]
 
 
 def check_replicas(folder: Path, policy: MegatronPolicy, found: dict[str, Any]) -> None:
@@ -234,7 +307,7 @@ def check_llama(folder: Path, found: dict[str, Any]) -> None:
         policy,
         generator,
         "auto",
-        vocab_size=VOCAB,
+        prompts=prompts(),
         max_length=256,
         tokens_per_step=1000,
         say=said.append,

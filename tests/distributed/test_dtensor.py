@@ -108,6 +108,7 @@ def test_training_equals_transformers_and_peft(runs: Runs, name: str) -> None:
         assert max(relative_differences(got["grad_norms"], wanted.grad_norms)) < TOLERANCE
         # AdamW divides by the gradients' size, which carries rounding of near-zero gradients into full steps.
         assert largest_difference(got["weights"], wanted.adapter) < 10 * TOLERANCE
+        assert all(in_modules == exported for in_modules, exported in got["fingerprints"])
 
 
 @pytest.mark.parametrize("name", named(OTHERS, "resume"))

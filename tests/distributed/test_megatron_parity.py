@@ -86,6 +86,7 @@ def test_ten_steps_equal_transformers_and_peft(
     wanted = reference(case)
     for found in ranks_found:
         assert_same_training(found, wanted, "adapter", TOLERANCE)
+        assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
 
 
 CLIPPED = case("clipping", 1, policy={"max_grad_norm": 0.05})

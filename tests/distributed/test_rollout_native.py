@@ -134,7 +134,6 @@ def test_sampled_logprobs_equal_the_trainers(name: str, results: Results) -> Non
         samples = generator_samples(result["sampled"])
         assert [sample.prompt_index for sample in samples] == [index for index in range(5) for _ in range(3)]
         assert _largest_error(result["trainer"], samples) < 1e-5
-        assert float((result["probe"] - result["trainer_probe"]).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)

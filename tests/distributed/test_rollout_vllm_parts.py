@@ -15,15 +15,15 @@ from transformers import AutoConfig
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.errors import UserError
-from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions, rollout_logprob_error
-from megatron_lora.rollout.refit import PROBE_CONTINUATION, probe_prompt
+from megatron_lora.policy.checksums import DifferentCopies, checksum, digest, join_ranks, to_numbers
+from megatron_lora.rollout.generator import Sample, SamplingOptions, rollout_logprob_error
+from megatron_lora.rollout.refit import PROBE_CONTINUATION, PROBE_LONGEST, PROBE_PROMPTS, probe_contexts
 from megatron_lora.rollout.vllm_engine import (
     check_installed,
     check_request,
     engine_arguments,
     hands_over_adapter,
 )
-from megatron_lora.rollout.vllm_fingerprint import checksum, digest, join_ranks, to_numbers
 from megatron_lora.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_a_checksum_sees_places_and_not_padding() -> None:
 
 
 def test_copies_that_differ_between_ranks_are_named() -> None:
-    with pytest.raises(RolloutError, match="different copies of layer.lora_A"):
+    with pytest.raises(DifferentCopies, match="different copies of layer.lora_A"):
         join_ranks([{("layer.lora_A", 0, 0): 1}, {("layer.lora_A", 0, 0): 2}])
 
 
@@ -128,11 +128,15 @@ def test_sampling_options_from_the_recipe() -> None:
     assert (validation.temperature, validation.top_k, validation.top_p) == (0.0, 5, 1.0)
 
 
-def test_the_probe_is_longer_than_a_cache_block_and_fits() -> None:
-    assert len(probe_prompt(101, 16, 4096)) == 20
-    assert len(probe_prompt(101, 128, 4096)) == 160
-    assert len(probe_prompt(101, 128, 100)) == 100 - PROBE_CONTINUATION
-    assert probe_prompt(101, 16, 4096) == probe_prompt(101, 16, 4096)
+def test_the_probes_contexts_are_longer_than_a_cache_block_and_fit() -> None:
+    texts = [[1] * 30, [2] * 300, [3] * 50]
+    short, long, last = probe_contexts(texts, 16, 4096)[:3]
+    assert (short, last) == (texts[0], texts[2])
+    assert long == [2] * PROBE_LONGEST
+    assert probe_contexts([[1] * 30, [2] * 80, [3] * 50], 128, 4096)[2] == [3] * 50 + [1] * 30 + [2] * 80
+    assert {len(ids) for ids in probe_contexts(texts, 128, 100)} == {100 - PROBE_CONTINUATION}
+    assert len(probe_contexts(texts, 16, 4096)) == PROBE_PROMPTS
+    assert min(map(len, probe_contexts([[5], [6, 7]], 128, 4096))) >= 160
 
 
 def test_rollout_logprob_error_is_a_mean_over_completion_tokens() -> None:

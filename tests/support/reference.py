@@ -27,9 +27,15 @@ class Training:
 
 
 def save_adapter(
-    model_folder: Path, folder: Path, seed: int = 1, targets: list[str] | None = None, share_a: bool = True
+    model_folder: Path,
+    folder: Path,
+    seed: int = 1,
+    targets: list[str] | None = None,
+    share_a: bool = True,
+    std: float = 0.1,
 ) -> Path:
-    """An HF PEFT adapter, B away from zero. share_a: q, k, v have one A and gate, up another; else each its own."""
+    """An HF PEFT adapter, B away from zero. share_a: q, k, v have one A and gate, up another; else each its own. std:
+    of the factors' entries."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets or TARGETS, task_type="CAUSAL_LM")
@@ -37,7 +43,7 @@ def save_adapter(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+                parameter.copy_(torch.randn_like(parameter) * std)
     if share_a:
         tie_shared_factors(model)
     model.save_pretrained(folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import torch
+import torch.distributed as dist
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
@@ -17,10 +18,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.init import initial_factors
-from megatron_lora.lora.layout import FACTORS, AdapterSpec, Factor, FactorKey, ModelShapes
+from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelShapes
 from megatron_lora.lora.methods import AdapterMethod, method_of
 from megatron_lora.lora.peft_format import hf_name, peft_name, to_hf
 from megatron_lora.policy.adapter_start import starting_adapter
+from megatron_lora.policy.checksums import Pieces, checksum, join_ranks, to_numbers
 
 ADAPTER_NAME = "default"
 _WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
@@ -163,6 +165,19 @@ def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """PEFT names -> the whole factors on the CPU, on every rank."""
     return {name: full_tensor(parameter).cpu() for name, parameter in peft_tensors(model)}
+
+
+def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """See `Policy.adapter_checksums`."""
+    pieces: Pieces = {}
+    for name, linear in adapted_linears(model).items():
+        a, b = (full_tensor(linear.factors[factor.key]) for factor in (A, B))
+        scaled_b = b.float() * linear.scaling[ADAPTER_NAME]
+        pieces[peft_name(name, A), 0, 0] = checksum(a.to(dtype))
+        pieces[peft_name(name, B), 0, 0] = checksum(scaled_b.to(dtype))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, to_numbers(pieces))
+    return join_ranks(everyone)
 
 
 def full_tensor(parameter: Tensor) -> Tensor:

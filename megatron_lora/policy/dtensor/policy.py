@@ -172,6 +172,11 @@ class DTensorPolicy(Policy):
         config, tensors = to_hf(self.spec, fuse(adapter.gather(self.base.hf), self.spec))
         return AdapterTensors(config=config, tensors=tensors)
 
+    def adapter_checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        if self.spec is None:
+            raise ValueError("full fine-tuning has no adapter")
+        return adapter.checksums(self.base.hf, dtype)
+
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         adapted = adapter.adapted_linears(self.base.hf)
         factors = {id(factor) for linear in adapted.values() for factor in linear.factors.values()}

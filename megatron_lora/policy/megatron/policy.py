@@ -34,6 +34,7 @@ from megatron_lora.policy.interface import (
     check_scores,
 )
 from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
+from megatron_lora.policy.megatron.adapter_checksums import adapter_checksums
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
@@ -187,6 +188,11 @@ class MegatronPolicy(Policy):
             raise ValueError("full fine-tuning has no adapter")
         config, tensors = to_hf(self.spec, gather_adapter(self.adapted, self.spec))
         return AdapterTensors(config=config, tensors=tensors)
+
+    def adapter_checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        if self.spec is None:
+            raise ValueError("full fine-tuning has no adapter")
+        return adapter_checksums(self.adapted, self.spec.shapes, dtype)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         factors = gather_adapter(self.adapted, self.spec) if self.spec is not None else {}

@@ -1,4 +1,5 @@
 """Checksums of weights that do not depend on how tensor parallelism cut them: shards' checksums add up to the whole's.
+A trainer takes them of its own parts, a rollout engine of its own, and nothing has to be gathered to compare the two.
 
 A checksum is the sum, modulo 2^64, of each element's bits times an odd number for its row and one for its column in
 the whole tensor. Zeros add nothing, so padding (vLLM keeps adapters in slots of the largest rank) does not count.
@@ -10,8 +11,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_lora.rollout.generator import RolloutError
-
 MODULUS = 1 << 64
 # Odd multipliers from the golden ratio and Knuth's MMIX generator, as signed 64-bit numbers.
 ROW_FACTOR, ROW_OFFSET = -7046029254386353131, 6364136223846793005
@@ -20,6 +19,10 @@ INTEGER_OF = {2: torch.int16, 4: torch.int32}
 
 # (tensor's name, first row, first column) -> checksum of the piece that starts there.
 Pieces = dict[tuple[str, int, int], Tensor]
+
+
+class DifferentCopies(RuntimeError):
+    """Two ranks hold different values of what is one piece."""
 
 
 def checksum(piece: Tensor, first_row: int = 0, first_column: int = 0) -> Tensor:
@@ -41,15 +44,16 @@ def to_numbers(pieces: Pieces) -> dict[tuple[str, int, int], int]:
 
 
 def join_ranks(parts: Iterable[Mapping[tuple[str, int, int], int]]) -> dict[str, int]:
-    """One replica's ranks' pieces as whole tensors' checksums. A piece that several ranks hold counts once.
+    """The pieces of all ranks that hold a model together as whole tensors' checksums. A piece that several ranks hold
+    counts once.
 
-    Raises RolloutError where two ranks' copies of one piece differ.
+    Raises DifferentCopies where two ranks' copies of one piece differ.
     """
     seen: dict[tuple[str, int, int], int] = {}
     for part in parts:
         for key, value in part.items():
             if seen.setdefault(key, value) != value:
-                raise RolloutError(f"two ranks of one vLLM engine hold different copies of {key[0]}")
+                raise DifferentCopies(f"two ranks hold different copies of {key[0]}")
     totals: dict[str, int] = {}
     for (name, _, _), value in seen.items():
         totals[name] = (totals.get(name, 0) + value) % MODULUS
