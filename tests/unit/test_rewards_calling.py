@@ -67,6 +67,8 @@ async def plain_async(completion):
 async def batch_async(prompts, completions, **kwargs):
     await asyncio.sleep(0.01)
     return [1.0] * len(completions)
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float((data_source, solution_str, ground_truth) == (None, "c", "a")), "acc": True}
 def boolean(completion):
     return completion == "c"
 def integer(completion):
@@ -87,7 +89,7 @@ def text(completion):
 def listed(completion):
     return [1.0]
 def mapping(completion):
-    return {"score": 1.0}
+    return {"value": 1.0}
 def several(completion):
     return np.ones(2)
 def complex_number(completion):
@@ -147,14 +149,14 @@ def samples(count: int = 2) -> list[tuple[str, str, str, dict]]:
 
 
 GOOD = """other_order positional_only by_column keywords_only kwargs_only args_only decorated judge partial with_default
-trl trl_short trl_column as_array as_generator as_tuple plain_async batch_async boolean integer exact_number
+trl trl_short trl_column as_array as_generator as_tuple verl plain_async batch_async boolean integer exact_number
 numpy_number""".split()
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_arguments_go_by_name(name: str, file: Path) -> None:
     reward = built(file, name)
-    reward.check_columns(["level", "num_tokens"])
+    reward.check_columns(["level", "num_tokens", "data_source"])
     assert score_samples(reward, samples()) == [(1.0, None), (1.0, None)]
 
 

@@ -15,12 +15,17 @@ Arguments = tuple[str, str, str, dict]
 
 SAMPLE_NAMES = ("prompt", "completion", "answer", "extra")
 BATCH_NAMES = ("prompts", "completions")
+# verl's names of the same, where no column has them.
+VERL_NAMES = {"solution_str": "completion", "ground_truth": "answer", "extra_info": "extra"}
 LARGEST = 3.4e38  # of a 32-bit float, in which rewards are averaged
 MAX_ERROR_CHARACTERS = 300
 
 
 def to_number(value: Any) -> float | None:
-    """A reward as a float; None abstains. Raises TypeError or ValueError with what it is instead."""
+    """A reward as a float; None abstains; of verl's results the "score". Raises TypeError or ValueError with what it is
+    instead."""
+    if isinstance(value, dict) and "score" in value:
+        value = value["score"]
     if value is None:
         return None
     if isinstance(value, str | bytes | bytearray):
@@ -93,7 +98,7 @@ class UserReward:
 
     def columns_needed(self) -> list[str]:
         """Parameters without default that only a column of the rows can fill."""
-        given = {*self.kwargs, "num_tokens", *self._own_names}
+        given = {*self.kwargs, "num_tokens", *self._own_names, *({} if self.is_batch else VERL_NAMES)}
         return [n for n, p in self.named.items() if p.default is inspect.Parameter.empty and n not in given]
 
     def check_columns(self, columns: Iterable[str]) -> None:
@@ -160,6 +165,8 @@ class UserReward:
         for name, parameter in self.named.items():
             if name in given:
                 value = given[name]
+            elif name in VERL_NAMES and not self.is_batch:
+                value = given[VERL_NAMES[name]]
             elif parameter.default is not inspect.Parameter.empty:
                 value = parameter.default
             else:
