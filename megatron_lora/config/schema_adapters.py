@@ -9,6 +9,7 @@ from megatron_lora.config.schema_base import Fraction, Place, PositiveFloat, Pos
 DTYPES = ("float32", "bfloat16", "float16")
 InitMethod = Literal["xavier", "uniform", "normal", "zero"]
 DropoutPosition = Literal["pre", "post"]
+AdapterType = Literal["lora", "canonical_lora", "dora"]
 
 
 def _dtype_name(value: Any) -> Any:
@@ -37,6 +38,11 @@ ModulePatterns = Annotated[list[str], BeforeValidator(_module_patterns)]
 
 class _Adapter(Section):
     enabled: bool = Field(default=False, description="Train adapters; off: full fine-tuning.")
+    type: AdapterType = Field(
+        default="lora",
+        description="Kind of adapter: `lora` (q, k, v and gate, up share one A), `canonical_lora` (each its own A), "
+        "`dora` (LoRA and a trained magnitude a row).",
+    )
     target_modules: ModulePatterns = Field(
         default_factory=list,
         description="Linears to adapt: names (`linear_qkv` or `q_proj`), full paths or wildcards; empty or "
@@ -48,6 +54,18 @@ class _Adapter(Section):
     )
     dim: PositiveInt = Field(default=8, description="Rank of the adapters.")
     alpha: PositiveFloat = Field(default=32, description="The update is scaled by alpha / dim.")
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(dim) instead (rsLoRA).")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict,
+        description="Other ranks by linear, named in the forms of `target_modules`; the first that fits counts.",
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="Other alphas by linear, likewise; divided by the linear's own rank.",
+    )
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1.0, description="Learning rate of B over that of A (LoRA+); null: the same."
+    )
     dropout: Fraction = Field(default=0.0, description="Probability of dropout in the adapter's branch.")
     dropout_position: DropoutPosition = Field(
         default="post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."
@@ -67,7 +85,6 @@ class _Adapter(Section):
 class PeftConfig(_Adapter):
     """`policy.megatron_cfg.peft`: adapters of the Megatron backend."""
 
-    type: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
     lora_A_init_method: InitMethod = Field(default="xavier", description="Initial values of A.")
     lora_B_init_method: InitMethod = Field(default="zero", description="Initial values of B.")
     a2a_experimental: bool = Field(
@@ -78,6 +95,15 @@ class PeftConfig(_Adapter):
         default=None,
         description="The adapters' own dtype (`float32`, `bfloat16`, `float16`); null: `policy.precision`.",
     )
+
+    @model_validator(mode="after")
+    def _whole_b_for_norms(self) -> Self:
+        if self.a2a_experimental and self.type == "dora":
+            raise ValueError(
+                "a2a_experimental=true splits B over TP; type='dora' needs a row-parallel linear's whole B for "
+                "its norms; set a2a_experimental=false"
+            )
+        return self
 
 
 class LoraConfig(_Adapter):

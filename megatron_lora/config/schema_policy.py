@@ -155,3 +155,8 @@ class PolicyConfig(Section):
     def adapter(self):
         """The active backend's adapter section: `megatron_cfg.peft` or `dtensor_cfg.lora_cfg`."""
         return self.megatron_cfg.peft if self.megatron_cfg.enabled else self.dtensor_cfg.lora_cfg
+
+    @property
+    def lora_plus_ratio(self) -> float | None:
+        """LoRA+'s ratio of the adapters that train; None where all learn at one rate."""
+        return self.adapter.lora_plus_ratio if self.adapter.enabled else None

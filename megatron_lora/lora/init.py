@@ -25,7 +25,16 @@ def initial_factors(
     def draw(module: ModuleLayout) -> dict[str, Tensor]:
         def fresh(factor: Factor) -> Tensor:
             shape: Any = module.factor_shape(factor, spec.shapes)
-            return init_factor(methods[factor.key], shape, seed, f"{module.name}.{factor.name}")
+            name = f"{module.name}.{factor.name}"
+            if factor.axes[0] != "rank" or len(module.blocks) == 1:
+                return init_factor(methods[factor.key], shape, seed, name)
+            # Each block as if it were alone: its fan-out is its own rank.
+            return torch.cat(
+                [
+                    init_factor(methods[factor.key], (block.rank, shape[1]), seed, f"{name}.{'.'.join(block.segments)}")
+                    for block in module.blocks
+                ]
+            )
 
         return method_of(spec.type).draw(module, spec.shapes, fresh, read)
 

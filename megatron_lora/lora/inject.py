@@ -97,7 +97,7 @@ def _adapt(
         base.config,  # type: ignore[arg-type]
         tp,
         method=method_of(spec.type),
-        factors={factor.key: local(whole[factor.name], factor.key).to(dtype) for factor in spec.factors},
+        factors={f.key: local(whole[f.name], f.key).to(f.dtype or dtype) for f in spec.factors},
         b_mask=None if mask is None else local(mask, "B"),
         dropout=options.dropout,
         dropout_before=options.dropout_before,

@@ -18,7 +18,7 @@ from megatron_lora.errors import UserError
 
 Kind = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]
 Axis = Literal["rank", "in", "out"]
-FactorKey = Literal["A", "B"]
+FactorKey = Literal["A", "B", "magnitude"]
 
 KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
 COLUMN_PARALLEL: frozenset[str] = frozenset({"linear_qkv", "linear_fc1", "output_layer"})
@@ -37,20 +37,25 @@ class Factor:
 
     key: what it is in the arithmetic. name: behind its linear's name in a checkpoint, and the parameter's in a module.
     axes: what each of its axes runs along; its shape, its rows of each HF linear and its place under tensor
-    parallelism follow from that. peft_name: behind an HF linear's name in a PEFT file.
+    parallelism follow from that. peft_name: behind an HF linear's name in a PEFT file. lora_plus: whether LoRA+ raises
+    its learning rate. dtype: its own, whatever the run's adapters are in; None for theirs.
     """
 
     key: FactorKey
     name: str
     axes: tuple[Axis, ...]
     peft_name: str
+    lora_plus: bool = False
+    dtype: torch.dtype | None = None
 
 
 A = Factor("A", "lora_A", ("rank", "in"), "lora_A.weight")
-B = Factor("B", "lora_B", ("out", "rank"), "lora_B.weight")
-FACTORS = {factor.key: factor for factor in (A, B)}
+B = Factor("B", "lora_B", ("out", "rank"), "lora_B.weight", lora_plus=True)
+# Close to the norms of the base's rows: in 16 bits its updates would be lost.
+MAGNITUDE = Factor("magnitude", "magnitude", ("out",), "lora_magnitude_vector", dtype=torch.float32)
+FACTORS = {factor.key: factor for factor in (A, B, MAGNITUDE)}
 # The table of factors of each adapter type, in the order in which a module holds them.
-FACTORS_OF_TYPE: dict[str, tuple[Factor, ...]] = {"lora": (A, B)}
+FACTORS_OF_TYPE: dict[str, tuple[Factor, ...]] = {"lora": (A, B), "dora": (A, B, MAGNITUDE)}
 
 ADAPTER_FILE = "adapter.json"
 ADAPTER_FORMAT = "megatron-lora-adapter"

@@ -110,6 +110,7 @@ class LoRALinear(torch.nn.Module):
                 held.factor, self.parallel_kind == "column", self.tp
             )
             parameter.allreduce = True
+            parameter.lora_plus = held.factor.lora_plus
 
     def factors_changed(self) -> None:
         """The factors have other values than before: what was derived from them is computed anew."""
@@ -125,10 +126,11 @@ class LoRALinear(torch.nn.Module):
         return {factor.key: getattr(self, factor.name) for factor in self.method.factors}
 
     def _derive(self, weight: Tensor) -> Any:
+        if self.method.adds_only:
+            return None
         if self._derived is None:
             summed_over = self.tp if self.parallel_kind == "row" and self.tp.size > 1 else None
-            with torch.no_grad():
-                self._derived = self.method.derive(weight, self._values(), self._scale, summed_over)
+            self._derived = self.method.derive(weight, self._values(), self._scale, summed_over)
         return self._derived
 
     @property

@@ -15,7 +15,6 @@ from megatron_lora.lora.layout import AdapterSpec
 
 # Settings that change what the tensors mean; a value that counts as "off" for each is falsy.
 REFUSED = {
-    "use_dora": "DoRA (use_dora) is not supported yet",
     "use_qalora": "QA-LoRA (use_qalora) is not supported",
     "lora_bias": "a bias on B (lora_bias) is not supported",
     "trainable_token_indices": "trainable tokens (trainable_token_indices) are not supported",
@@ -28,6 +27,8 @@ REFUSED = {
     "velora_config": "VeLoRA (velora_config) is not supported",
     "monteclora_config": "MonteCLoRA (monteclora_config) is not supported",
 }
+# The setting that says that an adapter is of another kind than plain LoRA.
+FLAG_OF_TYPE = {"dora": "use_dora"}
 # Initialisations that change the base's weights too: peft would repeat the change on loading.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -46,7 +47,7 @@ class PeftPatterns:
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
     dropout: float
-    type: str = "lora"
+    type: str
 
     def matches(self, name: str) -> bool:
         """Whether the linear `name` (as the HF model calls it) carries an adapter."""
@@ -111,6 +112,7 @@ def read_patterns(config: Mapping[str, Any]) -> PeftPatterns:
         alpha_pattern={key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
         use_rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
+        type=next((name for name, flag in FLAG_OF_TYPE.items() if config.get(flag)), "lora"),
     )
 
 
@@ -134,7 +136,7 @@ def build_config(
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "use_rslora": use_rslora,
-        "use_dora": False,
+        **{flag: spec.type == name for name, flag in FLAG_OF_TYPE.items()},
         # peft drops A's input only; a run that drops B's output has its setting in adapter.json.
         "lora_dropout": 0.0 if spec.settings.get("dropout_position") == "post" else spec.settings.get("dropout", 0.0),
         "bias": "none",

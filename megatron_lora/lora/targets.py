@@ -2,12 +2,12 @@
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, ModelShapes, ModuleLayout, build_layout, module_name
+from megatron_lora.lora.layout import KINDS, Block, ModelShapes, ModuleLayout, module_name
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
 Naming = Literal["megatron", "hf"]
@@ -56,12 +56,53 @@ def select_linears(
     return Selection([linear for linear in linears if linear.name in wanted], list(matcher.notices))
 
 
-def build_modules(linears: Sequence[HFLinear], rank: int, alpha: float, shapes: ModelShapes) -> list[ModuleLayout]:
-    """New adapters of the HF linears: those of one fused Megatron linear share one A."""
-    segments: dict[str, list[str]] = {}
+def build_modules(
+    linears: Sequence[HFLinear],
+    rank: int,
+    alpha: float,
+    shapes: ModelShapes,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    separate: bool = False,
+) -> list[ModuleLayout]:
+    """New adapters of the HF linears. Those of one fused Megatron linear with the same rank and alpha share one A,
+    unless `separate`. ranks, alphas: what single HF linears have instead of `rank` and `alpha`."""
+    ranks, alphas = ranks or {}, alphas or {}
+    modules: dict[str, list[HFLinear]] = {}
     for linear in linears:
-        segments.setdefault(_fused_name(linear), []).append(linear.segment)
-    return [build_layout(name, rank, alpha, shapes, present) for name, present in segments.items()]
+        modules.setdefault(_fused_name(linear), []).append(linear)
+    result = []
+    for name, members in modules.items():
+        groups: dict[tuple, list[str]] = {}
+        for linear in members:
+            size, scaled_by = ranks.get(linear.name, rank), alphas.get(linear.name, alpha)
+            key = (size, scaled_by, linear.segment) if separate else (size, scaled_by)
+            groups.setdefault(key, []).append(linear.segment)
+        blocks: list[Block] = []
+        for (size, scaled_by, *_), segments in groups.items():
+            start = blocks[-1].stop if blocks else 0
+            blocks.append(Block.build(segments, start, size, scaled_by, use_rslora))
+        result.append(ModuleLayout(name, members[0].kind, tuple(blocks)))
+    return result
+
+
+def match_patterns[Value: (int, float)](
+    shapes: ModelShapes, adapted: Sequence[HFLinear], patterns: Mapping[str, Value], *, key: str, naming: Naming
+) -> dict[str, Value]:
+    """HF linear -> its value in the recipe's `key`, for the adapted linears that a pattern names (in the forms of
+    `select_linears`); the first pattern that names a linear counts. Raises UserError for one that names none."""
+    matcher = _Matcher(list(hf_linears(shapes).values()), key, naming)
+    names = {linear.name for linear in adapted}
+    result: dict[str, Value] = {}
+    for pattern, value in patterns.items():
+        found = [linear.name for linear in matcher.find(pattern) if linear.name in names]
+        if not found:
+            raise UserError(f"{pattern!r} in {key} names no linear that has an adapter; add it to target_modules")
+        for name in found:
+            result.setdefault(name, value)
+    return result
 
 
 @dataclass

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.export import read_peft_folder
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelShapes, ModuleLayout, segments_of
+from megatron_lora.lora.methods import ReadWeight, method_of
 from megatron_lora.lora.peft_format import from_hf
-from megatron_lora.lora.targets import Selection, build_modules, select_linears
+from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
 from megatron_lora.policy.weights_check import local_fingerprint, read_base
 
 
@@ -30,25 +33,60 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model
     """The recipe's adapter. Raises UserError for a pattern that fits nothing, or a folder that does not fit."""
     fingerprint = local_fingerprint(model_name)
     settings = config.model_dump(mode="json", exclude={"enabled"})
+    method = method_of(config.type)
     if config.init_adapter is not None:
         folder = read_peft_folder(Path(config.init_adapter))
         spec, fused = from_hf(*folder, shapes, base_model_name=model_name, base_fingerprint=fingerprint)
+        if spec.type != method.type:
+            raise UserError(
+                f"{config.init_adapter} holds an adapter of type {spec.type!r}, and {_section(config)}.type="
+                f"{config.type!r}; set it to {spec.type!r}"
+            )
         spec.settings = settings
         return StartingAdapter(spec, fused)
     chosen = _select(config, shapes)
-    modules = build_modules(chosen.linears, config.dim, config.alpha, shapes)
-    spec = AdapterSpec(model_name, shapes, modules, base_fingerprint=fingerprint, settings=settings)
+    naming = _naming(config)
+    values = {
+        name: match_patterns(
+            shapes, chosen.linears, getattr(config, name), key=f"{_section(config)}.{name}", naming=naming
+        )
+        for name in ("rank_pattern", "alpha_pattern")
+    }
+    modules = build_modules(
+        chosen.linears,
+        config.dim,
+        config.alpha,
+        shapes,
+        ranks=values["rank_pattern"],
+        alphas=values["alpha_pattern"],
+        use_rslora=config.use_rslora,
+        separate=method.separate,
+    )
+    spec = AdapterSpec(model_name, shapes, modules, fingerprint, settings, method.type)
     return StartingAdapter(spec, None, chosen.notices)
+
+
+def base_reader(spec: AdapterSpec) -> ReadWeight | None:
+    """Reads the base's weights by HF name, for a kind of adapter whose starting values need them; None for others."""
+    if not method_of(spec.type).reads_base:
+        return None
+    return SafetensorsFolder(find_base(None, spec.base_model_name, spec.base_model_name)).read
+
+
+def _section(config: PeftConfig | LoraConfig) -> str:
+    return "policy.megatron_cfg.peft" if isinstance(config, PeftConfig) else "policy.dtensor_cfg.lora_cfg"
+
+
+def _naming(config: PeftConfig | LoraConfig) -> Naming:
+    return "megatron" if isinstance(config, PeftConfig) else "hf"
 
 
 def _select(config: PeftConfig | LoraConfig, shapes: ModelShapes) -> Selection:
     targets, exclusions = config.target_modules, config.exclude_modules
-    if isinstance(config, PeftConfig):
-        return select_linears(shapes, targets, exclusions, key="policy.megatron_cfg.peft", naming="megatron")
-    key = "policy.dtensor_cfg.lora_cfg"
-    if not (config.match_all_linear and targets):
-        return select_linears(shapes, targets, exclusions, key=key, naming="hf")
-    chosen = select_linears(shapes, [], exclusions, key=key, naming="hf")
+    key, naming = _section(config), _naming(config)
+    if isinstance(config, PeftConfig) or not (config.match_all_linear and targets):
+        return select_linears(shapes, targets, exclusions, key=key, naming=naming)
+    chosen = select_linears(shapes, [], exclusions, key=key, naming=naming)
     return Selection(chosen.linears, [f"{key}.match_all_linear=true: target_modules={targets} is not used"])
 
 
@@ -70,6 +108,11 @@ def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) ->
         raise UserError(
             f"{folder} was trained on another model ({found.base_model_name}), with {', '.join(differing)}; set "
             "policy.model_name to that model or choose another checkpointing.checkpoint_dir"
+        )
+    if wanted.type != found.type:
+        raise UserError(
+            f"{folder} holds an adapter of type {found.type!r}, and this run's is of type {wanted.type!r}; "
+            "restore the recipe's type or choose another checkpointing.checkpoint_dir"
         )
     if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
         raise UserError(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
+from megatron_lora.lora.methods import method_of
 from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout.vllm_worker import ADAPTER_ID
 from megatron_lora.runtime.world import World
@@ -77,6 +78,8 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
     """Why the engine can be given merged weights only; None where it can be given the adapter."""
     if not policy.adapter.enabled:
         return "full fine-tuning (peft.enabled=false) has no adapter"
+    if not method_of(policy.adapter.type).adds_only:
+        return f"vLLM serves no adapters of type {policy.adapter.type!r}"
     if world.device.type == "cuda" and engine_dtype(policy) == "float32":
         return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
     return None

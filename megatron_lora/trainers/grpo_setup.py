@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_lora.config.schema import PolicyConfig, Recipe
 from megatron_lora.config.schema_algorithms import GrpoConfig
@@ -13,7 +12,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.advantages import check_group_size
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty
-from megatron_lora.policy.adapter_start import read_peft_folder
+from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
 from megatron_lora.runtime.world import World
@@ -142,7 +141,6 @@ def _check_vllm(policy: PolicyConfig, world: World) -> None:
 
 def _adapter_rank(policy: PolicyConfig) -> int:
     """The largest rank of a linear's adapter."""
-    if policy.adapter.init_adapter is None:
-        return policy.adapter.dim
-    _, tensors = read_peft_folder(Path(policy.adapter.init_adapter))
-    return max(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight"))
+    planned = planned_adapter(policy)
+    assert planned is not None
+    return max(block.rank for module in planned.spec.modules for block in module.blocks)

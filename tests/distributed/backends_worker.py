@@ -7,7 +7,7 @@ torchrun --nproc-per-node N -m tests.distributed.backends_worker FOLDER
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
 @dataclass(frozen=True)
 class Algorithm:
     """run: takes a policy and a step's number, and trains that step. full: the whole model trains. drawn: the adapter
-    starts from the seed instead of a folder. exchanged: its checkpoints are taken over."""
+    starts from the seed instead of a folder. adapter: more of both backends' adapter section. exchanged: its
+    checkpoints are taken over."""
 
     run: Callable[[Policy, int], StepResult]
     family: str = "qwen3"
     full: bool = False
     drawn: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
     exchanged: bool = False
 
 
@@ -99,6 +101,7 @@ ALGORITHMS = {
     "sft": Algorithm(sft_step, drawn=True, exchanged=True),
     "dpo": Algorithm(dpo_step),
     "grpo": Algorithm(grpo_step),
+    "dora": Algorithm(sft_step, "qwen2", drawn=True, adapter={"type": "dora", "lora_plus_ratio": 2.0}, exchanged=True),
     "full": Algorithm(sft_step, family="qwen2", full=True, exchanged=True),
 }
 
@@ -107,7 +110,7 @@ def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron:
     """One recipe for both backends: only `megatron_cfg.enabled` differs."""
     dtensor_cfg, megatron_cfg = LAYOUTS[world_size]
     init_adapter = None if algorithm.full or algorithm.drawn else str(folder / f"{algorithm.family}_adapter")
-    adapter = {"enabled": not algorithm.full, "init_adapter": init_adapter, "dim": 4, "alpha": 8}
+    adapter = {"enabled": not algorithm.full, "init_adapter": init_adapter, "dim": 4, "alpha": 8} | algorithm.adapter
     lora_cfg = adapter | {"use_triton": dtensor_cfg == {}}
     return PolicyConfig.model_validate(
         {

@@ -19,6 +19,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "shared": {},
     "own": {"share_a": False},
     "query_value": {"targets": ["q_proj", "v_proj"], "share_a": False},
+    "dora": {"use_dora": True},
+    "dora_own": {"use_dora": True, "share_a": False},
+    "dora_query_value_head": {"use_dora": True, "targets": ["q_proj", "v_proj", "lm_head"], "share_a": False},
     "head": {"targets": [*TARGETS, "lm_head"]},
     # Of a trained model: its text stays text.
     "small": {"std": 0.01},
@@ -121,7 +124,7 @@ def reference(room: Room) -> Callable[..., Training]:
         key = repr((case.family, case.adapter, asked, options))
         if key not in known:
             adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
-            share_a = case.adapter in ("shared", "head", "small")
+            share_a = ADAPTERS.get(str(case.adapter), {"share_a": False}).get("share_a", True)
             torch.set_num_threads(1)
             options = {"lr": case.learning_rate, "share_a": share_a} | options
             known[key] = train(room.base(case.family), adapter, case_rows(case.family, asked), **options)

@@ -22,11 +22,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 # Bases as they are, and untied or tied against the family's habit.
 WHOLE = (*FAMILIES, "qwen2_untied", "llama3_tied")
-ADAPTED = ("qwen2_wide", "llama3", "llama3_head", "gemma3")
+ADAPTED = ("qwen2_wide", "llama3", "llama3_head", "gemma3", "qwen2_dora")
 
 
 def model_of(case: str) -> str:
-    return case.removesuffix("_head")
+    return case.removesuffix("_head").removesuffix("_dora")
 
 
 def build(folder: Path) -> None:
@@ -39,7 +39,8 @@ def build(folder: Path) -> None:
     save_model(folder / "qwen2_wide", "qwen2", hidden_size=128)
     for case in ADAPTED:
         targets = [*TARGETS, "lm_head"] if case.endswith("_head") else TARGETS
-        save_adapter(folder / model_of(case), folder / f"{case}_adapter", targets=targets)
+        dora = case.endswith("_dora")
+        save_adapter(folder / model_of(case), folder / f"{case}_adapter", targets=targets, use_dora=dora)
 
 
 def _save_retied(folder: Path, family: str, *, tied: bool) -> None:

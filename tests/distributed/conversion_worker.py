@@ -25,6 +25,7 @@ from tests.distributed.megatron_build import forget_kernels, leave_groups
 
 
 def config_of(folder: Path, case: str, layout: str, **peft: Any) -> PolicyConfig:
+    peft["type"] = "dora" if case.endswith("_dora") else "lora"
     return PolicyConfig.model_validate(
         {
             "model_name": str(folder / model_of(case)),
@@ -100,8 +101,8 @@ def load_adapters(folder: Path, layout: str) -> dict[str, Any]:
         for source in LAYOUTS:
             with torch.no_grad():
                 for linear in policy.adapted:
-                    linear.lora_A.fill_(3.0)
-                    linear.lora_B.fill_(3.0)
+                    for held in linear.held_factors:
+                        held.parameter.fill_(3.0)
             policy.load(folder / f"adapter_{case}_{source}/policy/weights", None)
             got = to_hf(policy.spec, gather_adapter(policy.adapted, policy.spec))[1]
             different = [name for name, tensor in wanted.items() if not torch.equal(tensor, got[name])]

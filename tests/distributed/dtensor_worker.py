@@ -25,6 +25,7 @@ from tests.support.reference import make_rows
 NUM_STEPS = 10
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 SP2 = TP2 | {"sequence_parallel": True}
+DORA: dict[str, Any] = {"lora_cfg": {"type": "dora"}}
 DROPS = {"init_adapter": None, "dropout": 0.3}
 
 # name -> (world size, family, dtensor_cfg, what to do)
@@ -37,6 +38,13 @@ TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
     "one_gemma": (1, "gemma3", {"packed": True}),
     "one_head": (1, "llama3_head", {}),
     "one_full": (1, "qwen2", {"full": True}),
+    "one_dora": (1, "llama3_dora", DORA),
+    "one_dora_peft_forward": (1, "llama3_dora", {"lora_cfg": {"type": "dora", "use_triton": False}}),
+    "one_dora_compiled": (1, "llama3_dora", DORA | {"compile": True}),
+    "one_dora_recompute": (1, "qwen2_dora", DORA | {"activation_checkpointing": True}),
+    "dp_dora": (2, "llama3_dora", DORA),
+    "tp_dora": (2, "llama3_dora", TP2 | DORA),
+    "sp_dora": (2, "qwen2_dora", SP2 | DORA),
     "dp": (2, "llama3", {}),
     "dp_full": (2, "qwen3", {"full": True}),
     "tp": (2, "qwen3", TP2),
@@ -68,7 +76,7 @@ def make_policy(folder: Path, family: str, options: dict[str, Any], **changes: A
     lora = {"enabled": not full, "init_adapter": None if full else str(folder / f"{family}_adapter")}
     lora |= options.pop("lora_cfg", {})
     settings: dict[str, Any] = {
-        "model_name": str(folder / family.removesuffix("_head")),
+        "model_name": str(folder / family.partition("_")[0]),
         "precision": "float32",
         "train_global_batch_size": 6,
         "train_micro_batch_size": 2,

@@ -36,6 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
     save_adapter(folder / "llama3", folder / "llama3_head_adapter", targets=[*TARGETS, "lm_head"])
+    for family in ("llama3", "qwen2"):
+        save_adapter(folder / family, folder / f"{family}_dora_adapter", use_dora=True)
     _save_unlike_adapter(folder / "llama3", folder / "unlike_adapter")
     return folder
 
@@ -87,7 +89,7 @@ class Runs:
 
     def reference(self, family: str, full: bool) -> Any:
         if (family, full) not in self.references:
-            base = self.folder / family.removesuffix("_head")
+            base = self.folder / family.partition("_")[0]
             adapter = None if full else self.folder / f"{family}_adapter"
             self.references[family, full] = train(base, adapter, steps(), lr=learning_rate(full))
         return self.references[family, full]

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 TOLERANCE = 1e-5
 WHOLE_OPTIMIZER = {"optimizer": {"use_distributed_optimizer": False}}
+DORA = {"peft": {"type": "dora", "lora_plus_ratio": 4.0}}
 DROPOUT = {"peft": {"dropout": 0.2}}
 
 
@@ -33,6 +34,7 @@ SAME = [
     case("tp", 2, TP, {"dp": {}, "vpp": VPP, "cp": CP}),
     case("pp", 2, PP, {"dp": {}, "sp": SP}),
     case("head", 2, TP, {"dp": {}, "pp": PP}, adapter="head"),
+    case("dora_lora_plus", 2, TP | DORA, {"dp": DORA, "pp": PP | DORA}, adapter="dora"),
     case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
     case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}}),
     case("full", 2, TP, {"dp": {}, "pp": PP}, family="qwen2", adapter=None),

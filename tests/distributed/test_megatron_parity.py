@@ -23,6 +23,10 @@ def case(name: str, ranks: int, megatron: dict | None = None, **fields: Any) -> 
     return Case(f"train_{name}", ranks, "train", megatron=megatron or {}, **fields)
 
 
+def dora_case(name: str, ranks: int, megatron: dict, adapter: str = "dora", **fields: Any) -> Case:
+    return case(f"dora_{name}", ranks, megatron | {"peft": {"type": "dora"}}, adapter=adapter, **fields)
+
+
 CASES = [
     case("tp1", 1),
     case("plain_logprobs", 1, PLAIN_LOGPROBS),
@@ -62,6 +66,15 @@ CASES = [
     case("sp_head", 2, SP, adapter="head"),
     case("sp_head_plain_logprobs", 2, SP | PLAIN_LOGPROBS, adapter="head"),
     case("pp_head", 2, PP, adapter="head"),
+    dora_case("tp1", 1, {}),
+    dora_case("tp", 2, TP),
+    dora_case("sp_full_recompute", 2, SP | FULL_RECOMPUTE),
+    dora_case("pp", 2, PP, adapter="dora_own"),
+    dora_case("query_value_head", 1, {}, adapter="dora_query_value_head"),
+    dora_case("sp_query_value_head", 2, SP, adapter="dora_query_value_head"),
+    dora_case("sp_qwen2", 2, SP, family="qwen2"),
+    dora_case("sp_gemma3", 2, SP, family="gemma3"),
+    dora_case("tp_dp", 4, TP),
     case("sp_llama2", 2, SP, family="llama2"),
     case("sp_llama3", 2, SP, family="llama3"),
     case("sp_qwen2", 2, SP, family="qwen2"),
@@ -87,6 +100,18 @@ def test_ten_steps_equal_transformers_and_peft(
     for found in ranks_found:
         assert_same_training(found, wanted, "adapter", TOLERANCE)
         assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
+
+
+LORA_PLUS = {"peft": {"lora_plus_ratio": 4.0}}
+
+
+@pytest.mark.parametrize("case", [case("lora_plus", 1, LORA_PLUS), case("lora_plus_sp", 2, SP | LORA_PLUS)], ids=str)
+def test_lora_plus_gives_b_a_rate_of_its_own(
+    case: Case, found: dict[str, Any], reference: Callable[..., Training]
+) -> None:
+    wanted = reference(case, lora_plus_ratio=4.0)
+    assert_same_training(found, wanted, "adapter", TOLERANCE)
+    assert largest_difference(reference(case).adapter, wanted.adapter) > 10 * TOLERANCE
 
 
 CLIPPED = case("clipping", 1, policy={"max_grad_norm": 0.05})

@@ -25,6 +25,7 @@ ONE = {
     "gemma": {"family": "gemma3_softcap", "layout": {}},
     "llama": {"family": "llama3", "layout": {}, "batch": None},
     "head": {"family": "qwen3_head", "layout": {}},
+    "dora": {"family": "qwen3_dora", "layout": {}, "peft": {"type": "dora"}, "trains": True},
 }
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
@@ -37,6 +38,12 @@ TWO = {
         "peft": {"a2a_experimental": True},
     },
     "sp_gemma": {"family": "gemma3", "layout": TP | {"sequence_parallel": True, "activation_checkpointing": True}},
+    "sp_dora": {
+        "family": "qwen3_dora",
+        "layout": TP | {"sequence_parallel": True},
+        "peft": {"type": "dora"},
+        "trains": True,
+    },
     "sp_head": {"family": "qwen3_head", "layout": TP | {"sequence_parallel": True}},
     "pp": {"family": "qwen3", "layout": PP, "stops": True, "trains": True},
     "pp_tied": {"family": "qwen2", "layout": PP},
@@ -60,6 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
         base = save_model(folder / family, family)
         made[family] = (base, save_adapter(base, folder / f"{family}_adapter"))
     base = made["qwen3"][0]
+    made["qwen3_dora"] = (base, save_adapter(base, folder / "dora_adapter", use_dora=True))
     made["qwen3_head"] = (base, save_adapter(base, folder / "head_adapter", targets=[*TARGETS, "lm_head"]))
     return made
 

@@ -98,6 +98,17 @@ def test_a_float32_adapter_on_a_gpu_is_refused() -> None:
     assert hands_over_adapter(policy(refit="adapter", vllm_cfg={"precision": "bfloat16"}), gpu)
 
 
+def test_an_adapter_that_vllm_cannot_serve_is_merged() -> None:
+    dora = policy(refit="adapter")
+    dora.megatron_cfg.enabled = dora.megatron_cfg.peft.enabled = True
+    assert hands_over_adapter(dora, world(1))
+    dora.megatron_cfg.peft.type = "dora"
+    with pytest.raises(UserError, match="refit=adapter, but vLLM serves no adapters of type 'dora'; set it to merge"):
+        hands_over_adapter(dora, world(1))
+    dora.generation.refit = "auto"
+    assert not hands_over_adapter(dora, world(1))
+
+
 def test_rank_above_max_lora_rank() -> None:
     with pytest.raises(UserError, match="rank 32 is above vLLM's max_lora_rank 16; raise policy.generation.vllm_kw"):
         check_request(policy(vllm_kwargs={"max_lora_rank": 16}), world(1), model(), 32)

@@ -33,16 +33,21 @@ def save_adapter(
     targets: list[str] | None = None,
     share_a: bool = True,
     std: float = 0.1,
+    use_dora: bool = False,
 ) -> Path:
-    """An HF PEFT adapter, B away from zero. share_a: q, k, v have one A and gate, up another; else each its own. std:
-    of the factors' entries."""
+    """An HF PEFT adapter, B away from zero, and DoRA's magnitudes from the norms. share_a: q, k, v have one A and gate,
+    up another; else each its own. std: of the factors' entries."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets or TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets or TARGETS, task_type="CAUSAL_LM", use_dora=use_dora
+    )
     model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(1 + torch.randn_like(parameter) * 0.1)
+            elif "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * std)
     if share_a:
         tie_shared_factors(model)
@@ -95,10 +100,12 @@ def train(
     max_norm: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.98),
     share_a: bool = True,
+    lora_plus_ratio: float = 1.0,
 ) -> Training:
     """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder.
 
     share_a: q, k, v train one A and gate, up another, as a fused adapter does; else each its own, as peft does.
+    lora_plus_ratio: B's learning rate over lr.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     if adapter_folder is not None:
@@ -106,9 +113,11 @@ def train(
         if share_a:
             tie_shared_factors(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    faster = {parameter for name, parameter in model.named_parameters() if "lora_B" in name}
     # Megatron decays matrices only.
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() > 1 and p not in faster], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p in faster], "weight_decay": weight_decay, "lr": lr * lora_plus_ratio},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
@@ -124,7 +133,7 @@ def train(
     wanted = "lora_" if adapter_folder is not None else ""
     # Files hold a tied head once, and a shared A under the name of each of its linears.
     named = model.named_parameters(remove_duplicate=adapter_folder is None)
-    state = {name.replace(".default", ""): value.detach().clone() for name, value in named if wanted in name}
+    state = {_stored(name): value.detach().clone() for name, value in named if wanted in name}
     return Training(losses, norms, state)
 
 
@@ -139,3 +148,8 @@ def cut_logits(logits: torch.Tensor, targets: torch.Tensor, top_k: int, top_p: f
 def of_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[S] log-probabilities of targets [S] under logits [S, vocabulary]."""
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+
+
+def _stored(name: str) -> str:
+    """A parameter's name in a PEFT file."""
+    return name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")

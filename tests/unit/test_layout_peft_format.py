@@ -123,6 +123,7 @@ CONFIGS = {
     "regex": dict(r=2, lora_alpha=4, target_modules=r".*\.layers\.1\..*(k|gate)_proj"),
     "excluded": dict(r=2, lora_alpha=4, target_modules=LEAVES, exclude_modules=r".*layers\.1\..*"),
     "head": dict(r=2, lora_alpha=4, target_modules=["lm_head", "o_proj"]),
+    "dora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "lm_head"], use_dora=True),
 }
 
 
@@ -152,7 +153,8 @@ def test_any_peft_adapter_comes_back_and_loads(family, case, tmp_path, recwarn):
     loaded = PeftModel.from_pretrained(tiny_model(family), tmp_path / "after")
     assert not [w for w in recwarn if re.search("missing|unexpected", str(w.message))]
     held = {name for name, _ in loaded.named_parameters() if "lora_" in name}
-    assert held == {key.replace(".weight", ".default.weight") for key in again}
+    named = {key.replace("magnitude_vector", "magnitude_vector.weight") for key in again}
+    assert held == {key.replace(".weight", ".default.weight") for key in named}
     assert torch.equal(loaded(tokens).logits, expected)
 
     merged = tiny_model(family)
@@ -222,7 +224,7 @@ def config_with(**changes) -> dict:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(use_dora=True), "DoRA .* not supported yet"),
+        (dict(use_dora=True), "the weights lack .*lora_magnitude_vector"),
         (dict(lora_bias=True), "lora_bias"),
         (dict(bias="all"), "bias='all'"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save=lm_head"),

@@ -138,7 +138,7 @@ def test_spec_survives_its_file(tmp_path):
     "edit, message",
     [
         (lambda content: content.update(version=99), "version 99"),
-        (lambda content: content.update(type="dora"), "type 'dora'"),
+        (lambda content: content.update(type="lokr"), "type 'lokr'"),
         (lambda content: content.update(format="other"), "does not describe"),
         (lambda content: content.pop("modules"), "damaged"),
     ],

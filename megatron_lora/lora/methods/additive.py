@@ -1,6 +1,7 @@
-"""LoRA (Hu et al. 2021, eq. 3): y = W x + s B A x."""
+"""LoRA (Hu et al. 2021, eq. 3): y = W x + s B A x; with one A for the linears of a fused one, or one for each."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -20,12 +21,18 @@ class Lora(AdapterMethod):
         return {A.name: a, B.name: b if mask is None else b * mask}
 
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Tensor | None, call: AdapterCall
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
     ) -> Tensor:
         return column_parallel(x, weight, bias, values["A"], values["B"], call)
 
-    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Tensor | None, call: AdapterCall) -> Tensor:
+    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Any, call: AdapterCall) -> Tensor:
         return row_parallel(x, weight, values["A"], values["B"], call)
 
     def update(self, weight: Tensor, values: Values, scale: float) -> Tensor:
         return (values["B"] * scale) @ values["A"]
+
+
+class CanonicalLora(Lora):
+    """The form that peft itself trains. Its factors are LoRA's: blocks say which rows serve which linear."""
+
+    separate = True

@@ -18,11 +18,16 @@ ReadWeight = Callable[[str], Tensor]
 class AdapterMethod(ABC):
     """One kind of adapter: its factors, its product on a fused linear, its update of a weight, its PEFT form.
 
-    type: its name in `adapter.json`. vanishing: factors of which an all-zero one makes the output the
+    type: its name in `adapter.json`. reads_base: whether its starting values need the base's weights. separate: whether
+    each HF linear of a fused one gets a block, and so an A, of its own. adds_only: the output is the base's plus the
+    adapter's; else their sum is multiplied by `gain`. vanishing: factors of which an all-zero one makes the output the
     base's, bit for bit.
     """
 
     type: str
+    reads_base = False
+    separate = False
+    adds_only = True
     vanishing: tuple[FactorKey, ...] = ()
 
     @property
@@ -37,17 +42,21 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Tensor | None, call: AdapterCall
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
     ) -> Tensor:
         """`arithmetic.column_parallel` of base and adapter: [t, in] -> [T, out / tp]."""
 
     @abstractmethod
-    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Tensor | None, call: AdapterCall) -> Tensor:
+    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Any, call: AdapterCall) -> Tensor:
         """`arithmetic.row_parallel` of base and adapter: [T, in / tp] -> [t, out], reduced over TP."""
 
     def derive(self, weight: Tensor, values: Values, scale: float | Tensor, summed_over: TensorParallel | None) -> Any:
-        """What the products need that follows from base and factors alone: computed once an optimizer step. None for a
-        kind that needs nothing. summed_over: the ranks that hold the other columns of the weight, if any."""
+        """What the products need that follows from base and factors alone, a constant: computed once a step of the
+        optimizer. None where nothing is needed. summed_over: ranks with the other columns of the weight, if any."""
+        return None
+
+    def gain(self, values: Values, derived: Any) -> Tensor | None:
+        """[out]: what the sum of base and adapter is multiplied by, before the bias; None where it `adds_only`."""
         return None
 
     def gradient_is_partial(self, factor: Factor, column: bool, tp: TensorParallel) -> bool:

@@ -13,15 +13,17 @@ import torch
 import torch.distributed as dist
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import functional as F
 
 from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelShapes
 from megatron_lora.lora.methods import AdapterMethod, method_of
+from megatron_lora.lora.peft_config import FLAG_OF_TYPE
 from megatron_lora.lora.peft_format import hf_name, peft_name, to_hf
-from megatron_lora.policy.adapter_start import starting_adapter
+from megatron_lora.policy.adapter_start import base_reader, starting_adapter
 from megatron_lora.policy.checksums import Pieces, checksum, join_ranks, to_numbers
 
 ADAPTER_NAME = "default"
@@ -50,7 +52,7 @@ def start(config: LoraConfig, shapes: ModelShapes, model_name: str, seed: int) -
 
 
 def _draw(spec: AdapterSpec, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-    draw = initial_factors(spec, config.lora_A_init, "zero", seed)
+    draw = initial_factors(spec, config.lora_A_init, "zero", seed, base_reader(spec))
     return {f"{module.name}.{name}": value for module in spec.modules for name, value in draw(module).items()}
 
 
@@ -72,6 +74,7 @@ class AdaptedLinear(PeftLoraLinear):
     fused = False
     tp_rank = 0
     method: AdapterMethod
+    _derived: Any = None
 
     @property
     def factors(self) -> dict[FactorKey, nn.Parameter]:
@@ -89,12 +92,46 @@ class AdaptedLinear(PeftLoraLinear):
         drops = self.training and self.dropout > 0.0
         if self.fused:
             return self._fused_forward(x, scale, drops)
-        result = self.base_layer(x, *args, **kwargs)
+        base: Any = self.base_layer
+        result = F.linear(x, base.weight, base.bias if self.method.adds_only else None)
         inner = x * self._mask(x) if drops and self.dropout_before else x
         update = self.lora_B[ADAPTER_NAME](self.lora_A[ADAPTER_NAME](inner.to(self.factors["A"].dtype)) * scale)
         if drops and not self.dropout_before:
             update = update * self._mask(update)
-        return result + update.to(result.dtype)
+        result = result + update.to(result.dtype)
+        return result if self.method.adds_only else self._rescaled(result, base.bias)
+
+    def _rescaled(self, result: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(result, DTensor):
+            # A row-parallel product is a sum over ranks until here.
+            whole = [Replicate() if placement.is_partial() else placement for placement in result.placements]
+            result = result.redistribute(placements=whole)
+        gain = self.method.gain(self.factors, self._derive())
+        assert gain is not None
+        result = result * gain.to(result.dtype)
+        return result if bias is None else result + bias
+
+    def _derive(self) -> Any:
+        """What follows from base and factors, computed once an optimizer step; under TP as the magnitude lies."""
+        if self.method.adds_only:
+            return None
+        if self._derived is None:
+            self._derived = self._derive_from(self.base_layer.weight)  # type: ignore[arg-type]
+        return self._derived
+
+    def _derive_from(self, weight: Tensor) -> Any:
+        scale = self.scaling[ADAPTER_NAME]
+        if not isinstance(weight, DTensor):
+            return self.method.derive(weight, self.factors, scale, None)
+        values: Any = {key: factor.to_local() for key, factor in self.factors.items()}  # type: ignore[operator]
+        mesh, column = weight.device_mesh, weight.placements[0] == Shard(0)
+        ranks = TensorParallel(mesh.get_group(), mesh.size(), self.tp_rank, sequence_parallel=False)
+        local = self.method.derive(weight.to_local(), values, scale, None if column else ranks)
+        return DTensor.from_local(local, mesh, [Shard(0) if column else Replicate()], run_check=False)
+
+    def factors_changed(self) -> None:
+        """The factors have other values than before: what was derived from them is computed anew."""
+        self._derived = None
 
     def _fused_forward(self, x: Tensor, scale: float, drops: bool) -> Tensor:
         base: Any = self.base_layer
@@ -105,7 +142,8 @@ class AdaptedLinear(PeftLoraLinear):
             name = "input_mask" if self.dropout_before else "output_mask"
             masks[name] = self._local_mask((rows.shape[0], width), x, False)
         call = AdapterCall(_WHOLE, scale, input_mask=masks.get("input_mask"), output_mask=masks.get("output_mask"))
-        return self.method.column(rows, base.weight, base.bias, self.factors, None, call).view(*x.shape[:-1], -1)
+        y = self.method.column(rows, base.weight, base.bias, self.factors, self._derive(), call)
+        return y.view(*x.shape[:-1], -1)
 
     def _mask(self, like: Tensor) -> Tensor:
         """A dropout mask in the layout of `like`, divided by the keep probability: slices differ between ranks, what
@@ -128,15 +166,26 @@ class AdaptedLinear(PeftLoraLinear):
 def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, tp_rank: int) -> None:
     """Freeze the model and adapt the linears of `start`; the factors' values are put in later."""
     wanted = peft.LoraConfig.__dataclass_fields__
-    settings = {key: value for key, value in start.peft_config.items() if key in wanted}
+    kinds = FLAG_OF_TYPE.values()  # peft would add a kind's own factors and product: both are ours
+    settings = {key: value for key, value in start.peft_config.items() if key in wanted and key not in kinds}
     peft_config = peft.LoraConfig(**{**settings, "lora_dropout": 0.0, "inference_mode": False})
     peft_config._register_custom_module({nn.Linear: AdaptedLinear})
     model.requires_grad_(False)
     peft.inject_adapter_in_model(peft_config, model, ADAPTER_NAME, low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    for module in adapted_linears(model).values():
+    for name, module in adapted_linears(model).items():
         module.dropout, module.dropout_before = config.dropout, config.dropout_position == "pre"
         module.fused, module.tp_rank, module.method = fused, tp_rank, method_of(start.spec.type)
+        _add_own_factors(module, start.tensors[peft_name(name, FACTORS["B"])].shape[0])
     tie_shared_factors(model, start.spec)
+
+
+def _add_own_factors(linear: AdaptedLinear, outputs: int) -> None:
+    """Empty parameters for the factors that plain LoRA has not: one number an output row."""
+    for factor in linear.method.factors:
+        if factor.axes == ("out",):
+            # peft holds an empty container under this name.
+            delattr(linear, factor.peft_name)
+            linear.register_parameter(factor.peft_name, nn.Parameter(torch.empty(outputs, device="meta")))
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -198,3 +247,18 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     # Not peft's own switch, which also changes what trains.
     for linear in adapted_linears(model).values():
         linear._disable_adapters = not enabled
+
+
+def factors_changed(model: nn.Module) -> None:
+    for linear in adapted_linears(model).values():
+        linear.factors_changed()
+
+
+def lora_plus_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The factors whose learning rate LoRA+ raises."""
+    return {
+        parameter
+        for linear in adapted_linears(model).values()
+        for key, parameter in linear.factors.items()
+        if FACTORS[key].lora_plus
+    }

@@ -73,8 +73,8 @@ def save_optimizer(
                 state[name] = value
             else:
                 common["values"][name] = value.cpu() if isinstance(value, Tensor) else value
-    # Layouts cut the parameters into different groups, but what decays has the same settings in all.
-    common["groups"] = {group["wd_mult"]: _settings(group) for group in optimizer.param_groups}
+    # Layouts cut the parameters into different groups, but what decays and learns alike has the same settings in all.
+    common["groups"] = {_group_key(group): _settings(group) for group in optimizer.param_groups}
     state[_COMMON] = _to_bytes(common)
     state[_random_key(world)] = _to_bytes(_random_state())
     dcp.save(state, checkpoint_id=folder)
@@ -122,9 +122,14 @@ def _put_optimizer_state(
         index: fields[names[parameter]] for index, parameter in enumerate(order) if names[parameter] in fields
     }
     for group in content["param_groups"]:
-        group.update(common["groups"][group["wd_mult"]])
+        group.update(common["groups"][_group_key(group)])
     optimizer.load_state_dict(content)
     schedule.load_state_dict(common["schedule"])
+
+
+def _group_key(group: Mapping[str, Any]) -> Any:
+    """What tells groups apart whatever the layout: the decay, and whether the learning rate is LoRA+'s."""
+    return (group["wd_mult"], "max_lr") if "max_lr" in group else group["wd_mult"]
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

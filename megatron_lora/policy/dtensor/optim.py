@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -58,18 +58,23 @@ class ConstantSchedule:
         pass
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], policy: PolicyConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], policy: PolicyConfig, lora_plus: Collection[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """`policy.optimizer`, or the AdamW of `policy.megatron_cfg.optimizer`. Only matrices decay, as on Megatron.
+
+    lora_plus: parameters that learn `lora_plus_ratio` times as fast (Hayou et al. 2024), where the recipe sets one.
 
     Raises UserError for a class that cannot be imported or does not take its keyword arguments.
     """
     named = policy.optimizer
     if named is not None:
         decay = float(named.kwargs.get("weight_decay", 0.0))
-        return _build(named.name, "optimizer", _groups(parameters, decay), **named.kwargs)
+        groups = _groups(parameters, decay, lora_plus, policy, named.kwargs.get("lr"), None)
+        return _build(named.name, "optimizer", groups, **named.kwargs)
     options = policy.megatron_cfg.optimizer
     return torch.optim.AdamW(
-        _groups(parameters, options.weight_decay),
+        _groups(parameters, options.weight_decay, lora_plus, policy, options.lr, options.min_lr),
         lr=options.lr,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_eps,
@@ -78,18 +83,37 @@ def build_optimizer(parameters: Iterable[nn.Parameter], policy: PolicyConfig) ->
     )
 
 
-def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups by decay and device mesh: one kernel does not take DTensors of different meshes."""
-    groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
+def _groups(
+    parameters: Iterable[nn.Parameter],
+    weight_decay: float,
+    lora_plus: Collection[nn.Parameter],
+    policy: PolicyConfig,
+    rate: float | None,
+    min_rate: float | None,
+) -> list[dict[str, Any]]:
+    """Parameter groups by decay, rate and device mesh: one kernel does not take DTensors of different meshes."""
+    ratio = policy.lora_plus_ratio
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for parameter in parameters:
-        decays = parameter.dim() > 1
+        decays, faster = parameter.dim() > 1, ratio is not None and parameter in lora_plus
         meshes = parameter.device_mesh.ndim if isinstance(parameter, DTensor) else 0
-        groups.setdefault((decays, meshes), []).append(parameter)
-    return [
-        # wd_mult and lr_mult are what Megatron's schedule reads.
-        {"params": members, "weight_decay": weight_decay * decays, "wd_mult": float(decays), "lr_mult": 1.0}
-        for (decays, _), members in groups.items()
-    ]
+        groups.setdefault((decays, faster, meshes), []).append(parameter)
+    result = []
+    for (decays, faster, _), members in groups.items():
+        # wd_mult, lr_mult, max_lr and min_lr are what Megatron's schedule reads.
+        group = {"params": members, "weight_decay": weight_decay * decays, "wd_mult": float(decays), "lr_mult": 1.0}
+        if faster:
+            assert ratio is not None
+            if rate is None:
+                raise UserError(
+                    "policy.dtensor_cfg.lora_cfg.lora_plus_ratio needs a learning rate to raise; set "
+                    "policy.optimizer.kwargs.lr"
+                )
+            group |= {"lr": rate * ratio, "max_lr": rate * ratio}
+            if min_rate is not None:
+                group["min_lr"] = min_rate * ratio
+        result.append(group)
+    return result
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, policy: PolicyConfig, num_steps: int) -> Schedule:
@@ -98,7 +122,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, policy: PolicyConfig, num_s
         return TorchSchedule(optimizer, policy.scheduler)
     if policy.optimizer is not None:
         return ConstantSchedule()
-    from megatron_lora.policy.megatron.optim import build_scheduler
+    from megatron_lora.policy.learning_rate import build_scheduler
 
     return build_scheduler(optimizer, policy, num_steps)
 

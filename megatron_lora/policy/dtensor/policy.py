@@ -53,7 +53,7 @@ class DTensorPolicy(Policy):
         self.notices = self.base.notices
         self.names: dict[nn.Parameter, str] = {p: name for name, p in self.base.hf.named_parameters()}
         self.trained = [parameter for parameter in self.names if parameter.requires_grad]
-        self.optimizer = optim.build_optimizer(self.trained, policy)
+        self.optimizer = optim.build_optimizer(self.trained, policy, adapter.lora_plus_parameters(self.base.hf))
         self.scheduler = optim.build_schedule(self.optimizer, policy, num_steps)
         multiple = world.tp if self.root.tp.sequence_parallel else 1
         self.batching = BatchingOptions(
@@ -73,19 +73,20 @@ class DTensorPolicy(Policy):
         optim.sum_gradients_over_tp(self.base.summed, self.mesh["tp"])
         if not self._gradients_checked:
             self._check_gradients()
-        learning_rate = max((group["lr"] for group in self.optimizer.param_groups), default=0.0)
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         norm = optim.gradient_norm(self.trained, self.mesh, self.world.device)
         if not math.isfinite(norm):
             self.optimizer.zero_grad()
             raise NonFiniteLoss(norm, sorted({row.index for row in rows}), what="gradient norm")
         optim.clip_gradients(self.trained, norm, optim.clip_norm(self.config))
         self.optimizer.step()
+        adapter.factors_changed(self.base.hf)
         self.scheduler.step(increment=1)
         return StepResult(
             loss=loss,
-            metrics=metrics,
+            metrics=metrics | self._lora_plus_rate(max(rates)),
             grad_norm=norm,
-            learning_rate=float(learning_rate),
+            learning_rate=min(rates),
             num_target_tokens=sum(row.num_targets for row in rows),
             num_tokens=sum(len(row) for row in rows),
         )
@@ -135,7 +136,9 @@ class DTensorPolicy(Policy):
             self._drop_gathered()
 
     def _drop_gathered(self) -> None:
-        """Whole parameters that FSDP has kept since the last forward pass: the next one gathers the present shards."""
+        """Forget what follows from the parameters' former values: whole ones that FSDP has kept since the last forward
+        pass, and what adapters derive."""
+        adapter.factors_changed(self.base.hf)
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -259,6 +262,9 @@ class DTensorPolicy(Policy):
         everyone: list[list[int]] = [[] for _ in range(self.world.size)]
         dist.all_gather_object(everyone, mine)
         return sorted({row for rows in everyone for row in rows if row >= 0})
+
+    def _lora_plus_rate(self, value: float) -> dict[str, float]:
+        return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
 
     def _divide(self, groups: Groups, *, training: bool) -> Any:
         return divide(

@@ -9,9 +9,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_lora.config.schema import PolicyConfig
@@ -71,36 +76,19 @@ def build_optimizer(chunks: list[Any], policy: PolicyConfig) -> Any:
         params_dtype=dtype,
         use_distributed_optimizer=options.use_distributed_optimizer,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    ratio = policy.lora_plus_ratio
+    if ratio is not None:
+        # Hayou et al. 2024 (LoRA+): the attribute comes from the adapter's table of factors.
+        rates = ParamGroupOverride(max_lr=options.lr * ratio, min_lr=options.min_lr * ratio)
+        overrides[ParamKey(attr="lora_plus")] = rates
+    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
 
 
 def clip_norm(policy: PolicyConfig) -> float:
     """The largest gradient norm; 0 means no clipping."""
     value = policy.megatron_cfg.optimizer.clip_grad
     return float(policy.max_grad_norm or 0.0) if value is None else float(value)
-
-
-def build_scheduler(optimizer: Any, policy: PolicyConfig, num_steps: int) -> OptimizerParamScheduler:
-    """Learning rate and weight decay by optimizer step; decays end at `num_steps` where the recipe names no end."""
-    options, optim = policy.megatron_cfg.scheduler, policy.megatron_cfg.optimizer
-    decay = options.lr_decay_iters or max(num_steps, options.lr_warmup_iters + 1)
-    start = optim.weight_decay if options.start_weight_decay is None else options.start_weight_decay
-    end = optim.weight_decay if options.end_weight_decay is None else options.end_weight_decay
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=min(options.lr_warmup_init, optim.lr),
-        max_lr=optim.lr,
-        min_lr=min(optim.min_lr, optim.lr),
-        lr_warmup_steps=options.lr_warmup_iters,
-        lr_decay_steps=max(decay, options.lr_warmup_iters + 1),
-        lr_decay_style=options.lr_decay_style,
-        start_wd=start,
-        end_wd=end,
-        wd_incr_steps=max(num_steps, 1),
-        wd_incr_style=options.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
 
 
 def update(optimizer: Any, max_norm: float) -> float | None:

@@ -22,7 +22,7 @@ from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
-from megatron_lora.policy.adapter_start import check_same_adapter, describe_modules, starting_adapter
+from megatron_lora.policy.adapter_start import base_reader, check_same_adapter, describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, divide
 from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import (
@@ -33,6 +33,7 @@ from megatron_lora.policy.interface import (
     StepResult,
     check_scores,
 )
+from megatron_lora.policy.learning_rate import build_scheduler
 from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_checksums import adapter_checksums
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
@@ -64,7 +65,7 @@ class MegatronPolicy(Policy):
             self._inject(seed)
         self.chunks = optim.wrap_for_data_parallel(self.base.chunks, policy, self.base.config)
         self.optimizer = optim.build_optimizer(self.chunks, policy)
-        self.scheduler = optim.build_scheduler(self.optimizer, policy, num_steps)
+        self.scheduler = build_scheduler(self.optimizer, policy, num_steps)
         self.batching = _batching_options(policy, world, self.base.config, pad_token_id)
         self.engine = schedule.Engine(
             chunks=self.chunks,
@@ -91,7 +92,8 @@ class MegatronPolicy(Policy):
         if start.tensors is not None:
             factors = given_factors(start.spec, start.tensors)
         else:
-            factors = initial_factors(start.spec, peft.lora_A_init_method, peft.lora_B_init_method, seed)
+            methods = (peft.lora_A_init_method, peft.lora_B_init_method)
+            factors = initial_factors(start.spec, *methods, seed, base_reader(start.spec))
         self.adapted = inject(self.base.chunks, start.spec, factors, options, self.tp)
 
     def train_step(self, groups: Groups, objective: Objective) -> StepResult:
@@ -104,17 +106,19 @@ class MegatronPolicy(Policy):
         loss, metrics = schedule.run(self.engine, share.batches, objective, objective.count(rows), forward_only=False)
         if not self._gradients_checked:
             self._check_gradients()
-        learning_rate = max((group["lr"] for group in self.optimizer.param_groups), default=0.0)
+        rates = [group["lr"] for group in self.optimizer.param_groups] or [0.0]
+        learning_rate, highest = self._over_pipeline(min(rates)), self._over_pipeline(max(rates))
         norm = optim.update(self.optimizer, optim.clip_norm(self.config))
+        self._factors_changed()
         if norm is None:
             self._discard_gradients()
             raise NonFiniteLoss(float("nan"), sorted({row.index for row in rows}), what="gradient norm")
         self.scheduler.step(increment=1)
         return StepResult(
             loss=loss,
-            metrics=metrics,
+            metrics=metrics | self._lora_plus_rate(highest),
             grad_norm=norm,
-            learning_rate=self._over_pipeline(learning_rate),
+            learning_rate=learning_rate,
             num_target_tokens=sum(row.num_targets for row in rows),
             num_tokens=sum(len(row) for row in rows),
         )
@@ -160,8 +164,12 @@ class MegatronPolicy(Policy):
             with self.adapters_disabled():
                 yield
         else:
-            with holding(self._factors(), self._starting_factors):
-                yield
+            try:
+                self._factors_changed()
+                with holding(self._factors(), self._starting_factors):
+                    yield
+            finally:
+                self._factors_changed()
 
     def at_reference(self) -> bool:
         if self.spec is None:
@@ -249,6 +257,10 @@ class MegatronPolicy(Policy):
     def describe_adapters(self) -> list[tuple[str, ...]]:
         return describe_modules(self.spec) if self.spec is not None else []
 
+    def _factors_changed(self) -> None:
+        for linear in self.adapted:
+            linear.factors_changed()
+
     def _factors(self) -> list[torch.nn.Parameter]:
         return [held.parameter for linear in self.adapted for held in linear.held_factors]
 
@@ -267,6 +279,9 @@ class MegatronPolicy(Policy):
         finally:
             for chunk in self.chunks:
                 chunk.train()
+
+    def _lora_plus_rate(self, value: float) -> dict[str, float]:
+        return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
 
     def _discard_gradients(self) -> None:
         for chunk in self.chunks:
@@ -294,6 +309,7 @@ class MegatronPolicy(Policy):
                     chunk.load_state_dict(mine, strict=False)
                 return
             for linear in self.adapted:
+                linear.factors_changed()
                 for held in linear.held_factors:
                     held.parameter.copy_(state[f"{linear.layout.name}.{held.factor.name}"])
 
