@@ -154,7 +154,7 @@ def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> di
         policy.load(saved / "weights", saved / "optimizer")
     found: dict[str, Any] = {"losses": [], "grad_norms": [], "learning_rates": [], "metrics": [], "at_reference": []}
     for step in range(HALF if resumes else 0, NUM_STEPS):
-        if not algorithm.full and step < 2:
+        if not algorithm.full and step == 0:
             found["at_reference"].append(policy.at_reference())
         if step == HALF and saved is not None and not resumes:
             policy.save(saved / "weights", saved / "optimizer")
@@ -163,6 +163,8 @@ def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> di
         found["grad_norms"].append(result.grad_norm)
         found["learning_rates"].append(result.learning_rate)
         found["metrics"].append(result.metrics)
+    if not algorithm.full:
+        found["at_reference"].append(policy.at_reference())
     return found
 
 

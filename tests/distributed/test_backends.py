@@ -74,7 +74,7 @@ def test_both_backends_draw_the_same_adapter(name: str, size: int, found: Found)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", ["megatron", "dtensor"])
 @pytest.mark.parametrize("name", ["sft", "grpo"])
-def test_a_policy_is_its_reference_until_its_first_update(name: str, backend: str, size: int, found: Found) -> None:
+def test_a_policy_is_its_reference_before_it_trains(name: str, backend: str, size: int, found: Found) -> None:
     """B at zero, and an adapter from a folder."""
     for rank in found(size):
         assert rank[f"{name}_{backend}"]["at_reference"] == [True, False]
