@@ -64,6 +64,9 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> int:
 
 
 def _train(loaded: LoadedRecipe, *, dry_run: bool) -> int:
+    for name, value in loaded.recipe.policy.env_vars.items():
+        if value:  # NeMo RL writes "" for none
+            os.environ.setdefault(name, value)
     # Imported here: a recipe is parsed and printed without waiting for torch.
     from megatron_lora.runtime.quiet import quiet_libraries
 
@@ -134,8 +137,8 @@ if __name__ == "__mp_main__":
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path.cwd()))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Without torchrun, which holds the store, a rank waits for the others for ever and keeps its GPU.
+    if "TORCHELASTIC_RUN_ID" in os.environ or LAUNCHER in os.environ:
+        # Without its launcher, which holds the store, a rank waits for the others for ever and keeps its GPU.
         from megatron_lora.runtime.processes import die_with_parent
 
         die_with_parent()

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Any
 
-from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_megatron import MegatronConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
@@ -76,16 +75,6 @@ def check_layout(policy: PolicyConfig, shape: ModelShape, world_size: int) -> No
                 f"set use_triton=false or tensor_parallel_size=1"
             )
     _check_sequence_length(policy)
-
-
-def check_generation(recipe: Recipe, shape: ModelShape, world_size: int) -> None:
-    """Refuse a vLLM layout that does not fit the model or the ranks (GRPO). Raises UserError."""
-    if recipe.grpo is None or recipe.policy.generation.backend != "vllm":
-        return
-    key = "policy.generation.vllm_cfg.tensor_parallel_size"
-    size = recipe.policy.generation.vllm_cfg.tensor_parallel_size
-    _check_divides(key, size, world_size, "ranks")
-    _check_divides(key, size, shape.num_attention_heads, "attention heads of the model")
 
 
 def _check_divides(key: str, size: int, number: int, what: str) -> None:

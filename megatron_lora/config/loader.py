@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_lora.config.interpolation import resolve
-from megatron_lora.config.messages import recipe_error
+from megatron_lora.config.messages import describe_errors, one_message
 from megatron_lora.config.overrides import apply_override, merge
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import walk_fields
@@ -47,13 +47,28 @@ def check_recipe(resolved: dict[str, Any], written: dict[str, Any] | None = None
     """Check a recipe given as nested dicts without interpolations. written: the same before they were resolved, so that
     a mistake is told once, where it stands. Raises UserError."""
     schema_paths = {known for known, _ in walk_fields(Recipe)}
-    known, without_effect = take_out(resolved, schema_paths)
+    found = take_out(resolved, schema_paths)
+    mistakes, recipe = found.refused, None
     try:
-        recipe = Recipe.model_validate(known)
+        recipe = Recipe.model_validate(found.left)
     except ValidationError as error:
-        raise recipe_error(error, resolved, written or {}) from error
-    notices = [notice(without_effect)] if without_effect else []
+        mistakes = [*mistakes, *describe_errors(error, resolved, written or {})]
+    if mistakes or recipe is None:
+        raise one_message(mistakes)
+    found.paths += _unread(recipe, resolved)
+    notices = [notice(found.paths)] if found.paths else []
     return LoadedRecipe(recipe, to_dict(recipe), notices)
+
+
+def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
+    """Keys that the recipe has and that a run of its algorithm on its backend does not look at, outside the sections of
+    other algorithms and of the other backend."""
+    unread = []
+    if recipe.grpo is None and resolved["data"].get("max_input_seq_length") is not None:
+        unread.append("data.max_input_seq_length")
+    if recipe.policy.backend == "megatron":
+        unread += [f"policy.{name}" for name in ("optimizer", "scheduler") if getattr(recipe.policy, name) is not None]
+    return unread
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

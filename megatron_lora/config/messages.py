@@ -34,8 +34,8 @@ _BOUNDS = {
 _ALGORITHMS_OWN = {"sft": ("sft",), "dpo": ("dpo",), "grpo": ("grpo", "loss_fn", "env", "policy.generation")}
 
 
-def recipe_error(error: ValidationError, recipe: dict[str, Any], written: dict[str, Any]) -> UserError:
-    """One message for everything pydantic found wrong. recipe: what was checked; written: the same with its
+def describe_errors(error: ValidationError, recipe: dict[str, Any], written: dict[str, Any]) -> list[str]:
+    """One message for each mistake that pydantic found. recipe: what was checked; written: the same with its
     interpolations, so that a value which reached several keys is told of once, at the key where it stands."""
     found: dict[tuple[str, ...], ErrorDetails] = {}
     details = error.errors()
@@ -44,10 +44,14 @@ def recipe_error(error: ValidationError, recipe: dict[str, Any], written: dict[s
         source = referred(written, item["loc"])
         if source is None or not any(place[: len(source)] == source for place in places):
             found.setdefault(place, item)
-    lines = list(dict.fromkeys(_describe(item, recipe, written) for item in found.values()))
-    if len(lines) == 1:
-        return UserError(lines[0])
-    return UserError("the recipe has several mistakes:\n  " + "\n  ".join(lines))
+    return list(dict.fromkeys(_describe(item, recipe, written) for item in found.values()))
+
+
+def one_message(mistakes: Sequence[str]) -> UserError:
+    """Everything that is wrong with a recipe, told at once."""
+    if len(mistakes) == 1:
+        return UserError(mistakes[0])
+    return UserError("the recipe has several mistakes:\n  " + "\n  ".join(mistakes))
 
 
 def unknown_key(path: str, siblings: Sequence[str], recipe: dict[str, Any]) -> str:

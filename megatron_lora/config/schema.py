@@ -39,13 +39,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fill_and_check(self) -> Self:
         limit = self.policy.max_total_sequence_length
-        if self.data.max_input_seq_length is None:
-            self.data.max_input_seq_length = limit
-        if self.dpo is not None or self.sft is not None:
-            section = self.dpo or self.sft
-            assert section is not None
-            section.val_micro_batch_size = min(section.val_micro_batch_size, section.val_global_batch_size)
-        if self.grpo is not None:
+        if self.grpo is None:
+            self.data.max_input_seq_length = None  # the loader has named it as without effect
+        else:
+            self.data.max_input_seq_length = self.data.max_input_seq_length or limit
             shaping = self.grpo.reward_shaping
             shaping.max_response_length = shaping.max_response_length or limit
             if shaping.enabled and shaping.overlong_buffer_length > shaping.max_response_length:
@@ -65,6 +62,14 @@ class Recipe(Section):
                 f"(grpo.num_prompts_per_step={grpo.num_prompts_per_step} x "
                 f"grpo.num_generations_per_prompt={grpo.num_generations_per_prompt}); use {samples} for one optimizer "
                 "step a rollout, or a divisor of it for several"
+            )
+
+        updates = samples // batch
+        if updates > 1 and self.loss_fn.force_on_policy_ratio:
+            raise ValueError(
+                "loss_fn.force_on_policy_ratio=true takes every update as the first, but "
+                f"policy.train_global_batch_size={batch} makes {updates} of a step's {samples} samples; use "
+                f"{samples}, or set it to false"
             )
 
     @property

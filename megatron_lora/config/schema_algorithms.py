@@ -9,7 +9,7 @@ from megatron_lora.config.schema_base import (
     Int,
     KeywordArguments,
     NonNegativeFloat,
-    NonNegativeInt,
+    Period,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -20,7 +20,7 @@ class _Algorithm(Section):
     max_num_epochs: PositiveInt = Field(default=1, description="Passes over the training rows, at most.")
     max_num_steps: PositiveInt = Field(default=60, description="Optimizer steps (GRPO: rollout steps), at most.")
     seed: Int = Field(default=42, description="Seed of data order, adapters, dropout and sampling.")
-    val_period: NonNegativeInt = Field(default=10, description="Steps between validations; 0: none.")
+    val_period: Period = Field(default=10, description="Steps between validations; 0 or -1: none.")
     val_at_start: bool = Field(default=False, description="Validate before the first step.")
     val_at_end: bool = Field(default=False, description="Validate after the last step.")
 
@@ -28,7 +28,6 @@ class _Algorithm(Section):
 class _SupervisedAlgorithm(_Algorithm):
     val_batches: Int = Field(default=8, description="Global batches a validation; -1 or 0: all.")
     val_global_batch_size: PositiveInt = Field(default=32, description="Rows (DPO: pairs) a validation batch.")
-    val_micro_batch_size: PositiveInt = Field(default=1, description="Rows (DPO: pairs) a forward pass at validation.")
 
 
 class SftConfig(_SupervisedAlgorithm):
@@ -41,7 +40,7 @@ class DpoConfig(_SupervisedAlgorithm):
     """`dpo`: direct preference optimization (Rafailov et al. 2023)."""
 
     max_num_steps: PositiveInt = Field(default=150, description="Optimizer steps, at most.")
-    val_period: NonNegativeInt = Field(default=25, description="Steps between validations; 0: none.")
+    val_period: Period = Field(default=25, description="Steps between validations; 0 or -1: none.")
     val_global_batch_size: PositiveInt = Field(default=8, description="Pairs a validation batch.")
     loss_type: Literal["sigmoid", "ipo"] = Field(
         default="sigmoid", description="DPO's loss, or IPO's (Azar et al. 2023)."
@@ -159,6 +158,9 @@ class GrpoConfig(_Algorithm):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        low, high = self.advantage_clip_low, self.advantage_clip_high
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"advantage_clip_low={low} is above advantage_clip_high={high}; swap them")
         estimator = self.adv_estimator
         if estimator.normalize_rewards is None:
             estimator.normalize_rewards = self.normalize_rewards

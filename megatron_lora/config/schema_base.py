@@ -47,3 +47,16 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 """At least 0 and below 1."""
 KeywordArguments = Annotated[dict[str, Any], BeforeValidator(numbers_from_text)]
+
+
+def _environment(value: Any) -> Any:
+    """Environment variables are text; YAML reads `1` and `true` as something else."""
+    if not isinstance(value, dict):
+        return {} if value is None else value
+    plain = str | int | float
+    return {str(key): str(item) if isinstance(item, plain) else item for key, item in value.items()}
+
+
+Environment = Annotated[dict[str, str], BeforeValidator(_environment)]
+Period = Annotated[int, BeforeValidator(lambda value: 0 if value == -1 else _integral(value)), Field(ge=0)]
+"""Steps between events; 0 or NeMo RL's -1: never."""

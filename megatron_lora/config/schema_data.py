@@ -50,7 +50,7 @@ class DataConfig(Section):
         default=None, description="Values for keys that `train` and `validation` lack."
     )
     max_input_seq_length: PositiveInt | None = Field(
-        default=None, description="Longest prompt, in tokens; null: `policy.max_total_sequence_length`."
+        default=None, description="GRPO: longest prompt, in tokens; null: `policy.max_total_sequence_length`."
     )
     num_workers: PositiveInt = Field(default=1, description="Processes that tokenize a large data set.")
     shuffle: bool = Field(default=True, description="New seeded order every epoch; off: the file's order.")
@@ -58,9 +58,6 @@ class DataConfig(Section):
         default=True, description="Begin a sequence with the tokenizer's begin-of-sequence token, if any."
     )
     add_eos: bool = Field(default=True, description="End the answer with the end-of-sequence token.")
-    add_generation_prompt: bool = Field(
-        default=False, description="SFT on messages: put the template's generation prompt before the answer."
-    )
 
     @model_validator(mode="before")
     @classmethod

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from megatron_lora.config.schema_adapters import LoraConfig
-from megatron_lora.config.schema_base import KeywordArguments, PositiveInt, Section
+from megatron_lora.config.schema_base import Environment, KeywordArguments, PositiveInt, Section
 
 
 class TorchOptimizerConfig(Section):
@@ -43,6 +43,10 @@ class DTensorConfig(Section):
     )
     cpu_offload: bool = Field(default=False, description="Keep weights, gradients and optimizer state in CPU memory.")
     compile: bool = Field(default=False, description="torch.compile each layer.")
+    env_vars: Environment = Field(
+        default_factory=dict,
+        description="Environment variables that are set before this backend is imported; those of the shell win.",
+    )
     lora_cfg: LoraConfig = Field(default_factory=LoraConfig, description="Adapters.")
 
 

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from megatron_lora.config.schema_base import Float, Int, KeywordArguments, NonNegativeFloat, PositiveInt, Section
+from megatron_lora.config.schema_base import (
+    Environment,
+    Float,
+    Int,
+    KeywordArguments,
+    NonNegativeFloat,
+    PositiveInt,
+    Section,
+)
 
 TopP = Float
 
@@ -20,6 +28,10 @@ class VllmConfig(Section):
         default=None, description="Longest sequence; null: `policy.max_total_sequence_length`."
     )
     enforce_eager: bool = Field(default=False, description="Generate without CUDA graphs.")
+    env_vars: Environment = Field(
+        default_factory=dict,
+        description="Environment variables that are set before vLLM is imported; those of the shell win.",
+    )
     precision: Literal["float32", "bfloat16"] | None = Field(
         default=None, description="dtype of vLLM's weights; null: `policy.precision`."
     )

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from megatron_lora.config.schema_adapters import PeftConfig
 from megatron_lora.config.schema_base import (
+    Environment,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -102,6 +103,10 @@ class MegatronConfig(Section):
     )
     recompute_modules: list[str] | None = Field(
         default=None, description="What selective recompute repeats, in Megatron's names; null: `[core_attn]`."
+    )
+    env_vars: Environment = Field(
+        default_factory=dict,
+        description="Environment variables that are set before this backend is imported; those of the shell win.",
     )
     apply_rope_fusion: bool = Field(default=True, description="Fused rotary embedding on a GPU.")
     bias_activation_fusion: bool = Field(default=True, description="Fused bias and activation of the MLP on a GPU.")

@@ -48,6 +48,11 @@ class SequencePackingConfig(DynamicBatchingConfig):
         "modified_first_fit_decreasing", "first_fit_decreasing", "first_fit_shuffle", "concatenative"
     ] = Field(default="modified_first_fit_decreasing", description="How rows are sorted into micro-batches.")
 
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _short_name(cls, value: Any) -> Any:
+        return "modified_first_fit_decreasing" if value == "modified_ffd" else value
+
 
 class PolicyConfig(Section):
     """`policy`."""
@@ -110,7 +115,7 @@ class PolicyConfig(Section):
         if self.sequence_packing.enabled and self.dynamic_batching.enabled:
             raise ValueError("sequence_packing.enabled and dynamic_batching.enabled exclude each other; turn one off")
         if self.scheduler is not None:
-            if self.optimizer is None:
+            if self.optimizer is None and self.backend == "dtensor":
                 raise ValueError("scheduler needs optimizer; set both, or neither to follow megatron_cfg")
             check_schedulers(self.scheduler)
         return self
@@ -145,6 +150,12 @@ class PolicyConfig(Section):
             generation.val_top_p = generation.top_p
         if generation.val_top_k is None:
             generation.val_top_k = generation.top_k
+
+    @property
+    def env_vars(self) -> dict[str, str]:
+        """Environment variables of the backend that trains and of the engine that answers."""
+        section = self.megatron_cfg if self.megatron_cfg.enabled else self.dtensor_cfg
+        return {**self.generation.vllm_cfg.env_vars, **section.env_vars}
 
     @property
     def backend(self) -> Literal["megatron", "dtensor"]:

@@ -52,11 +52,12 @@ TABLE: tuple[Group, ...] = (
         "torchrun decides how many processes run and where",
         _any("gpus_per_node", "num_nodes", "segment_size", "master_port_range_low", "master_port_range_high"),
     ),
-    Group("data_plane", "rows stay in the trainer's processes; leave it off", {"enabled": (False,)}),
     Group(
         "data_plane",
-        "only read where data_plane.enabled",
+        "how rows travel between processes; here they stay in the trainer's",
         _any(
+            "enabled",
+            "observability.*",
             "backend",
             "claim_meta_poll_interval_s",
             "global_segment_size",
@@ -105,6 +106,13 @@ TABLE: tuple[Group, ...] = (
         _any("monitor_gpus", "gpu_monitoring.*", "wandb.log_nemo_gym_full_result_tables"),
     ),
     # Data
+    Group(
+        "data",
+        "an answer stands behind the template's generation prompt, where the template has one",
+        _any("add_generation_prompt"),
+    ),
+    Group("sft", "validation packs its rows as training does", _any("val_micro_batch_size")),
+    Group("dpo", "validation packs its pairs as training does", _any("val_micro_batch_size")),
     Group("data", "data.train is one data set", {"use_multiple_dataloader": (False,)}),
     *(
         Group(
@@ -133,6 +141,11 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         "grpo",
+        "the reference is asked only where loss_fn.reference_policy_kl_penalty is above 0",
+        _any("skip_reference_policy_logprobs_calculation"),
+    ),
+    Group(
+        "grpo",
         "answers are rewarded by env.reward_functions",
         {
             "invalid_tool_call_advantage": (None,),
@@ -151,11 +164,13 @@ TABLE: tuple[Group, ...] = (
     ),
     # Model and batches
     Group("policy", "models are loaded as they were published", {"hf_config_overrides": (None, {})}),
+    Group("policy", "the router has no auxiliary loss here", _any("hf_config_overrides.router_aux_loss_coef")),
     Group(
         "policy",
-        "optimizer state stays where it is; policy.dtensor_cfg.cpu_offload keeps it in CPU memory",
-        {"offload_optimizer_for_logprob": (False,)},
+        "where memory is, not what is computed; policy.dtensor_cfg.cpu_offload keeps optimizer state in CPU memory",
+        _any("offload_optimizer_for_logprob", "refit_buffer_size_gb", "activation_checkpointing_enabled"),
     ),
+    Group("policy.router_replay", "experts are chosen anew in training", {"enabled": (False,)}),
     Group("policy", "log-probabilities are computed in bounded chunks anyway", _any("logprob_chunk_size")),
     Group("policy.draft", "there is no draft model", {"enabled": (False,)}),
     Group(
@@ -166,8 +181,8 @@ TABLE: tuple[Group, ...] = (
     Group("policy.tokenizer", "use the tokenizer's own implementation", {"use_fastokens": (None, False)}),
     Group(
         "policy.sequence_packing",
-        "the order of micro-batches does not change a step",
-        {"microbatch_order": (None, "packer")},
+        "the order of micro-batches and how they are fused do not change a step",
+        _any("microbatch_order", "fuse_loss"),
     ),
     Group(
         "policy",
@@ -179,7 +194,35 @@ TABLE: tuple[Group, ...] = (
     Group(
         "policy.dtensor_cfg",
         "there is one implementation: transformers + peft + FSDP2",
-        _any("_v2", "automodel_kwargs.force_hf", "clear_cache_every_n_steps"),
+        _any(
+            "_v2",
+            "automodel_kwargs.backend.*",
+            "automodel_kwargs.force_hf",
+            "automodel_kwargs.attn_implementation",
+            "automodel_kwargs.use_liger_kernel",
+            "automodel_kwargs.use_sdpa_patching",
+            "automodel_kwargs.use_hf_tp_plan",
+            "automodel_kwargs.compile_config.*",
+            "automodel_kwargs.activation_checkpointing",
+            "clear_cache_every_n_steps",
+            "moe_parallelizer.*",
+        ),
+    ),
+    Group(
+        "policy",
+        "text models have no towers for images and sound, and all of the text model that is not adapted is frozen",
+        {
+            "dtensor_cfg.automodel_kwargs.freeze_config": (None, {}),
+            "dtensor_cfg.automodel_kwargs.freeze_config.freeze_language_model": (False,),
+            "megatron_cfg.freeze_config": (None, {}),
+            "megatron_cfg.freeze_config.freeze_language_model": (False,),
+            **_any(
+                "dtensor_cfg.automodel_kwargs.freeze_config.freeze_vision_tower",
+                "dtensor_cfg.automodel_kwargs.freeze_config.freeze_audio_tower",
+                "megatron_cfg.freeze_config.freeze_vision_model",
+                "megatron_cfg.freeze_config.freeze_vision_projection",
+            ),
+        },
     ),
     Group(
         "policy.dtensor_cfg",
@@ -189,16 +232,7 @@ TABLE: tuple[Group, ...] = (
             "automodel_kwargs": (None, {}),
             "context_parallel_size": (1,),
             "custom_parallel_plan": (None,),
-            "dp_replicate_size": (None, 1),
-        },
-    ),
-    Group(
-        "policy",
-        "set environment variables where torchrun is started",
-        {
-            "dtensor_cfg.env_vars": (None, {}),
-            "dtensor_cfg.env_vars.PYTORCH_CUDA_ALLOC_CONF": (None, ""),
-            "megatron_cfg.env_vars": (None, {}),
+            **_any("dp_replicate_size", "expert_parallel_size"),
         },
     ),
     # Megatron backend
@@ -211,7 +245,9 @@ TABLE: tuple[Group, ...] = (
         _MEGATRON,
         "memory and speed only; chosen by the runtime",
         _any(
+            "attention_backend",
             "checkpoint.ckpt_assume_constant_structure",
+            "defer_fp32_logits",
             "cuda_graph_warmup_steps",
             "empty_unused_memory_level",
             "use_gloo_process_groups",
@@ -220,7 +256,11 @@ TABLE: tuple[Group, ...] = (
             "distributed_data_parallel_config.overlap_param_gather",
         ),
     ),
-    Group(_MEGATRON, "weights are read from the Hugging Face folder at every start", _any("force_reconvert_from_hf")),
+    Group(
+        _MEGATRON,
+        "weights are read from the Hugging Face folder at every start",
+        _any("force_reconvert_from_hf", "converter_type"),
+    ),
     Group(
         _MEGATRON,
         "gradients are accumulated and reduced, and optimizer state kept, in float32",
@@ -249,7 +289,6 @@ TABLE: tuple[Group, ...] = (
         {
             "cuda_graph_impl": (None, "none"),
             "cuda_graph_modules": (None, []),
-            "defer_fp32_logits": (None, False),
             "distributed_data_parallel_config.use_custom_fsdp": (False,),
             "fine_grained_activation_offloading": (False,),
             "offload_modules": (None, []),
@@ -278,21 +317,31 @@ TABLE: tuple[Group, ...] = (
         _MOE,
         {
             "freeze_moe_router": (False, True),
-            "moe_enable_deepep": (False,),
-            "moe_per_layer_logging": (False,),
-            "moe_permute_fusion": (False, True),
             "moe_router_bias_update_rate": (0.0, 1e-3),
-            "moe_router_dtype": (None, "fp64"),
+            "moe_router_dtype": (None, "fp32", "fp64"),
+            "moe_router_enable_expert_bias": (True,),
             "moe_router_load_balancing_type": ("none", "aux_loss"),
-            "moe_shared_expert_overlap": (False,),
-            "moe_token_dispatcher_type": ("alltoall",),
         },
+    ),
+    Group(
+        _MEGATRON,
+        "how tokens reach their experts, not what is computed",
+        _any(
+            "moe_enable_deepep",
+            "moe_flex_dispatcher_backend",
+            "moe_grouped_gemm",
+            "moe_hybridep_num_sms",
+            "moe_per_layer_logging",
+            "moe_permute_fusion",
+            "moe_shared_expert_overlap",
+            "moe_token_dispatcher_type",
+        ),
     ),
     # Rollouts
     Group(
         _GENERATION,
-        "the engine runs in the trainer's processes",
-        {"colocated.enabled": (True,), "vllm_cfg.async_engine": (False,), "refit_transport": (None,)},
+        "the engine runs in the trainer's processes, on their GPUs, and answers all prompts of a step before it trains",
+        _any("colocated.enabled", "vllm_cfg.async_engine", "refit_transport", "use_async_rollouts"),
     ),
     Group(
         _GENERATION,
@@ -312,11 +361,23 @@ TABLE: tuple[Group, ...] = (
         _GENERATION,
         "vLLM runs with tensor parallelism alone; further engine arguments go into vllm_kwargs",
         {
-            "vllm_cfg.expert_parallel_size": (1,),
             "vllm_cfg.kv_cache_dtype": ("auto",),
             "vllm_cfg.num_first_layers_in_bf16": (0,),
             "vllm_cfg.num_last_layers_in_bf16": (0,),
-            "vllm_cfg.pipeline_parallel_size": (1,),
+            **_any(
+                "vllm_cfg.enable_expert_parallel",
+                "vllm_cfg.enable_prefix_caching",
+                "vllm_cfg.expert_parallel_size",
+                "vllm_cfg.pipeline_parallel_size",
+            ),
+        },
+    ),
+    Group(
+        _GENERATION,
+        "vLLM's weights are float32 or bfloat16 (vllm_cfg.precision)",
+        {
+            "vllm_cfg.is_mx": (False,),
+            "vllm_cfg.quantization_ignored_layer_kws": (None, []),
             "vllm_cfg.use_deep_gemm": (False,),
         },
     ),
@@ -349,7 +410,14 @@ TABLE: tuple[Group, ...] = (
                 "enable_chunked_prefill",
                 "enable_prefix_caching",
                 "inference_cuda_graph_scope",
+                "activation_checkpointing",
+                "expert_model_parallel_size",
+                "inference_grouped_gemm_backend",
                 "kv_cache_management_mode",
+                "sequence_parallel",
+                "tensor_model_parallel_size",
+                "transformer_impl",
+                "unified_memory_level",
                 "materialize_only_last_token_logits",
                 "max_model_len",
                 "max_tokens",

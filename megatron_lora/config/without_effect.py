@@ -8,7 +8,6 @@ from megatron_lora.config.messages import unknown_key
 from megatron_lora.config.schema_base import number_from_text
 from megatron_lora.config.show import show
 from megatron_lora.config.unimplemented import ANY, KNOWN_PATHS, TABLE, SameAs
-from megatron_lora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,61 +31,70 @@ def _entries() -> tuple[dict[str, _Entry], dict[str, _Entry]]:
 _KEYS, _SUBTREES = _entries()
 
 
-def take_out(resolved: dict[str, Any], schema_paths: set[str]) -> tuple[dict[str, Any], list[str]]:
+@dataclass
+class TakenOut:
+    """left: what remains for the schema. paths: keys accepted without effect. refused: messages for values that are not
+    accepted and for unknown keys in sections that only the table has."""
+
+    left: dict[str, Any]
+    paths: list[str]
+    refused: list[str]
+
+
+def take_out(resolved: dict[str, Any], schema_paths: set[str]) -> TakenOut:
     """Split the table's keys off a resolved recipe.
 
-    resolved: the recipe as nested dicts. schema_paths: dotted paths that the schema knows. Returns (what is left for
-    the schema, paths taken out). Raises UserError for a value that is not accepted, and for an unknown key in a
-    section that only the table has.
+    resolved: the recipe as nested dicts. schema_paths: dotted paths that the schema knows.
     """
-    taken: list[str] = []
-    return _take_out(resolved, "", resolved, schema_paths, taken), taken
+    found = TakenOut({}, [], [])
+    found.left = _take_out(resolved, "", resolved, schema_paths, found)
+    return found
 
 
 def _take_out(
-    section: dict[str, Any], prefix: str, root: dict[str, Any], schema_paths: set[str], taken: list[str]
+    section: dict[str, Any], prefix: str, root: dict[str, Any], schema_paths: set[str], found: TakenOut
 ) -> dict[str, Any]:
     left: dict[str, Any] = {}
     for name, value in section.items():
         path = f"{prefix}{name}"
         below = [known for known in KNOWN_PATHS if known.startswith(f"{path}.")]
         if path in _SUBTREES:
-            taken.append(path)
+            found.paths.append(path)
         elif path in _KEYS and not (isinstance(value, dict) and value and below):
-            _check(path, value, root)
-            taken.append(path)
+            found.refused += _refuse_value(path, value, root)
+            found.paths.append(path)
         elif below and isinstance(value, dict):
-            inner = _take_out(value, f"{path}.", root, schema_paths, taken)
+            inner = _take_out(value, f"{path}.", root, schema_paths, found)
             if path in schema_paths:
                 left[name] = inner
-            elif inner:
-                unknown = f"{path}.{next(iter(inner))}"
+            else:
                 siblings = sorted({known.removeprefix(f"{path}.").split(".")[0] for known in below})
-                _refuse_unlisted(path, unknown, inner, siblings, root)
+                found.refused += [_refuse_unlisted(path, key, inner[key], siblings, root) for key in inner]
         elif below and value is None and path not in schema_paths:
-            taken.append(path)
+            found.paths.append(path)
         else:
             left[name] = value
     return left
 
 
-def _refuse_unlisted(path: str, unknown: str, inner: dict[str, Any], siblings: list[str], root: dict[str, Any]) -> None:
+def _refuse_unlisted(path: str, name: str, value: Any, siblings: list[str], root: dict[str, Any]) -> str:
     """A key below a section of the table that the table does not list."""
     if path in _KEYS:
-        raise UserError(f"{unknown}={show(next(iter(inner.values())))} has no effect here: {_KEYS[path].reason}")
-    raise UserError(unknown_key(unknown, siblings, root))
+        return f"{path}.{name}={show(value)} has no effect here: {_KEYS[path].reason}"
+    return unknown_key(f"{path}.{name}", siblings, root)
 
 
-def _check(path: str, value: Any, root: dict[str, Any]) -> None:
+def _refuse_value(path: str, value: Any, root: dict[str, Any]) -> list[str]:
     entry = _KEYS[path]
     if entry.accepted is ANY:
-        return
+        return []
     wanted = [_value_at(root, item.path) if isinstance(item, SameAs) else item for item in entry.accepted]
-    if not any(_equal(value, item) for item in wanted):
-        raise UserError(
-            f"{path}={show(value)} is not implemented here (NeMo RL's default, {' or '.join(map(show, wanted))}, is "
-            f"accepted): {entry.reason}"
-        )
+    if any(_equal(value, item) for item in wanted):
+        return []
+    return [
+        f"{path}={show(value)} is not implemented here (NeMo RL's default, {' or '.join(map(show, wanted))}, is "
+        f"accepted): {entry.reason}"
+    ]
 
 
 def _equal(value: Any, wanted: Any) -> bool:

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 from transformers import Qwen3Config, T5Config
 
-from megatron_lora.config import check_recipe, load_recipe
+from megatron_lora.config import load_recipe
 from megatron_lora.config.layout_checks import (
     ModelShape,
-    check_generation,
     check_layout,
     model_shape,
     sequence_multiple,
@@ -136,15 +135,6 @@ def test_dtensor_layouts():
     assert "tensor_parallel_size=2 does not divide the 3 ranks; use 1 or 3" in refusal(configured, LLAMA_8B, 3)
     configured.dtensor_cfg.lora_cfg.enabled = True
     assert "set use_triton=false" in refusal(configured, LLAMA_8B, 4)
-
-
-def test_vllm_layouts():
-    recipe = load_recipe(ROOT / "configs/grpo.yaml", ["policy.generation.vllm_cfg.tensor_parallel_size=4"]).recipe
-    check_generation(recipe, LLAMA_8B, 8)
-    with pytest.raises(UserError, match="does not divide the 6 ranks; use 1, 2, 3 or 6"):
-        check_generation(recipe, LLAMA_8B, 6)
-    sft = check_recipe({"sft": {}, "policy": {"model_name": "m"}, "data": {"train": {"data_path": "x"}}}).recipe
-    check_generation(sft, LLAMA_8B, 6)
 
 
 @pytest.mark.parametrize(

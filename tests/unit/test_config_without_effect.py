@@ -82,7 +82,11 @@ def test_the_notice_is_one_line_that_names_the_keys():
         ),
         ("policy.megatron_cfg.mtp_num_layers", True, "mtp_num_layers=true is not implemented"),
         ("policy.megatron_cfg.pipeline_dtype", "float32", "pipeline_dtype='float32' is not implemented"),
-        ("policy.dtensor_cfg.env_vars", {"A": "1"}, "policy.dtensor_cfg.env_vars.A='1' has no effect here: set"),
+        (
+            "policy.hf_config_overrides",
+            {"rope_theta": 1},
+            "policy.hf_config_overrides.rope_theta=1 has no effect here: models are loaded as they were published",
+        ),
         ("policy.dtensor_cfg.context_parallel_size", 2, "context parallelism needs policy.megatron_cfg"),
         ("logger.mlflow_enabled", True, "use logger.wandb_enabled"),
         ("data_plane", {"enabeld": False}, "unknown key data_plane.enabeld; did you mean data_plane.enabled?"),
@@ -119,3 +123,32 @@ def test_reference_page_is_up_to_date():
     assert page.read_text() == build_reference(), (
         "run: python -m megatron_lora.config.reference > docs/configuration.md"
     )
+
+
+def test_several_refusals_are_told_at_once():
+    content = recipe(policy__draft={"enabled": True}, logger__mlflow_enabled=True, sft={"sede": 1})
+    with pytest.raises(UserError) as error:
+        check_recipe(content)
+    assert all(part in str(error.value) for part in ("draft.enabled=true", "mlflow_enabled=true", "sft.seed?"))
+
+
+def test_the_schedulers_of_the_other_backend_are_named():
+    content = recipe(
+        policy__megatron_cfg={"enabled": True}, policy__scheduler=[{"name": "a.B"}], policy__optimizer=None
+    )
+    assert check_recipe(content).notices == ["NeMo RL keys accepted without effect: policy.scheduler"]
+    with pytest.raises(UserError, match="scheduler needs optimizer"):
+        check_recipe(recipe(policy__scheduler=[{"name": "a.B"}]))
+
+
+def test_environment_variables_of_the_backend_that_trains():
+    content = recipe(
+        policy__megatron_cfg={"enabled": True, "env_vars": {"A": 1, "B": True}},
+        policy__dtensor_cfg={"env_vars": {"C": "x"}},
+        policy__generation={"vllm_cfg": {"env_vars": {"A": "2", "D": "y"}}},
+    )
+    assert check_recipe(content).recipe.policy.env_vars == {"A": "1", "B": "True", "D": "y"}
+
+
+def test_nemo_rls_never():
+    assert check_recipe(recipe(sft={"val_period": -1})).recipe.sft.val_period == 0  # type: ignore[union-attr]

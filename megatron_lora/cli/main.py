@@ -1,0 +1,110 @@
+"""The installed command: `megatron-lora train RECIPE.yaml --nproc 8 key=value`, `show`, `export`, `merge`, `import`."""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lora.cli.completion import complete, script
+from megatron_lora.cli.launcher import Machines, launch
+from megatron_lora.cli.options import RunOptions, build_parser, parse_run
+from megatron_lora.config.loader import dump_recipe, load_recipe
+from megatron_lora.errors import UserError
+
+# subcommand -> (module, arguments that come first, what it does)
+TOOLS = {
+    "show": ("megatron_lora.data.show", [], "show rows as the run trains on them"),
+    "export": ("conversion.convert_lora_to_hf", ["--mode", "adapter"], "a checkpoint's adapter as an HF PEFT folder"),
+    "merge": ("conversion.convert_lora_to_hf", ["--mode", "merged"], "base and adapter merged into an HF model"),
+    "import": ("conversion.import_hf_adapter", [], "an HF PEFT adapter as a checkpoint"),
+}
+USAGE = "\n".join(
+    [
+        "usage: megatron-lora COMMAND ...",
+        "",
+        "  train       run a recipe: megatron-lora train RECIPE.yaml [--nproc N] [dotted.key=value ...]",
+        *(f"  {name:<11} {what}" for name, (_, _, what) in TOOLS.items()),
+        '  completion  print a completion script: eval "$(megatron-lora completion bash)"',
+        "",
+        "megatron-lora COMMAND --help says more.",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for a user's mistake."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        if command == "train":
+            return train(rest)
+        if command in TOOLS:
+            return _run_tool(command, rest)
+        if command == "completion":
+            print(script(rest))
+            return 0
+        if command == "__complete":
+            print("\n".join(complete(rest, ["train", *TOOLS, "completion"])))
+            return 0
+        if command in ("-h", "--help"):
+            print(USAGE)
+            return 0
+        raise UserError(f"unknown command {command}; the commands are train, {', '.join(TOOLS)}, completion")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Check the recipe here, where it takes no second, and start the ranks."""
+    parser = build_parser("megatron-lora train", "Run a recipe on this machine's GPUs, or on CPU processes.")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.add_argument("--nnodes", type=int, default=1, help="machines that run this command (default 1)")
+    parser.add_argument("--node-rank", type=int, default=0, help="this machine's number, from 0")
+    parser.add_argument("--master-addr", default="localhost", help="machine 0, with --nnodes")
+    parser.add_argument("--master-port", type=int, default=0, help="a free port of it, with --nnodes")
+    options, found = parse_run(parser, arguments)
+    loaded = load_recipe(options.recipe, options.overrides)
+    if options.print_config:
+        print(dump_recipe(loaded.recipe), flush=True)
+        return 0
+    command = [sys.executable, "-m", "megatron_lora.train", *_for_a_rank(options)]
+    return launch(command, _machines(found), only_first=options.dry_run)
+
+
+def _machines(found: Namespace) -> Machines:
+    nproc = count_gpus() or 1 if found.nproc is None else found.nproc
+    if nproc < 1 or found.nnodes < 1 or not 0 <= found.node_rank < found.nnodes:
+        raise UserError(
+            f"--nproc={nproc} --nnodes={found.nnodes} --node-rank={found.node_rank}: wanted at least one rank and one "
+            "machine, and a node rank below the number of machines"
+        )
+    if found.nnodes > 1 and (found.master_addr == "localhost" or not found.master_port):
+        raise UserError(f"--nnodes={found.nnodes} needs --master-addr and --master-port of machine 0")
+    return Machines(nproc, found.nnodes, found.node_rank, found.master_addr, found.master_port)
+
+
+def count_gpus() -> int:
+    """GPUs that a run may use, without importing torch: CUDA_VISIBLE_DEVICES, else the driver's list."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def _for_a_rank(options: RunOptions) -> list[str]:
+    flags = [name for name, is_on in (("--dry-run", options.dry_run), ("--debug", options.debug)) if is_on]
+    return [options.recipe, *options.overrides, *flags]
+
+
+def _run_tool(command: str, arguments: Sequence[str]) -> int:
+    module, first, _ = TOOLS[command]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *first, *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

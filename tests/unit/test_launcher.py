@@ -1,0 +1,162 @@
+"""`megatron-lora train`: real ranks (small scripts in place of the trainer), their end, and what the terminal shows."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_lora.cli import launcher
+from megatron_lora.cli.completion import complete, script
+from megatron_lora.cli.launcher import Machines, launch
+from megatron_lora.cli.main import main
+from megatron_lora.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = os.environ | {"PYTHONPATH": str(ROOT)}
+TELL = "import os, sys, time; from megatron_lora.runtime.failure import tell; rank = int(os.environ['RANK']); "
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launcher, "SECONDS_TO_LEAVE", 0.5)
+    monkeypatch.setattr(launcher, "SECONDS_TO_STOP", 0.5)
+
+
+def ranks(code: str, nproc: int = 2, **more: int) -> int:
+    return launch([sys.executable, "-c", TELL + code], Machines(nproc, **more))
+
+
+def test_ranks_find_each_other_as_under_torchrun(tmp_path: Path):
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    code = f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').write(' '.join(os.environ[n] for n in {names}))"
+    assert ranks(code, 2, nnodes=2, node_rank=1, master_port=1234) == 0
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == [
+        "2 0 4 2 localhost 1234",
+        "3 1 4 2 localhost 1234",
+    ]
+
+
+def test_a_users_mistake_is_told_once_and_its_status_passes(capfd: pytest.CaptureFixture[str]):
+    assert ranks("tell('error: a mistake'); sys.exit(2)") == 2
+    assert capfd.readouterr().err == "error: a mistake\n"
+
+
+def test_the_rank_that_failed_first_is_the_one_that_speaks(capfd: pytest.CaptureFixture[str]):
+    """Rank 0 fails because rank 1 did."""
+    code = "time.sleep(0.3 if rank == 0 else 0); tell(f'error: rank {rank}'); sys.exit(3 - rank)"
+    assert ranks(code) == 2
+    assert capfd.readouterr().err == "error: rank 1\n"
+
+
+def test_a_rank_that_hangs_after_anothers_failure_is_ended(capfd: pytest.CaptureFixture[str]):
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    assert ranks(stubborn + "sys.exit(7) if rank else time.sleep(60)") == 7
+    assert capfd.readouterr().err == "error: rank 1 ended with status 7\n"
+    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]):
+    assert ranks("os.kill(os.getpid(), 9) if rank else time.sleep(60)") == 137
+    assert "error: rank 1 was ended by SIGKILL" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_ranks_and_the_status_is_0(number: signal.Signals, tmp_path: Path):
+    """Ranks that save and leave, and ranks that were not yet able to."""
+    saves = (
+        "import signal; "
+        "[signal.signal(n, lambda *_: (open(sys.argv[1] + f'/saved-{rank}', 'w'), os._exit(0))) for n in (2, 15)]; "
+    )
+    for name, handler, last in (("able", saves, ""), ("not", "", "stopped before the run began")):
+        folder = tmp_path / name
+        folder.mkdir()
+        code = handler + "open(sys.argv[1] + f'/{rank}', 'w'); time.sleep(60)"
+        command = [sys.executable, "-c", TELL + code, str(folder)]
+        program = f"from megatron_lora.cli.launcher import *; sys.exit(launch({command!r}, Machines(2)))"
+        started = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        while not (folder / "0").exists() or not (folder / "1").exists():
+            time.sleep(0.02)
+        started.send_signal(number)
+        errors = started.communicate(timeout=60)[1]
+        assert (started.returncode, last in errors, "Traceback" in errors) == (0, True, False), errors
+        assert len(list(folder.glob("saved-*"))) == (2 if handler else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["trian", "x.yaml"], "unknown command trian; the commands are train, show, export"),
+        (["train", "configs/sft.yaml", "--nporc", "2"], "unknown flag --nporc; did you mean --nproc?"),
+        (["train", "configs/sft.yaml", "--nproc", "0"], "--nproc=0"),
+        (["train", "configs/sft.yaml", "--nproc", "two"], "invalid int value: 'two'"),
+        (["train", "configs/sft.yaml", "--nnodes", "2"], "needs --master-addr"),
+        (["train", "--nproc", "2"], "which recipe?"),
+        (["train", "configs/sft.yaml", "--nproc", "2", "lora_rank=8"], "did you mean policy.megatron_cfg.peft.dim?"),
+    ],
+)
+def test_mistakes_before_anything_starts(
+    arguments: list[str], wanted: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and wanted in errors
+
+
+def test_help_and_the_resolved_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["--help"]) == main(["train", "--help"]) == main([]) == 0
+    assert "--nproc N" in capsys.readouterr().out
+    assert main(["train", "--print-config", "--nproc", "2", "configs/sft.yaml"]) == 0
+    assert "model_name:" in capsys.readouterr().out
+
+
+def test_mistakes_and_help_import_no_torch():
+    code = "import sys; from megatron_lora.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    for arguments in (["train", "x.yaml"], ["train", "--help"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=OURS, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["tr", "tr", "1"], ["train"]),
+        (["pol", "train", "3"], ["policy."]),
+        (["policy.megatron_cfg.pe", "train", "3"], ["policy.megatron_cfg.peft."]),
+        (["sft.se", "train", "3"], ["sft.seed="]),
+        (["policy.precision=f", "train", "3"], ["policy.precision=float32"]),
+        (["sft.val_at_end=", "train", "3"], ["sft.val_at_end=true", "sft.val_at_end=false"]),
+        (["--dr", "train", "3"], ["--dry-run"]),
+        (["x", "export", "2"], []),
+    ],
+)
+def test_completion(words: list[str], wanted: list[str]):
+    assert complete(words, ["train", "export"]) == wanted
+
+
+def test_the_completion_script_is_bash(tmp_path: Path):
+    subprocess.run(["bash", "-n"], input=script(["bash"]), text=True, check=True)
+    with pytest.raises(UserError, match="no completion for csh"):
+        script(["csh"])
+    # What bash itself makes of it, with the command standing in the path.
+    command = tmp_path / "megatron-lora"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m megatron_lora.cli.main "$@"\n')
+    command.chmod(0o755)
+    asks = script(["bash"]) + (
+        '\nCOMP_LINE="megatron-lora train policy.precision=f"; COMP_POINT=${#COMP_LINE}; COMP_CWORD=4\n'
+        'COMP_WORDS=(megatron-lora train policy.precision = f); _megatron_lora 2>/dev/null; echo "${COMPREPLY[@]}"'
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", asks], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "float32\n"
