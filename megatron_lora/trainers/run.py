@@ -17,6 +17,7 @@ from megatron_lora.runtime import terminal
 from megatron_lora.runtime.failure import tell
 from megatron_lora.runtime.world import World, environment_world
 from megatron_lora.trainers.interrupt import Interrupt
+from megatron_lora.trainers.plan import describe_plan
 from megatron_lora.trainers.run_folder import RunFolder
 from megatron_lora.trainers.session import Session, check_checkpoint
 from megatron_lora.trainers.setup import (
@@ -33,15 +34,17 @@ FAILURE_STATUS = 1
 
 
 def check_only(loaded: LoadedRecipe) -> list[str]:
-    """--dry-run; returns what a run would say of its recipe and rows. Raises UserError."""
-    prepared = prepare(loaded.recipe, environment_world())
-    build_loaders(prepared)
+    """--dry-run; returns what a run would do. Raises UserError."""
+    world = environment_world()
+    prepared = prepare(loaded.recipe, world)
+    loader, _ = build_loaders(prepared)
     folder = RunFolder(Path(loaded.recipe.checkpointing.checkpoint_dir))
     folder.check(loaded.recipe.checkpointing.resume)
     found, _ = folder.latest()
     if found is not None:
         check_checkpoint(found, loaded.recipe.policy)
-    return [*loaded.notices, *prepared.notices, *prepared.data_lines]
+    resumes = [f"resumes from {found.path}"] if found is not None else []
+    return [*loaded.notices, *prepared.notices, *prepared.data_lines, *describe_plan(loaded.recipe, loader, world.size), *resumes]
 
 
 def run_recipe(loaded: LoadedRecipe) -> int:

@@ -204,4 +204,11 @@ def test_recipe_can_be_printed_and_checked_without_training(job: Job, tmp_path: 
     assert yaml.safe_load(printed.stdout)["policy"]["megatron_cfg"]["peft"]["dim"] == 8
     checked = run_trainer(job.recipe, run_dir, "--dry-run")
     assert checked.status == 0 and "the recipe is valid" in checked.stdout
+    assert "sft of " in checked.stdout and "by megatron: ranks 1 = TP 1 x PP 1 x CP 1 x DP 1" in checked.stdout
+    assert "trainable: 14,848 parameters in 8 linears" in checked.stdout
+    assert "train: 64 rows" in checked.stdout and "steps: 12 of 8 rows, 8 an epoch" in checked.stdout
+    assert "memory a rank, as far as it is known: base " in checked.stdout
+    batch = "policy.train_global_batch_size=128"
+    refused = run_trainer(job.recipe, run_dir, batch, "--dry-run")  # 64 rows
+    assert refused.status == 2 and "policy.train_global_batch_size" in refused.stderr
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,85 @@
+"""What a run will do, told by --dry-run before any weight is loaded."""
+
+from megatron_lora.config.schema import Recipe
+from megatron_lora.data.loader import GroupLoader
+from megatron_lora.lora.layout import KINDS, ModelShapes, features
+from megatron_lora.policy.adapter_start import planned_adapter
+from megatron_lora.trainers.setup import count_steps, count_updates
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZER_BYTES = 16  # a trained parameter: fp32 gradient, master weight and Adam's two moments
+
+
+def describe_plan(recipe: Recipe, loader: GroupLoader, num_ranks: int) -> list[str]:
+    """Lines on layout, parameters, steps and memory. Raises UserError where the adapter's patterns fit nothing."""
+    lines = [_layout(recipe, num_ranks)]
+    planned = planned_adapter(recipe.policy)
+    if planned is None:
+        lines.append("full fine-tuning: every parameter trains")
+    else:
+        spec = planned.spec
+        trainable = sum(module.num_parameters(spec.shapes) for module in spec.modules)
+        base = count_parameters(spec.shapes)
+        kinds = ", ".join(dict.fromkeys(module.kind for module in spec.modules))
+        lines.append(
+            f"trainable: {trainable:,} parameters in {len(spec.modules)} linears ({kinds}); the base has about {base:,}"
+        )
+        lines.append(_memory(recipe, base, trainable, num_ranks))
+    return [*lines, _steps(recipe, loader)]
+
+
+def _layout(recipe: Recipe, num_ranks: int) -> str:
+    policy = recipe.policy
+    if policy.backend == "megatron":
+        config = policy.megatron_cfg
+        sizes = {
+            "TP": config.tensor_model_parallel_size,
+            "PP": config.pipeline_model_parallel_size,
+            "CP": config.context_parallel_size,
+        }
+        data_parallel = num_ranks // config.model_parallel_size
+    else:
+        sizes = {"TP": policy.dtensor_cfg.tensor_parallel_size}
+        data_parallel = num_ranks // policy.dtensor_cfg.tensor_parallel_size
+    layout = " x ".join(f"{name} {size}" for name, size in {**sizes, "DP": data_parallel}.items())
+    what = f"{recipe.algorithm} of {policy.model_name} in {policy.precision} by {policy.backend}"
+    return f"{what}: ranks {num_ranks} = {layout}"
+
+
+def _steps(recipe: Recipe, loader: GroupLoader) -> str:
+    steps = count_steps(recipe, len(loader))
+    batch = recipe.policy.train_global_batch_size
+    if recipe.grpo is not None:
+        grpo = recipe.grpo
+        samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
+        return (
+            f"steps: {steps} of {samples} answers ({grpo.num_prompts_per_step} prompts x "
+            f"{grpo.num_generations_per_prompt}), {count_updates(recipe, steps)} optimizer steps"
+        )
+    what = "pairs" if recipe.dpo is not None else "rows"
+    longest = batch * recipe.policy.max_total_sequence_length * (2 if recipe.dpo is not None else 1)
+    return f"steps: {steps} of {batch} {what}, {len(loader)} an epoch; at most {longest:,} tokens a step"
+
+
+def _memory(recipe: Recipe, base: int, trainable: int, num_ranks: int) -> str:
+    """The parts that follow from shapes alone, for one rank."""
+    policy = recipe.policy
+    if policy.backend == "megatron":
+        shares = policy.megatron_cfg.tensor_model_parallel_size * policy.megatron_cfg.pipeline_model_parallel_size
+    else:
+        shares = num_ranks  # FSDP and TP together split every weight over all ranks
+    weights = base * BYTES[policy.precision] / shares / GIB
+    adapters = trainable * (BYTES[policy.precision] + OPTIMIZER_BYTES) / shares / GIB
+    return (
+        f"memory a rank, as far as it is known: base {weights:.2f} GiB, adapters with gradients and optimizer "
+        f"{adapters:.2f} GiB; activations, logits and a rollout engine come on top"
+    )
+
+
+def count_parameters(shapes: ModelShapes) -> int:
+    """Parameters of the base's linears, norms and embeddings, without biases."""
+    linears = sum(features(kind, shapes)[0] * features(kind, shapes)[1] for kind in KINDS if kind != "output_layer")
+    embeddings = shapes.vocab_size * shapes.hidden_size * (1 if shapes.tied_embeddings else 2)
+    norms = (2 * shapes.num_layers + 1) * shapes.hidden_size
+    return shapes.num_layers * linears + embeddings + norms
