@@ -1,0 +1,75 @@
+"""What the docs claim can be looked up: tests that they name exist, commands that they show are understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_lora.cli.options import build_parser, parse_run
+from megatron_lora.config import load_recipe
+from megatron_lora.config.other_names import key_here
+from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_tree import walk_fields
+
+ROOT = Path(__file__).resolve().parents[2]
+WHY_WORSE = (ROOT / "docs/why-worse.md").read_text()
+MIGRATING = (ROOT / "docs/migrating.md").read_text()
+TESTS = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def _named_tests() -> list[tuple[str, str | None]]:
+    """(file, test or None) as the page names them; `::test_x` alone goes with the file before it."""
+    found, file = [], ""
+    for name, test in re.findall(r"`(?:tests/[\w/]*)?(test_\w+\.py)?(?:::(test_\w+))?`", WHY_WORSE):
+        file = name or file
+        if name or test:
+            found.append((file, test or None))
+    return found
+
+
+def _named_cases() -> list[str]:
+    """Names of parity cases: what stands behind `cases` up to the next semicolon."""
+    parts = re.findall(r"test_megatron_parity\.py` cases ([^;|]*)", WHY_WORSE)
+    return [name for part in parts for name in re.findall(r"`(\w+)`", part)]
+
+
+@pytest.mark.parametrize(("file", "test"), _named_tests(), ids=str)
+def test_tests_that_rule_something_out_exist(file: str, test: str | None):
+    assert file in TESTS
+    if test is not None:
+        assert re.search(rf"^def {test}\b", TESTS[file], re.MULTILINE), f"{file} has no {test}"
+
+
+def test_parity_cases_that_are_named_exist():
+    names = _named_cases()
+    assert len(names) > 10 and len(_named_tests()) > 20
+    for name in names:
+        assert f'case("{name}"' in TESTS["test_megatron_parity.py"], name
+
+
+def _commands() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", MIGRATING, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip().startswith("megatron-lora train")]
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_commands_of_the_migration_page_are_understood(command: str):
+    parser = build_parser("megatron-lora train", "")
+    parser.add_argument("--nproc", type=int)
+    options, _ = parse_run(parser, shlex.split(command)[2:])
+    theirs = options.recipe.startswith("examples/")
+    recipe = ROOT / ("tests/fixtures/nemo_rl" if theirs else "") / options.recipe
+    assert load_recipe(recipe, options.overrides).recipe.policy.adapter.enabled
+
+
+def test_keys_of_the_migration_page_exist():
+    """Full paths in the tables' right-hand column."""
+    known = {path for path, _ in walk_fields(Recipe)}
+    rows = [line.split("|") for line in MIGRATING.splitlines() if line.startswith("| `") and line.count("|") == 3]
+    sections = ("policy", "data", "checkpointing", "sft", "dpo", "grpo", "loss_fn", "env", "logger")
+    keys = {key for row in rows for key in re.findall(r"`((?:%s)\.[\w.]+)" % "|".join(sections), row[2])}
+    assert len(keys) > 30
+    assert {key.rstrip(".") for key in keys} <= known
+    assert all(key_here(key, {}) in (None, key) or key in known for key in keys)
