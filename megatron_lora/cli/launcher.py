@@ -90,7 +90,7 @@ class _Ranks:
     def signals_passed_on(self) -> Iterator[None]:
         def note(number: int, frame: FrameType | None) -> None:
             self.asked.append(number)
-            self._send(number)
+            self._send(signal.SIGTERM)  # of SIGINT, Python makes a traceback where nobody handles it yet
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -101,8 +101,8 @@ class _Ranks:
 
     def wait(self) -> None:
         """Until all have ended. Where one fails the others get a while to leave, then are made to."""
-        for number in self.asked:  # what came before they were there
-            self._send(number)
+        if self.asked:  # before they were there
+            self._send(signal.SIGTERM)
         steps = [(SECONDS_TO_LEAVE, signal.SIGTERM), (SECONDS_TO_LEAVE + SECONDS_TO_STOP, signal.SIGKILL)]
         failed_at: float | None = None
         while any(process.poll() is None for process in self.processes):
@@ -133,7 +133,7 @@ class _Ranks:
         message = next((report for report in reports if report is not None), None)
         if status > 0:
             return status, message or f"error: rank {self._name(self.failed[0])} ended with status {status}"
-        by_request = -status in self.asked
+        by_request = status == -signal.SIGTERM and bool(self.asked)
         if by_request and len(self.asked) == 1:
             return 0, "stopped before the run began; nothing was written"
         cause = signal.Signals(-status).name

@@ -68,8 +68,8 @@ def test_keys_of_the_migration_page_exist():
     """Full paths in the tables' right-hand column."""
     known = {path for path, _ in walk_fields(Recipe)}
     rows = [line.split("|") for line in MIGRATING.splitlines() if line.startswith("| `") and line.count("|") == 3]
-    sections = ("policy", "data", "checkpointing", "sft", "dpo", "grpo", "loss_fn", "env", "logger")
-    keys = {key for row in rows for key in re.findall(r"`((?:%s)\.[\w.]+)" % "|".join(sections), row[2])}
+    sections = "policy|data|checkpointing|sft|dpo|grpo|loss_fn|env|logger"
+    keys = {key for row in rows for key in re.findall(rf"`((?:{sections})\.[\w.]+)", row[2])}
     assert len(keys) > 30
     assert {key.rstrip(".") for key in keys} <= known
     assert all(key_here(key, {}) in (None, key) or key in known for key in keys)
