@@ -14,6 +14,7 @@ from megatron_lora.cli.options import RunOptions, build_parser, parse_run
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
 from megatron_lora.errors import UserError
 from megatron_lora.runtime import terminal
+from megatron_lora.runtime.activity import current
 from megatron_lora.runtime.failure import LAUNCHER, describe, place_of, tell
 
 USER_ERROR_STATUS = 2
@@ -52,15 +53,24 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> int:
             raise
         except Exception as error:
             traceback.print_exc()
-            message = f"error: rank {_rank()} failed, {describe(error)} ({place_of(error)})"
+            message = _why(error, loaded)
             if log is not None:
                 folder = Path(loaded.recipe.checkpointing.checkpoint_dir)
                 if log.is_temporary and not options.dry_run:
                     folder.mkdir(parents=True, exist_ok=True)
                     log.move_to(folder)
-                message += f"; every rank's traceback is in {log.path}"
+                message += f"\n  every rank's traceback is in {log.path}"
             tell(message)
             return FAILURE_STATUS
+
+
+def _why(error: Exception, loaded: LoadedRecipe) -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        from megatron_lora.runtime.out_of_memory import describe_out_of_memory
+
+        return f"error: {describe_out_of_memory(error, loaded.recipe, _rank())}"
+    return f"error: rank {_rank()} failed while {current().what}, {describe(error)} ({place_of(error)})"
 
 
 def _train(loaded: LoadedRecipe, *, dry_run: bool) -> int:

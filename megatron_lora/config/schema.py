@@ -8,7 +8,7 @@ from megatron_lora.config.schema_algorithms import DpoConfig, EnvConfig, GrpoCon
 from megatron_lora.config.schema_base import Section
 from megatron_lora.config.schema_data import DataConfig
 from megatron_lora.config.schema_policy import PolicyConfig
-from megatron_lora.config.schema_run import CheckpointingConfig, LoggerConfig
+from megatron_lora.config.schema_run import CheckpointingConfig, LoggerConfig, TimeoutsConfig
 
 Algorithm = Literal["sft", "dpo", "grpo"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sft", "dpo", "grpo")
@@ -25,6 +25,9 @@ class Recipe(Section):
     policy: PolicyConfig = Field(description="The model and how it is trained.")
     data: DataConfig = Field(description="The rows.")
     checkpointing: CheckpointingConfig = Field(default_factory=CheckpointingConfig, description="Checkpoints.")
+    timeouts: TimeoutsConfig = Field(
+        default_factory=TimeoutsConfig, description="When a rank that does not answer ends the run."
+    )
     logger: LoggerConfig = Field(default_factory=LoggerConfig, description="Where metrics go.")
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from megatron_lora.config.schema_base import NonNegativeInt, Place, PositiveInt, Section
+from megatron_lora.config.schema_base import NonNegativeInt, Place, PositiveFloat, PositiveInt, Section
 
 
 class CheckpointingConfig(Section):
@@ -45,6 +45,16 @@ class CheckpointingConfig(Section):
         if split not in ("val", "train") or not name:
             return None
         return ("validation" if split == "val" else "train"), name
+
+
+class TimeoutsConfig(Section):
+    """`timeouts`: how long a rank may show no sign of life before the run ends and names it."""
+
+    training_seconds: PositiveFloat = Field(default=600.0, description="Between two micro-batches of a step.")
+    slow_seconds: PositiveFloat = Field(
+        default=7200.0,
+        description="While loading, generating and rewarding answers, validating, or writing a checkpoint.",
+    )
 
 
 class WandbConfig(Section):

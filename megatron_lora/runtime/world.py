@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,8 +46,9 @@ def environment_world() -> World:
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
-def init_distributed() -> World:
-    """Join torchrun's processes over NCCL on GPUs, gloo on CPUs. Safe to call again."""
+def init_distributed(timeout_seconds: float | None = None) -> World:
+    """Join torchrun's processes over NCCL on GPUs, gloo on CPUs. Safe to call again. timeout_seconds: how long a rank
+    waits for another in a collective, such as for the one that computes rewards; None: torch's default."""
     world = environment_world()
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
@@ -65,10 +67,13 @@ def init_distributed() -> World:
         os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         device_id = world.device if backend == "nccl" else None
+        timeout = timedelta(seconds=timeout_seconds) if timeout_seconds is not None else None
         if world.size == 1 and "RANK" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         else:
-            dist.init_process_group(backend, rank=world.rank, world_size=world.size, device_id=device_id)
+            dist.init_process_group(
+                backend, rank=world.rank, world_size=world.size, device_id=device_id, timeout=timeout
+            )
     return world
 
 

@@ -25,6 +25,7 @@ from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logpro
 from megatron_lora.policy.interface import StepResult
 from megatron_lora.rollout.generator import rollout_logprob_error
 from megatron_lora.rollout.rewards import RewardRunner
+from megatron_lora.runtime.activity import begin
 from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
 from megatron_lora.trainers.grpo_validation import show_samples, validate_answers
 from megatron_lora.trainers.loop import DataSpent, run_steps
@@ -97,17 +98,22 @@ class GRPOTrainer:
         """Sample, reward, update, refit, log. Collective."""
         start = time.perf_counter()
         version = self.engine.version
+        number = self.session.step + 1
+        begin(f"generating and rewarding answers of step {number}", is_slow=True)
         rollout = self._sample()
         sampled = time.perf_counter()
         self.engine.sleep()
         asleep = time.perf_counter()
         self.session.abandon_step_if_asked()
+        begin(f"computing log-probabilities of step {number}")
         rows, values = self._score(rollout.groups)
         self.session.abandon_step_if_asked()
         scored = time.perf_counter()
+        begin(f"training step {number}")
         result = self._update(rows)
         trained = time.perf_counter()
         self.session.step += 1
+        begin(f"handing the weights of step {number} to the engine", is_slow=True)
         refit = self.engine.refit(self.session.step)
         end = time.perf_counter()
         timing = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from megatron_lora.runtime.activity import begin
 from megatron_lora.trainers.session import Session, StepAbandoned
 
 
@@ -28,6 +29,7 @@ def run_steps(
     one for which the data does not suffice ends the run.
     """
     if options.val_at_start and session.step == 0:
+        begin("validating before the first step", is_slow=True)
         validate()
     if session.step >= session.total_steps:
         session.reporter.message(f"nothing to do: the run is at step {session.step} of {session.total_steps}")
@@ -35,6 +37,7 @@ def run_steps(
     last = stopping = due = False
     while not last and not stopping:
         position = session.loader.state_dict()
+        begin(f"training step {session.step + 1}")
         try:
             take_step()
         except StepAbandoned:
@@ -50,8 +53,10 @@ def run_steps(
         last = session.step >= session.total_steps
         due = options.val_period > 0 and session.step % options.val_period == 0
         if due or (last and options.val_at_end):
+            begin(f"validating at step {session.step}", is_slow=True)
             validate()
         stopping = session.should_stop()
+        begin(f"saving step {session.step}", is_slow=True)
         session.save_if_due(force=last or stopping)
     if stopping:
         session.reporter.message(f"stopped by a signal after step {session.step}; the same command goes on")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, to_dict
@@ -14,7 +15,9 @@ from megatron_lora.metrics import RunReporter
 from megatron_lora.policy.interface import NonFiniteLoss, Policy
 from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.runtime import terminal
+from megatron_lora.runtime.activity import begin, hold
 from megatron_lora.runtime.failure import tell
+from megatron_lora.runtime.watch import watched
 from megatron_lora.runtime.world import World, environment_world
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.plan import describe_plan
@@ -53,6 +56,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     recipe = loaded.recipe
     interrupt = Interrupt()
     interrupt.install()
+    begin("reading data and checking the recipe", is_slow=True)
     # Every rank reads the same files and finds the same mistakes, so none waits for another here.
     prepared = prepare(recipe, environment_world())
     folder = RunFolder(Path(recipe.checkpointing.checkpoint_dir))
@@ -75,11 +79,14 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         val_at_end=options.val_at_end and validation is not None,
         enabled=world.is_main,
     )
-    with reporter:
+    with reporter, watched(world, recipe.timeouts):
         for notice in [*loaded.notices, *prepared.notices, *skipped]:
             reporter.message(notice)
         _describe_data(reporter, prepared)
+        begin("loading the model", is_slow=True)
         policy = build_policy(recipe, world, prepared.tokenizer, count_updates(recipe, total_steps))
+        if world.device.type == "cuda":
+            hold("weights, adapters and optimizer", torch.cuda.memory_allocated(world.device))
         _describe_policy(reporter, policy)
         if recipe.dpo is not None and recipe.dpo.precompute_reference_logprobs:
             _precompute(recipe, policy, reporter, loader, validation)
@@ -94,6 +101,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
             total_steps=total_steps,
             interrupt=interrupt,
         )
+        begin("resuming" if found is not None else "starting", is_slow=True)
         session.resume(found)
         # Nothing was written up to here, so that a mistake leaves no trace.
         with _same_on_every_rank(world):

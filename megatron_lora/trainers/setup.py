@@ -11,7 +11,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import check_base, check_token_ids, read_base
-from megatron_lora.runtime.world import World
+from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.dpo import check_dpo
 from megatron_lora.trainers.grpo_setup import (
     build_prompt_loaders,
@@ -106,6 +106,8 @@ def count_updates(recipe: Recipe, num_steps: int) -> int:
 
 def build_world(recipe: Recipe) -> World:
     """Join the other ranks in the recipe's layout."""
+    # Longer than the watch's own limits, which name the rank that does not come on.
+    init_distributed(2 * max(recipe.timeouts.slow_seconds, recipe.timeouts.training_seconds))
     if recipe.policy.backend == "megatron":
         from megatron_lora.runtime.world import init_megatron_world
 

@@ -33,6 +33,7 @@ from megatron_lora.policy.interface import (
     StepResult,
     check_scores,
 )
+from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.world import World
 
 
@@ -240,6 +241,7 @@ class DTensorPolicy(Policy):
         """This rank's micro-batches, backward too in training. Returns loss and metrics over the global batch."""
         results: list[dict[str, Tensor]] = []
         for batch in batches:
+            tick()
             batch = batch.to(self.world.device)
             result = objective(self.root(batch), batch)
             if training:

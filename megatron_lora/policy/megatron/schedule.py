@@ -19,6 +19,7 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
+from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.context_parallel import local_token_indices
 from megatron_lora.runtime.world import World
 
@@ -82,6 +83,7 @@ def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_
 
 
 def _forward_step(iterator: Iterator[MicroBatch], model: Any, engine: Engine, loss: Any) -> tuple[Tensor, Any]:
+    tick()
     batch = next(iterator).to(engine.world.device)
     output = forward(engine, model, batch)
     return output, partial(loss, batch=batch)

@@ -1,0 +1,83 @@
+"""One message in place of CUDA's: in which phase memory ran out, who held it, which keys to lower and to what."""
+
+import re
+
+import torch
+
+from megatron_lora.config.schema import Recipe
+from megatron_lora.runtime import activity
+
+GIB = 2**30
+
+
+def describe_out_of_memory(error: torch.OutOfMemoryError, recipe: Recipe, rank: int) -> str:
+    """Phase, tokens, what was held, and what to do; several lines."""
+    lines = [
+        f"out of GPU memory on rank {rank} while {activity.current().what}{_wanted(error)}",
+        f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens",
+        *(f"  held: {line}" for line in _held()),
+        "  to lower it, most effective first:",
+        *(f"    {line}" for line in remedies(recipe)),
+        "  the last complete checkpoint is as it was",
+    ]
+    return "\n".join(lines)
+
+
+def _wanted(error: torch.OutOfMemoryError) -> str:
+    found = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", str(error))
+    return f" ({found[1]} more were wanted)" if found else ""
+
+
+def _held() -> list[str]:
+    known = activity.held()
+    lines = [f"{name} {size / GIB:.2f} GiB" for name, size in known.items()]
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        activations = max(0, allocated - sum(known.values()))
+        others = max(0, total - free - reserved)
+        lines += [
+            f"activations, logits and the rest of this step {activations / GIB:.2f} GiB",
+            f"kept by torch and not in use {(reserved - allocated) / GIB:.2f} GiB",
+            f"outside torch's pool (rollout engine, NCCL, other processes) {others / GIB:.2f} of {total / GIB:.2f} GiB",
+        ]
+    return lines
+
+
+def micro_batch_tokens(recipe: Recipe) -> int:
+    """Tokens of the longest micro-batch in training."""
+    policy = recipe.policy
+    for packing in (policy.sequence_packing, policy.dynamic_batching):
+        if packing.enabled and packing.train_mb_tokens is not None:
+            return packing.train_mb_tokens
+    return policy.train_micro_batch_size * policy.max_total_sequence_length
+
+
+def remedies(recipe: Recipe) -> list[str]:
+    """`key=value  (what it is now)` of the keys that this recipe still can turn."""
+    policy, megatron = recipe.policy, recipe.policy.megatron_cfg
+    backend = "policy.megatron_cfg" if policy.backend == "megatron" else "policy.dtensor_cfg"
+    found = []
+    section = megatron if policy.backend == "megatron" else policy.dtensor_cfg
+    for name in ("sequence_packing", "dynamic_batching"):
+        packing = getattr(policy, name)
+        if packing.enabled and packing.train_mb_tokens > policy.max_total_sequence_length:
+            half = max(policy.max_total_sequence_length, packing.train_mb_tokens // 2)
+            found.append(f"policy.{name}.train_mb_tokens={half} (now {packing.train_mb_tokens})")
+    packed = policy.sequence_packing.enabled or policy.dynamic_batching.enabled
+    if not packed and policy.train_micro_batch_size > 1:
+        half = policy.train_micro_batch_size // 2
+        found.append(f"policy.train_micro_batch_size={half} (now {policy.train_micro_batch_size})")
+    if policy.backend == "megatron" and not megatron.use_fused_linear_logprobs:
+        found.append("policy.megatron_cfg.use_fused_linear_logprobs=true (now false)")
+    if not section.activation_checkpointing:
+        found.append(f"{backend}.activation_checkpointing=true (now false)")
+    if recipe.grpo is not None and policy.generation.backend == "vllm":
+        part = policy.generation.vllm_cfg.gpu_memory_utilization
+        found.append(f"policy.generation.vllm_cfg.gpu_memory_utilization={max(0.1, part - 0.1):.2g} (now {part:g})")
+    half_length = max(1, policy.max_total_sequence_length // 2)
+    found.append(f"policy.max_total_sequence_length={half_length} (now {policy.max_total_sequence_length})")
+    size_name = "tensor_model_parallel_size" if policy.backend == "megatron" else "tensor_parallel_size"
+    size = getattr(section, size_name)
+    found.append(f"{backend}.{size_name}={2 * size} (now {size}), with as many GPUs")
+    return found

@@ -1,0 +1,65 @@
+"""Out of memory and other crashes: one message with the phase, what to lower and where the traceback is; status 1."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_lora import train
+from megatron_lora.config import load_recipe
+from megatron_lora.runtime.activity import begin, hold
+from megatron_lora.runtime.out_of_memory import describe_out_of_memory, micro_batch_tokens, remedies
+
+ROOT = Path(__file__).resolve().parents[2]
+CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB is free."
+
+
+def test_phase_tokens_what_was_held_and_what_to_lower():
+    recipe = load_recipe(ROOT / "configs/sft.yaml", ["policy.sequence_packing.train_mb_tokens=8192"]).recipe
+    begin("training step 7")
+    hold("weights, adapters and optimizer", 3 * 2**30)
+    text = describe_out_of_memory(torch.OutOfMemoryError(CUDA), recipe, 3)
+    assert "rank 3 while training step 7 (2.50 GiB more were wanted)" in text
+    assert "at most 8,192 tokens" in text and "weights, adapters and optimizer 3.00 GiB" in text
+    assert "policy.sequence_packing.train_mb_tokens=4096 (now 8192)" in text
+    assert "policy.megatron_cfg.activation_checkpointing=true" in text
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("backend", ["true", "false"])
+def test_every_remedy_is_an_override_that_loads_and_is_then_gone_or_smaller(name: str, backend: str):
+    path, base = ROOT / f"configs/{name}.yaml", [f"policy.megatron_cfg.enabled={backend}"]
+    before = remedies(load_recipe(path, base).recipe)
+    assert len(before) >= 3
+    for line in before:
+        override = line.split(" ")[0]
+        assert line not in remedies(load_recipe(path, [*base, override]).recipe)
+
+
+def test_tokens_of_a_micro_batch_without_packing():
+    overrides = ["policy.sequence_packing.enabled=false", "policy.train_micro_batch_size=4"]
+    recipe = load_recipe(ROOT / "configs/sft.yaml", [*overrides, "policy.max_total_sequence_length=512"]).recipe
+    assert micro_batch_tokens(recipe) == 2048
+    assert any("policy.train_micro_batch_size=2 (now 4)" in line for line in remedies(recipe))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(CUDA), RuntimeError("broken\nsecond line")], ids=["oom", "bug"]
+)
+def test_a_crash_is_one_message_and_its_traceback_is_in_the_log(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    def run_recipe(loaded: object) -> int:
+        begin("training step 2")
+        raise error
+
+    monkeypatch.setattr("megatron_lora.trainers.run.run_recipe", run_recipe)
+    recipe = {"sft": {}, "policy": {"model_name": "m"}, "data": {"train": {"data_path": "x"}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    status = train.main([str(tmp_path / "r.yaml"), f"checkpointing.checkpoint_dir={tmp_path / 'run'}"])
+    said = capfd.readouterr().err
+    assert status == 1 and said.startswith("error: ") and said.count("error: ") == 1 and "Traceback" not in said
+    assert "while training step 2" in said and str(tmp_path / "run/log.txt") in said
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "Traceback" in log and type(error).__name__ in log
