@@ -52,7 +52,7 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> int:
         except UserError:
             raise
         except Exception as error:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())  # sys.stderr may be some library's by now
             message = _why(error, loaded)
             if log is not None:
                 folder = Path(loaded.recipe.checkpointing.checkpoint_dir)

@@ -66,6 +66,11 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
     unread = []
     if recipe.grpo is None and resolved["data"].get("max_input_seq_length") is not None:
         unread.append("data.max_input_seq_length")
+    if recipe.data.validation is not None:
+        # Both are about holding rows of data.train out.
+        validation = resolved["data"]["validation"]
+        unread += [f"data.validation.{name}" for name in ("seed", "split_validation_size") if validation.get(name)]
+        recipe.data.validation.seed, recipe.data.validation.split_validation_size = None, 0.0
     if recipe.policy.backend == "megatron":
         unread += [f"policy.{name}" for name in ("optimizer", "scheduler") if getattr(recipe.policy, name) is not None]
     return unread

@@ -53,7 +53,8 @@ def test_each_key_of_the_table(path: str, accepted: Any):
     values = ["anything", 7, None] if free else list(accepted)
     for value in values:
         value = "bfloat16" if isinstance(value, SameAs) else value
-        content = recipe(policy__precision="bfloat16", data__validation={"data_path": "v.jsonl"}, grpo={}, sft=None)
+        content = recipe(policy__precision="bfloat16", data__validation={"data_path": "v.jsonl"}, sft=None)
+        put(content, path.split(".")[0] if path.startswith(("sft.", "dpo.")) else "grpo", {})
         put(content, "policy.train_global_batch_size", 512)
         put(content, path.removesuffix(".*") + (".x" if path.endswith(".*") else ""), value)
         assert len(check_recipe(content).notices) == 1
@@ -139,6 +140,33 @@ def test_the_schedulers_of_the_other_backend_are_named():
     assert check_recipe(content).notices == ["NeMo RL keys accepted without effect: policy.scheduler"]
     with pytest.raises(UserError, match="scheduler needs optimizer"):
         check_recipe(recipe(policy__scheduler=[{"name": "a.B"}]))
+
+
+def test_keys_that_this_run_does_not_read_are_named():
+    content = recipe(
+        sft={"val_micro_batch_size": 4},
+        data__max_input_seq_length=8,
+        data__add_generation_prompt=True,
+        data__validation={"data_path": "v", "seed": 1, "split_validation_size": 0.1},
+    )
+    (notice,) = check_recipe(content).notices
+    for key in (
+        "sft.val_micro_batch_size",
+        "{add_generation_prompt, max_input_seq_length}",
+        "validation.{seed, split_",
+    ):
+        assert key in notice
+
+
+def test_contradictions_that_would_change_nothing_or_the_wrong_thing():
+    one_update = {"grpo": {}, "sft": None, "policy__train_global_batch_size": 512}
+    on_policy = {"loss_fn": {"force_on_policy_ratio": True}}
+    assert check_recipe(recipe(**one_update, **on_policy)).recipe.loss_fn.force_on_policy_ratio
+    with pytest.raises(UserError, match="makes 2 of a step's 512 samples; use 512"):
+        check_recipe(recipe(**one_update | {"policy__train_global_batch_size": 256}, **on_policy))
+    clips = {"grpo": {"advantage_clip_low": 1, "advantage_clip_high": -1}}
+    with pytest.raises(UserError, match="advantage_clip_low=1.0 is above advantage_clip_high=-1.0"):
+        check_recipe(recipe(**one_update | clips))
 
 
 def test_environment_variables_of_the_backend_that_trains():
