@@ -1,0 +1,90 @@
+"""What a terminal of 100 columns shows: `megatron-lora train` behind a pseudo-terminal."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.conftest import Job
+from tests.support.launch import ROOT
+
+COLUMNS = 100
+LIMIT_SECONDS = 600.0
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+NOISE = ("Traceback", "WARNING", "Warning", "OMP_NUM_THREADS", "[Gloo]", "torch.distributed.elastic")
+
+
+def show(arguments: list[str], meanwhile: Callable[[int], None] = lambda pid: None) -> tuple[int, list[str]]:
+    """Run the command in a terminal; returns its exit status and every line that was ever shown. meanwhile: called
+    with the launcher's process id every time something was shown."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    command = [sys.executable, "-m", "megatron_lora.cli.main", "train", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"TERM": "xterm-256color"}
+    started = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown, deadline = b"", time.monotonic() + LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the last process that had the terminal is gone
+            break
+        if not piece:
+            break
+        shown += piece
+        meanwhile(started.pid)
+    os.close(ours)
+    status = started.wait(timeout=60)
+    lines = [CONTROL.sub("", line) for line in re.split(r"[\r\n]+", shown.decode(errors="replace"))]
+    return status, [line.rstrip() for line in lines if line.strip()]
+
+
+def arguments(job: Job, run_dir: Path, *more: str) -> list[str]:
+    return [*job.arguments(run_dir), "--nproc", "2", *more]
+
+
+def test_a_good_run(job: Job, tmp_path: Path):
+    status, lines = show(arguments(job, tmp_path / "run", "sft.max_num_steps=2"))
+    screen = "\n".join(lines)
+    assert status == 0, screen
+    assert not [noise for noise in NOISE if noise in screen], screen
+    assert max(map(len, lines[-6:])) <= COLUMNS or str(tmp_path) in screen
+    bars = [line for line in lines if re.search(r"\b2/2\b", line)]
+    assert bars and all(len(line) <= COLUMNS for line in bars)
+    log = tmp_path / "run/log.txt"
+    assert str(log) in screen and log.read_text().count("--- rank") == 2
+    assert f"wrote {tmp_path / 'run/metrics.jsonl'}" in screen
+
+
+def test_a_mistyped_key_and_help():
+    status, lines = show(["configs/sft.yaml", "policy.precison=float32", "--nproc", "8"])
+    assert (status, lines) == (2, ["error: unknown key policy.precison; did you mean policy.precision?"])
+    status, lines = show(["--help"])
+    assert status == 0 and lines[0].startswith("usage: megatron-lora train RECIPE.yaml") and max(map(len, lines)) <= 100
+
+
+@pytest.mark.long
+def test_a_killed_rank(job: Job, tmp_path: Path):
+    killed: list[int] = []
+
+    def kill(launcher: int) -> None:
+        if not killed and (tmp_path / "run/step_3/training_info.json").exists():
+            rank = next(child for child in psutil.Process(launcher).children() if child.environ().get("RANK") == "1")
+            killed.append(rank.pid)
+            os.kill(rank.pid, signal.SIGKILL)
+
+    status, lines = show(arguments(job, tmp_path / "run", "sft.max_num_steps=200", "sft.max_num_epochs=50"), kill)
+    assert killed and status == 137, lines[-5:]
+    assert lines[-1].startswith("error: rank 1 was ended by SIGKILL") and "Traceback" not in "\n".join(lines)
+    assert (tmp_path / "run/latest_step.txt").read_text().strip() >= "3"
