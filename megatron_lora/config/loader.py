@@ -71,6 +71,9 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
         validation = resolved["data"]["validation"]
         unread += [f"data.validation.{name}" for name in ("seed", "split_validation_size") if validation.get(name)]
         recipe.data.validation.seed, recipe.data.validation.split_validation_size = None, 0.0
+        if recipe.grpo is None and recipe.data.validation.repeat > 1:
+            unread.append("data.validation.repeat")  # a mean over rows stays the same
+            recipe.data.validation.repeat = 1
     if recipe.policy.backend == "megatron":
         unread += [f"policy.{name}" for name in ("optimizer", "scheduler") if getattr(recipe.policy, name) is not None]
     return unread

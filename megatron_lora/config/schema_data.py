@@ -36,6 +36,9 @@ class DatasetConfig(Section):
     split_validation_size: Fraction = Field(
         default=0.0, description="Part of the training rows held out where `data.validation` is null."
     )
+    repeat: PositiveInt = Field(
+        default=1, description="`data.validation` of GRPO: its prompts so many times over, each with draws of its own."
+    )
     seed: Int | None = Field(default=None, description="Seed of that split; null: the algorithm's.")
 
 
@@ -70,6 +73,12 @@ class DataConfig(Section):
                 given = {key: value for key, value in data[part].items() if value is not None}
                 filled[part] = {**data["default"], **given}
         return filled
+
+    @model_validator(mode="after")
+    def _only_validation_repeats(self) -> Self:
+        if self.train.repeat > 1:
+            raise ValueError(f"train.repeat={self.train.repeat}: training repeats by max_num_epochs; set it to 1")
+        return self
 
     @model_validator(mode="after")
     def _one_prompt_key(self) -> Self:

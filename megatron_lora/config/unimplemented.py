@@ -125,14 +125,16 @@ TABLE: tuple[Group, ...] = (
     # GRPO
     Group("grpo.adv_estimator", "the baseline is always subtracted", {"minus_baseline": (True,)}),
     Group(
-        "grpo",
-        "rollouts and training alternate, one turn a prompt",
-        {"async_grpo.enabled": (False,), "max_rollout_turns": (1,)},
+        "",
+        "rollouts and training alternate: every answer comes from the newest weights, in the prompts' order",
+        _any("async_rl.*"),
     ),
+    Group("grpo", "rollouts have one turn", {"max_rollout_turns": (1,)}),
     Group(
         "grpo",
-        "only read where grpo.async_grpo.enabled",
+        "rollouts and training alternate: every answer comes from the newest weights, its age is 0",
         _any(
+            "async_grpo.enabled",
             "async_grpo.in_flight_weight_updates",
             "async_grpo.max_generation_failures",
             "async_grpo.max_trajectory_age_steps",

@@ -79,7 +79,8 @@ def fewest_batches(grpo: GrpoConfig) -> int:
 def build_prompt_loaders(
     recipe: Recipe, train: PromptDataset, validation: PromptDataset | None
 ) -> tuple[GroupLoader[Prompt], GroupLoader[Prompt] | None]:
-    """Batches of prompts; validation reads the first `grpo.max_val_samples` prompts, in order."""
+    """Batches of prompts; validation reads the first `grpo.max_val_samples` prompts, in order, of its data set
+    `data.validation.repeat` times over."""
     grpo = recipe.grpo
     assert grpo is not None
     loader = GroupLoader(
@@ -91,7 +92,8 @@ def build_prompt_loaders(
     )
     if validation is None:
         return loader, None
-    first = [validation[position] for position in range(min(grpo.max_val_samples, len(validation)))]
+    number = len(validation) * (recipe.data.validation.repeat if recipe.data.validation is not None else 1)
+    first = [validation[position % len(validation)] for position in range(min(grpo.max_val_samples, number))]
     size = min(grpo.val_batch_size, len(first))
     return loader, GroupLoader(first, size, shuffle=False, drop_last=False, size_key="grpo.val_batch_size")
 

@@ -169,6 +169,16 @@ def test_contradictions_that_would_change_nothing_or_the_wrong_thing():
         check_recipe(recipe(**one_update | clips))
 
 
+def test_validation_repeats_and_training_does_not():
+    grpo = {"grpo": {}, "sft": None, "policy__train_global_batch_size": 512}
+    repeated = {"data__validation": {"data_path": "v", "repeat": 16}}
+    validation = check_recipe(recipe(**grpo, **repeated)).recipe.data.validation
+    assert validation is not None and validation.repeat == 16
+    assert "data.validation.repeat" in check_recipe(recipe(**repeated)).notices[0]
+    with pytest.raises(UserError, match="training repeats by max_num_epochs"):
+        check_recipe(recipe(**grpo, data__train={"data_path": "x", "repeat": 2}))
+
+
 def test_environment_variables_of_the_backend_that_trains():
     content = recipe(
         policy__megatron_cfg={"enabled": True, "env_vars": {"A": 1, "B": True}},

@@ -17,7 +17,7 @@ from megatron_lora.rollout.generator import Sample
 from megatron_lora.rollout.rewards import RewardOutcome, RewardSpec
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.grpo import mean_result
-from megatron_lora.trainers.grpo_setup import check_grpo
+from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo
 from megatron_lora.trainers.grpo_validation import accuracy
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
 from megatron_lora.trainers.rollout_engine import derive_seed
@@ -167,6 +167,16 @@ def test_vllm_missing_names_the_command(base: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("overrides", "limit"), [([], 63), (["data.max_input_seq_length=20"], 20)])
 def test_a_prompt_leaves_room_for_an_answer(base: Path, overrides: list[str], limit: int) -> None:
     assert longest_prompt(recipe(base, *overrides)) == limit
+
+
+def test_validation_prompts_are_repeated(base: Path) -> None:
+    """Three prompts, twice over, and no more than max_val_samples."""
+    values = recipe(base, "data.validation={dataset_name: arithmetic, repeat: 2}", "grpo.max_val_samples=5")
+    prompts: Any = ["a", "b", "c"]
+    values.grpo.num_prompts_per_step, values.grpo.use_dynamic_sampling = 1, False
+    _, validation = build_prompt_loaders(values, prompts, prompts)
+    assert validation is not None
+    assert [prompt for batch in validation for prompt in batch] == ["a", "b", "c", "a", "b"]
 
 
 def test_recipe_values_are_whole(base: Path) -> None:
