@@ -47,7 +47,13 @@ def check_only(loaded: LoadedRecipe) -> list[str]:
     if found is not None:
         check_checkpoint(found, loaded.recipe.policy)
     resumes = [f"resumes from {found.path}"] if found is not None else []
-    return [*loaded.notices, *prepared.notices, *prepared.data_lines, *describe_plan(loaded.recipe, loader, world.size), *resumes]
+    return [
+        *loaded.notices,
+        *prepared.notices,
+        *prepared.data_lines,
+        *describe_plan(loaded.recipe, loader, world.size),
+        *resumes,
+    ]
 
 
 def run_recipe(loaded: LoadedRecipe) -> int:
