@@ -61,8 +61,8 @@ def check_recipe(resolved: dict[str, Any], written: dict[str, Any] | None = None
 
 
 def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
-    """Keys that the recipe has and that a run of its algorithm on its backend does not look at, outside the sections of
-    other algorithms and of the other backend."""
+    """Keys that the recipe has and that no run of its algorithm looks at, outside the sections of other algorithms and
+    of the other backend; they are back at their defaults afterwards."""
     unread = []
     if recipe.grpo is None and resolved["data"].get("max_input_seq_length") is not None:
         unread.append("data.max_input_seq_length")
@@ -74,8 +74,9 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
         if recipe.grpo is None and recipe.data.validation.repeat > 1:
             unread.append("data.validation.repeat")  # a mean over rows stays the same
             recipe.data.validation.repeat = 1
-    if recipe.policy.backend == "megatron":
-        unread += [f"policy.{name}" for name in ("optimizer", "scheduler") if getattr(recipe.policy, name) is not None]
+    if recipe.policy.scheduler is not None and recipe.policy.optimizer is None:
+        unread.append("policy.scheduler")  # only where Megatron trains: the other backend refuses it
+        recipe.policy.scheduler = None
     return unread
 
 
