@@ -27,6 +27,7 @@ from megatron_lora.rollout.vllm_engine import (
 from megatron_lora.runtime.world import World
 
 CPU = torch.device("cpu")
+BF16_TOLERANCE = 0.1  # nats, mean over the tokens of random text
 
 
 def policy(**generation: Any) -> PolicyConfig:
@@ -176,7 +177,7 @@ def test_one_process_in_bfloat16(tmp_path: Path) -> None:
     for mode in ("adapter", "merge"):
         handed, held, error = found[mode]
         assert handed == held and handed.startswith(f"{mode}:")
-        assert 1e-5 < error < found["tolerance"]
+        assert 1e-5 < error < BF16_TOLERANCE
     assert found["adapter_bytes"] == 35840
-    assert found["back_on_base"] < found["tolerance"]
+    assert found["back_on_base"] < BF16_TOLERANCE
     assert found["trainers_group_alive"]
