@@ -10,8 +10,8 @@ from megatron_lora.runtime import activity
 GIB = 2**30
 
 
-def describe_out_of_memory(error: torch.OutOfMemoryError, recipe: Recipe, rank: int) -> str:
-    """Phase, tokens, what was held, and what to do; several lines."""
+def describe_out_of_memory(error: Exception, recipe: Recipe, rank: int) -> str:
+    """Phase, tokens, what was held, and what to do; several lines. error: a torch.OutOfMemoryError."""
     lines = [
         f"out of GPU memory on rank {rank} while {activity.current().what}{_wanted(error)}",
         f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens",
@@ -23,7 +23,7 @@ def describe_out_of_memory(error: torch.OutOfMemoryError, recipe: Recipe, rank: 
     return "\n".join(lines)
 
 
-def _wanted(error: torch.OutOfMemoryError) -> str:
+def _wanted(error: Exception) -> str:
     found = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", str(error))
     return f" ({found[1]} more were wanted)" if found else ""
 

@@ -82,7 +82,7 @@ class _Watch(threading.Thread):
             self.ended.wait(3 * INTERVAL_SECONDS)
         if self.ended.is_set() or activity.current() != now:
             return  # it came on meanwhile
-        found = blame(*looks, self.size) if len(looks) == 2 else {0: "it holds the ranks' store"}
+        found = blame(looks[0], looks[1], self.size) if len(looks) == 2 else {0: "it holds the ranks' store"}
         print(f"rank {self.rank} did not come on for {limit:g} s while {now.what}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)
         if self.rank == min(set(range(self.size)) - set(found), default=0):
