@@ -1,7 +1,7 @@
 """Where a trainer reports to: metrics.jsonl, W&B, TensorBoard, the terminal and the pictures, all on one rank."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,17 @@ from megatron_lora.reporting.plots import draw_pictures
 from megatron_lora.reporting.trackers import Tracker, build_trackers
 
 METRICS_NAME = "metrics.jsonl"
+
+
+def check_metrics(run_dir: Path, step: int) -> list[str]:
+    """Notices about the metrics.jsonl of a run that is to go on after `step`. Raises UserError where it is damaged."""
+    path = run_dir / METRICS_NAME
+    if not path.exists():
+        return [f"{path} is missing: it begins anew at step {step + 1}"]
+    last = max((record["step"] for record in read_metrics(path) if record.get("kind") == "train"), default=0)
+    if last < step:
+        return [f"{path} ends at step {last}, the checkpoint is of step {step}: the steps between are not in it"]
+    return []
 
 
 class RunReporter:
@@ -50,6 +61,7 @@ class RunReporter:
         self._logger, self._config, self._resume_step = logger, config or {}, resume_step
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
+        self.failure: OSError | None = None
         if enabled:
             self._console = RunConsole(
                 title, total_steps, resume_step, console, val_period=val_period, val_at_end=val_at_end
@@ -66,19 +78,33 @@ class RunReporter:
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Record metrics under the contract's names. kind "train" moves the bar to `step`; any other kind
-        ("validation") is shown as a line. Tensors and numpy numbers are accepted."""
+        ("validation") is shown as a line. Tensors and numpy numbers are accepted.
+
+        Where metrics.jsonl or the terminal cannot be written, `failure` says so: the other ranks have to learn of it
+        before this one stops. A tracker that fails is told and left out from then on.
+        """
         if not self.enabled:
             return
         if self._file is None:
             raise ValueError("log before start")
-        record = self._file.append(kind, step, metrics)
-        values = {name: value for name, value in record.items() if name not in ("kind", "step")}
-        for tracker in self._trackers:
-            tracker.log(kind, step, values)
-        if kind == "train":
-            self._console.train_step(step, values)
-        else:
-            self._console.event(kind, step, values)
+        try:
+            record = self._file.append(kind, step, metrics)
+            values = {name: value for name, value in record.items() if name not in ("kind", "step")}
+            self._track(kind, step, values)
+            if kind == "train":
+                self._console.train_step(step, values)
+            else:
+                self._console.event(kind, step, values)
+        except OSError as error:
+            self.failure = error
+
+    def _track(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(kind, step, values)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                self.warning(f"{type(tracker).__name__} failed at step {step} and is left out: {_reason(error)}")
 
     @contextmanager
     def progress(self, title: str, total: int, unit: str = "samples") -> Iterator[Callable[[int], None]]:
@@ -101,20 +127,39 @@ class RunReporter:
         if self.enabled:
             self._console.print(text, style="dim")
 
+    def warning(self, text: str) -> None:
+        """Show one line that must not be missed above the bar."""
+        if self.enabled:
+            self._console.print(f"warning: {text}", style="bold yellow")
+
     def close(self, succeeded: bool = True) -> None:
-        """Stop the bar, close files and trackers, draw the pictures. Doing it twice is harmless."""
+        """Stop the bar, close files and trackers, draw the pictures. Doing it twice is harmless. What fails here is
+        told in a line: it must not hide why the run ended."""
         if self._closed:
             return
         self._closed = True
-        self._console.close()
+        with self._telling("the bar"):
+            self._console.close()
         if self._file is None:
             return
-        self._file.close()
+        with self._telling(METRICS_NAME):
+            self._file.close()
         for tracker in self._trackers:
-            tracker.close(succeeded)
-        drawn = draw_pictures(read_metrics(self._file.path), self.run_dir, self._title)
-        if drawn:
-            self._console.print("wrote " + ", ".join(str(path) for path in [self._file.path, *drawn]), style="dim")
+            with self._telling(type(tracker).__name__):
+                tracker.close(succeeded)
+        with self._telling("the pictures"):
+            drawn = draw_pictures(read_metrics(self._file.path), self.run_dir, self._title)
+            if drawn:
+                self._console.print("wrote " + ", ".join(str(path) for path in [self._file.path, *drawn]), style="dim")
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Standard output itself may be what cannot be written.
+            with suppress(OSError):
+                self.warning(f"{what} could not be finished: {_reason(error)}")
 
     def __enter__(self) -> "RunReporter":
         return self
@@ -123,3 +168,7 @@ class RunReporter:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(succeeded=error_type is None)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

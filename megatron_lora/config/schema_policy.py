@@ -114,11 +114,31 @@ class PolicyConfig(Section):
             )
         if self.sequence_packing.enabled and self.dynamic_batching.enabled:
             raise ValueError("sequence_packing.enabled and dynamic_batching.enabled exclude each other; turn one off")
+        self._check_init_adapter()
         if self.scheduler is not None:
             if self.optimizer is None and self.backend == "dtensor":
                 raise ValueError("scheduler needs optimizer; set both, or neither to follow megatron_cfg")
             check_schedulers(self.scheduler)
         return self
+
+    def _check_init_adapter(self) -> None:
+        """The adapter to start from is read: it stands in the section of the backend that runs, with adapters on."""
+        sections = {"megatron_cfg.peft": self.megatron_cfg.peft, "dtensor_cfg.lora_cfg": self.dtensor_cfg.lora_cfg}
+        used = next(name for name, section in sections.items() if section is self.adapter)
+        if self.adapter.init_adapter is not None and not self.adapter.enabled:
+            raise ValueError(
+                f"{used}.init_adapter={self.adapter.init_adapter!r} needs {used}.enabled=true: full fine-tuning "
+                "reads no adapter; set enabled=true or init_adapter=null (to train on from the merged model, "
+                "merge it with "
+                "convert_lora_to_hf.py --mode merged and name the result in policy.model_name)"
+            )
+        for name, section in sections.items():
+            if section.init_adapter is not None and self.adapter.init_adapter is None:
+                raise ValueError(
+                    f"{name}.init_adapter={section.init_adapter!r} is set, but megatron_cfg.enabled="
+                    f"{str(self.megatron_cfg.enabled).lower()}, so {used}.init_adapter is what is read, and it is "
+                    "null; set that one"
+                )
 
     @model_validator(mode="after")
     def _fill(self) -> Self:

@@ -19,7 +19,8 @@ class CheckpointingConfig(Section):
         default=10, description="Steps between checkpoints; the last step is always saved."
     )
     keep_top_k: PositiveInt | None = Field(
-        default=3, description="Checkpoints kept: the best by `metric_name`, and the latest; null: all."
+        default=3,
+        description="Checkpoints kept: so many of the best by `metric_name`, and the latest besides; null: all.",
     )
     metric_name: str | None = Field(
         default="val:loss", description="`val:` or `train:` and a metric of metrics.jsonl; null: keep the latest."

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lora.checksums import check_as_written, seal
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
 from megatron_lora.conversion.base_model import find_adapter, find_base
 from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_stream, fingerprint_weights
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FINGERPRINT = "adapter_fingerprint"  # in the metadata of a file of adapters, or of a merged model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -48,7 +50,7 @@ def export_lora_adapter_to_hf(
     or nothing.
     """
     with output_folder(hf_ckpt_path) as out:
-        spec, factors = read_adapter(adapter_ckpt)
+        spec, factors = _read_checked(adapter_ckpt)
         spec.base_model_name = hf_model_name or spec.base_model_name
         if base_ckpt is not None or check_logits:
             base = open_base(base_ckpt, hf_model_name, spec.base_model_name)
@@ -66,6 +68,13 @@ def export_lora_adapter_to_hf(
     return str(hf_ckpt_path)
 
 
+def _read_checked(adapter_ckpt: str) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """`read_adapter` of files that are as they were written. Raises UserError."""
+    found = read_adapter(adapter_ckpt)
+    check_as_written(weights_folder(adapter_ckpt))
+    return found
+
+
 def write_peft_folder(out: Path, config: dict, tensors: dict[str, Tensor]) -> str:
     """Write adapter_config.json and adapter_model.safetensors into the folder `out`, read them back and compare.
 
@@ -77,7 +86,7 @@ def write_peft_folder(out: Path, config: dict, tensors: dict[str, Tensor]) -> st
             raise UserError(f"{name} holds NaN or infinity; the adapter is unusable, export an earlier step")
     out.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_adapter(tensors)
-    write_tensor_dict(out / ADAPTER_WEIGHTS, tensors, {"adapter_fingerprint": fingerprint})
+    write_tensor_dict(out / ADAPTER_WEIGHTS, tensors, {FINGERPRINT: fingerprint})
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     entries, _ = read_header(out / ADAPTER_WEIGHTS)
     written = fingerprint_stream((name, read_tensor(entries[name])) for name in sorted(entries))
@@ -106,11 +115,11 @@ def merge_lora_to_hf(
         raise UserError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
     target = None if dtype is None else DTYPES[dtype]
     with output_folder(hf_ckpt_path) as out:
-        spec, factors = read_adapter(adapter_ckpt)
+        spec, factors = _read_checked(adapter_ckpt)
         base = open_base(base_ckpt, hf_model_name, spec.base_model_name)
         check_base(spec, base)
         merger = Merger(spec, factors, base.weights, target)
-        metadata = {"adapter_fingerprint": fingerprint_adapter(factors)}
+        metadata = {FINGERPRINT: fingerprint_adapter(factors)}
         base.copy_small_files(out, target)
         copy_run_tokenizer(Path(adapter_ckpt), out)
         merger.write(out, metadata, show_progress=show_progress)
@@ -142,12 +151,13 @@ def import_hf_adapter(
         spec, factors = from_hf(config, tensors, model.shapes, name, fingerprint)
         write_adapter(out / "policy" / "weights", spec, factors)
         _check_import(out, spec, factors)
+        seal(out)
     return str(adapter_ckpt_path)
 
 
 def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """(adapter_config.json's content, tensors) of an HF PEFT folder or a hub name. Raises UserError where a file is
-    missing or damaged."""
+    missing, damaged, or not as this project wrote it."""
     folder = find_adapter(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"{folder} is no HF PEFT adapter folder: it holds no {ADAPTER_CONFIG}")
@@ -157,8 +167,17 @@ def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
     except ValueError as error:
         raise UserError(f"{folder / ADAPTER_CONFIG} is damaged: {error}") from error
-    entries, _ = read_header(folder / ADAPTER_WEIGHTS)
-    return config, {name: read_tensor(entry) for name, entry in entries.items()}
+    check_as_written(folder)
+    entries, metadata = read_header(folder / ADAPTER_WEIGHTS)
+    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+    # What other tools write, or save again, has no fingerprint.
+    stored = metadata.get(FINGERPRINT)
+    if stored is not None and stored != fingerprint_adapter(tensors):
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS} is not as it was written: its tensors do not have the fingerprint in its "
+            "header; restore it from a copy, or export the checkpoint again"
+        )
+    return config, tensors
 
 
 def _check_import(out: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> None:

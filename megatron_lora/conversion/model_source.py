@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from megatron_lora.checksums import check_as_written
 from megatron_lora.conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
 from megatron_lora.conversion.fingerprint import fingerprint_weights
 from megatron_lora.conversion.hf_model import read_hf_model
@@ -114,7 +115,11 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
         folder = find_base(None, name, name, weights=False)
     tokenizer = top / "policy" / "tokenizer"
     shapes = read_hf_model(folder).shapes
-    return ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None)
+    source = ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None)
+    for used in (weights, top / HF_FOLDER, tokenizer):
+        if used.is_dir():
+            check_as_written(used)
+    return source
 
 
 def check_base(spec: AdapterSpec, base: ModelSource) -> None:

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.checksums import check_as_written
+
 # What a tokenizer's folder may hold. One file left over from another tokenizer would win over the run's.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -23,6 +25,7 @@ def copy_run_tokenizer(step: Path, out: Path) -> None:
     source = step / "policy" / "tokenizer"
     if not source.is_dir():
         return
+    check_as_written(source)
     same = _vocabulary(source) == _vocabulary(out)
     for name in TOKENIZER_FILES:
         if not (same and name in OTHER_VOCABULARIES):

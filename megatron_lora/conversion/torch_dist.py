@@ -25,6 +25,11 @@ BACKEND_FILE = "metadata.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 # Megatron-Core's name for its one object with what is not sharded; weights have nothing there.
 COMMON_STATE = "common_state/shard_0_1"
+# What unpickling says of bytes that are not those written.
+_DAMAGED = (
+    pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError, ImportError,
+    MemoryError, OverflowError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class TorchDistFolder:
         try:
             with _one_process():
                 dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
-        except (dcp.CheckpointException, RuntimeError, OSError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        except (dcp.CheckpointException, RuntimeError, OSError, *_DAMAGED) as error:
             raise UserError(
                 f"{self.folder} could not be read; a file of it is damaged ({_first_line(error)})"
             ) from error
@@ -134,7 +139,7 @@ def _read_metadata(folder: Path) -> Metadata:
         raise UserError(f"{folder} holds no weights (.metadata is missing); the checkpoint was cut short")
     try:
         return dcp.FileSystemReader(folder).read_metadata()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+    except _DAMAGED as error:
         raise UserError(
             f"{folder}/.metadata is damaged ({_first_line(error)}); the checkpoint was cut short"
         ) from error

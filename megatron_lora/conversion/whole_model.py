@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_lora.checksums import seal
 from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.fingerprint import fingerprint_weights
 from megatron_lora.conversion.inventory import open_model
@@ -50,6 +51,7 @@ def convert_hf_to_megatron(
         record = {"hf_model_name": hf_model_name, "fingerprint": fingerprint_weights(source.weights)}
         (out / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         _check_same_weights(source.weights, MegatronWeights(weights, shapes), show_progress)
+        seal(out)
     return str(megatron_ckpt_path)
 
 

@@ -1,6 +1,7 @@
 """Global batches: seeded, resumable in mid-epoch, the same on every rank whatever the layout."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,8 +56,10 @@ class GroupLoader[T]:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.size_key = size_key
         self.epoch = 0
         self.position = 0  # items of this epoch already handed out
+        self._named_epoch, self._name = -1, ""
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -68,8 +71,8 @@ class GroupLoader[T]:
 
         A batch counts as consumed once it is handed out, so a `state_dict` taken after its step goes on with the next.
         """
-        order = self._order()
-        while not self._epoch_is_over():
+        order = self._order(self.epoch)
+        while not self._is_over(self.position):
             chosen = order[self.position : self.position + self.global_batch_size]
             self.position += len(chosen)
             yield [self.dataset[index] for index in chosen]
@@ -82,26 +85,94 @@ class GroupLoader[T]:
             yield from self
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts, as plain numbers; independent of world size and layout."""
-        return {"epoch": self.epoch, "position": self.position, "seed": self.seed, "num_items": len(self.dataset)}
+        """Where the next batch starts, as plain numbers; independent of world size and layout. order: the name of this
+        epoch's order, so that whatever makes another one is noticed."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "num_items": len(self.dataset),
+            "shuffle": self.shuffle,
+            "global_batch_size": self.global_batch_size,
+            "order": self._order_name(self.epoch),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UserError if data or seed are others: the order would be another."""
-        for key, ours in (("num_items", len(self.dataset)), ("seed", self.seed)):
-            if state[key] != ours:
+    def check_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Whether this loader can go on where `state` was taken; returns notices.
+
+        Raises UserError where the rows already seen would be other ones: another number of rows, another seed, or in
+        mid-epoch another order. Another batch size goes on at the same row. States of older releases do not tell all
+        of it.
+        """
+        ours = {
+            "num_items": (len(self.dataset), "rows of its data"),
+            "seed": (self.seed, "the seed of their order"),
+        }
+        for key, (value, meaning) in ours.items():
+            if state[key] != value:
                 raise UserError(
-                    f"the checkpoint was made with {key}={state[key]} of its data, this run has {key}={ours}; resume "
+                    f"the checkpoint was made with {key}={state[key]} ({meaning}), this run has {key}={value}; resume "
                     "with the same data set and seed, or start in a new checkpointing.checkpoint_dir"
                 )
+        in_mid_epoch = 0 < state["position"] and not self._is_over(state["position"])
+        shuffle = state.get("shuffle", self.shuffle)
+        if in_mid_epoch and shuffle != self.shuffle:
+            raise UserError(
+                f"the checkpoint was made with data.shuffle={_yaml(shuffle)}, in the middle of an epoch "
+                f"({state['position']} of {len(self.dataset)} rows seen), this run has "
+                f"data.shuffle={_yaml(self.shuffle)}: "
+                "some rows would come twice and others never; restore the key, or change it at the end of an epoch"
+            )
+        if in_mid_epoch and state.get("order", "") not in ("", self._order_name(state["epoch"])):
+            raise UserError(
+                f"the order of rows in epoch {state['epoch'] + 1} is not the one in which the checkpoint has seen "
+                f"{state['position']} of {len(self.dataset)}: another release or version of torch draws another order; "
+                "resume with the one that wrote the checkpoint, or start in a new checkpointing.checkpoint_dir"
+            )
+        notices = []
+        if in_mid_epoch and "order" not in state:
+            notices.append(
+                "the checkpoint is of an older release, which may have drawn another order: of this epoch's rows "
+                "some may come twice and others not at all"
+            )
+        if self.has_another_batch_size(state):
+            notices.append(
+                f"{self.size_key} was {state['global_batch_size']}, is {self.global_batch_size}: the run goes on at "
+                "the same row, and its steps are counted from there"
+            )
+        return notices
+
+    def has_another_batch_size(self, state: Mapping[str, Any]) -> bool:
+        return state.get("global_batch_size", self.global_batch_size) != self.global_batch_size
+
+    def batches_left(self, state: Mapping[str, Any], num_epochs: int) -> int:
+        """From where `state` was taken to the end of epoch `num_epochs`."""
+        left = len(self.dataset) - state["position"]
+        current = left // self.global_batch_size if self.drop_last else -(-left // self.global_batch_size)
+        return max(0, current + (num_epochs - state["epoch"] - 1) * len(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Raises UserError as `check_state` does."""
+        self.check_state(state)
         self.epoch = state["epoch"]
         self.position = state["position"]
 
-    def _epoch_is_over(self) -> bool:
-        left = len(self.dataset) - self.position
+    def _order_name(self, epoch: int) -> str:
+        if self._named_epoch != epoch:
+            order = torch.tensor(self._order(epoch), dtype=torch.int64)
+            self._named_epoch, self._name = epoch, hashlib.sha256(order.numpy().tobytes()).hexdigest()[:16]
+        return self._name
+
+    def _is_over(self, position: int) -> bool:
+        left = len(self.dataset) - position
         return left < self.global_batch_size if self.drop_last else left <= 0
 
-    def _order(self) -> Sequence[int]:
+    def _order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:
             return range(len(self.dataset))
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         return torch.randperm(len(self.dataset), generator=generator).tolist()
+
+
+def _yaml(value: bool) -> str:
+    return "true" if value else "false"

@@ -43,8 +43,15 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model
                 f"{config.type!r}; set it to {spec.type!r}"
             )
         spec.settings = settings
-        return StartingAdapter(spec, fused)
+        return StartingAdapter(spec, fused, _unused_settings(config, spec, shapes))
     chosen = _select(config, shapes)
+    modules = _modules_of_keys(config, chosen, shapes)
+    spec = AdapterSpec(model_name, shapes, modules, fingerprint, settings, method.type)
+    return StartingAdapter(spec, None, chosen.notices)
+
+
+def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes: ModelShapes) -> list[ModuleLayout]:
+    """What the recipe's keys describe, on the linears that were chosen."""
     naming = _naming(config)
     values = {
         name: match_patterns(
@@ -52,7 +59,7 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model
         )
         for name in ("rank_pattern", "alpha_pattern")
     }
-    modules = build_modules(
+    return build_modules(
         chosen.linears,
         config.dim,
         config.alpha,
@@ -60,10 +67,8 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model
         ranks=values["rank_pattern"],
         alphas=values["alpha_pattern"],
         use_rslora=config.use_rslora,
-        separate=method.separate,
+        separate=method_of(config.type).separate,
     )
-    spec = AdapterSpec(model_name, shapes, modules, fingerprint, settings, method.type)
-    return StartingAdapter(spec, None, chosen.notices)
 
 
 def base_reader(spec: AdapterSpec) -> ReadWeight | None:
@@ -79,6 +84,39 @@ def _section(config: PeftConfig | LoraConfig) -> str:
 
 def _naming(config: PeftConfig | LoraConfig) -> Naming:
     return "megatron" if isinstance(config, PeftConfig) else "hf"
+
+
+def _unused_settings(config: PeftConfig | LoraConfig, spec: AdapterSpec, shapes: ModelShapes) -> list[str]:
+    """A notice where the folder of `init_adapter` is another adapter than the recipe's keys describe."""
+    wanted = _linears(_modules_of_keys(config, _select(config, shapes), shapes))
+    found = _linears(spec.modules)
+    if {name: (rank, scale) for name, (rank, _, scale) in wanted.items()} == {
+        name: (rank, scale) for name, (rank, _, scale) in found.items()
+    }:
+        return []
+    return [
+        f"init_adapter={config.init_adapter} decides what is adapted: {_describe_linears(found)}; the recipe's "
+        f"target_modules, exclude_modules, dim and alpha ({_describe_linears(wanted)}) are not used"
+    ]
+
+
+def _linears(modules: Sequence[ModuleLayout]) -> dict[str, tuple[int, float, float]]:
+    """Each linear as Hugging Face cuts them: (rank, alpha, scale), however they are fused."""
+    return {
+        f"{module.name}.{segment}": (block.rank, block.alpha, block.scale)
+        for module in modules
+        for block in module.blocks
+        for segment in block.segments
+    }
+
+
+def _describe_linears(linears: Mapping[str, tuple[int, float, float]]) -> str:
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    ranks, alphas = (sorted({value[number] for value in linears.values()}) for number in (0, 1))
+    sizes = [
+        f"{name} {'/'.join(f'{value:g}' for value in values)}" for name, values in (("rank", ranks), ("alpha", alphas))
+    ]
+    return f"{len(linears)} linears ({', '.join(kinds)}), {', '.join(sizes)}"
 
 
 def _select(config: PeftConfig | LoraConfig, shapes: ModelShapes) -> Selection:

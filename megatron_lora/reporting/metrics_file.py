@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object a line, appended as a run goes, cut back when it resumes."""
 
+import errno
 import json
 import math
 import os
@@ -31,7 +32,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     out; any other line that is no JSON object raises UserError with its number."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); mend or move it") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -42,6 +46,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):  # no newline after it: the write was cut short
                 continue
             raise UserError(f"{path}, line {number}: no JSON ({error.msg}); mend or move the file") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
+            raise UserError(f"{path}, line {number}: no record of a step; mend or move the file")
         records.append(record)
     return records
 
@@ -74,11 +80,17 @@ class MetricsFile:
         os.replace(temporary, self.path)
 
     def append(self, kind: str, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Write one record and return it as it was written."""
+        """Write one record, whole or not at all, and return it as it was written. Raises OSError."""
         if self._descriptor is None:
             raise ValueError(f"{self.path} is closed")
         record = {"kind": kind, "step": step, **to_plain(metrics)}
-        os.write(self._descriptor, (json.dumps(record, allow_nan=False) + "\n").encode())
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        before = os.fstat(self._descriptor).st_size
+        written = os.write(self._descriptor, line)
+        if written < len(line):
+            # The disk took a part of it; the next run is to find whole lines.
+            os.ftruncate(self._descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         return record
 
     def close(self) -> None:

@@ -37,6 +37,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @classmethod
+    def alone(cls) -> "World":
+        """A process that works without others, whoever started it."""
+        return cls(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
 
 def environment_world() -> World:
     """torchrun's variables; a process started without torchrun is a world of one."""

@@ -4,9 +4,7 @@ import signal
 import time
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
+from megatron_lora.runtime.agreement import any_rank
 from megatron_lora.runtime.world import World
 
 SAME_REQUEST_SECONDS = 5.0  # torchrun passes on a signal that a scheduler has already sent to the ranks themselves
@@ -32,6 +30,4 @@ class Interrupt:
 
     def agreed(self, world: World) -> bool:
         """The same answer on every rank: collective."""
-        flag = torch.tensor(float(self._asked_at is not None), device=world.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return any_rank(self._asked_at is not None, world.device)

@@ -1,28 +1,30 @@
 """One recipe from start to end on this rank: prepare, resume, train, report."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, to_dict
 from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
+from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import NonFiniteLoss, Policy
 from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.runtime import terminal
 from megatron_lora.runtime.activity import begin, hold
+from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.failure import tell
 from megatron_lora.runtime.watch import watched
 from megatron_lora.runtime.world import World, environment_world
+from megatron_lora.trainers.checkpoint_writer import CheckpointWriter, expected_bytes
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.plan import describe_plan
 from megatron_lora.trainers.run_folder import RunFolder
-from megatron_lora.trainers.session import Session, check_checkpoint
+from megatron_lora.trainers.run_lock import RunLock
+from megatron_lora.trainers.session import Session
 from megatron_lora.trainers.setup import (
     Prepared,
     build_loaders,
@@ -32,26 +34,29 @@ from megatron_lora.trainers.setup import (
     count_updates,
     prepare,
 )
+from megatron_lora.trainers.start import find_start, open_folder
+from megatron_lora.trainers.write_failure import describe_failure, free_bytes, show_bytes
 
 FAILURE_STATUS = 1
 
 
 def check_only(loaded: LoadedRecipe) -> list[str]:
-    """--dry-run; returns what a run would do. Raises UserError."""
+    """--dry-run: returns what a run would tell at its start. Raises UserError."""
     world = environment_world()
     prepared = prepare(loaded.recipe, world)
+    folder = open_folder(loaded.recipe)
     loader, _ = build_loaders(prepared)
-    folder = RunFolder(Path(loaded.recipe.checkpointing.checkpoint_dir))
-    folder.check(loaded.recipe.checkpointing.resume)
-    found, _ = folder.latest()
-    if found is not None:
-        check_checkpoint(found, loaded.recipe.policy)
-    resumes = [f"resumes from {found.path}"] if found is not None else []
+    start = find_start(prepared, folder, loader, World.alone())
+    resumes = [f"resumes from {start.step.path}"] if start.step is not None else []
+    adapter = planned_adapter(loaded.recipe.policy)
     return [
         *loaded.notices,
         *prepared.notices,
+        *(adapter.notices if adapter is not None else []),
         *prepared.data_lines,
         *describe_plan(loaded.recipe, loader, world.size),
+        *start.warnings,
+        *start.notices,
         *resumes,
     ]
 
@@ -65,37 +70,35 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     begin("reading data and checking the recipe", is_slow=True)
     # Every rank reads the same files and finds the same mistakes, so none waits for another here.
     prepared = prepare(recipe, environment_world())
-    folder = RunFolder(Path(recipe.checkpointing.checkpoint_dir))
-    folder.check(recipe.checkpointing.resume)
-    found, skipped = folder.latest()
-    if found is not None:
-        check_checkpoint(found, recipe.policy)
-    world = build_world(recipe)
+    folder = open_folder(recipe)
     loader, validation = build_loaders(prepared)
-    total_steps = count_steps(recipe, len(loader))
+    world = build_world(recipe)
+    start = find_start(prepared, folder, loader, world)
+    total_steps = count_steps(recipe, len(loader), start.number, start.batches_left(recipe, loader))
     options = getattr(recipe, recipe.algorithm)
     reporter = RunReporter(
         folder.path,
         total_steps,
         logger=recipe.logger,
         config=to_dict(recipe),
-        resume_step=found.number if found else 0,
+        resume_step=start.number,
         title=recipe.algorithm,
         val_period=options.val_period if validation is not None else 0,
         val_at_end=options.val_at_end and validation is not None,
         enabled=world.is_main,
     )
-    with reporter, watched(world, recipe.timeouts):
-        for notice in [*loaded.notices, *prepared.notices, *skipped]:
-            reporter.message(notice)
+    lock = RunLock(folder.path)
+    with reporter, watched(world, recipe.timeouts), lock:
+        _tell(reporter, [*loaded.notices, *prepared.notices, *start.notices], start.warnings)
         _describe_data(reporter, prepared)
         begin("loading the model", is_slow=True)
         policy = build_policy(recipe, world, prepared.tokenizer, count_updates(recipe, total_steps))
         if world.device.type == "cuda":
             hold("weights, adapters and optimizer", torch.cuda.memory_allocated(world.device))
-        _describe_policy(reporter, policy)
+        num_trainable = _describe_policy(reporter, policy)
         if recipe.dpo is not None and recipe.dpo.precompute_reference_logprobs:
             _precompute(recipe, policy, reporter, loader, validation)
+        needed = expected_bytes(recipe, num_trainable)
         session = Session(
             recipe=recipe,
             world=world,
@@ -106,15 +109,15 @@ def run_recipe(loaded: LoadedRecipe) -> int:
             loader=loader,
             total_steps=total_steps,
             interrupt=interrupt,
+            identity=start.identity,
+            writer=CheckpointWriter(recipe, world, folder, policy, prepared.tokenizer, needed),
         )
-        begin("resuming" if found is not None else "starting", is_slow=True)
-        session.resume(found)
+        begin("resuming" if start.step is not None else "starting", is_slow=True)
+        session.resume(start.step)
         # Nothing was written up to here, so that a mistake leaves no trace.
-        with _same_on_every_rank(world):
+        with same_on_every_rank(world.size):
             if world.is_main:
-                folder.prepare()
-                reporter.start()
-                (folder.path / "config.yaml").write_text(dump_recipe(recipe))
+                _open_for_writing(recipe, folder, lock, reporter, needed)
         _keep_log(folder.path, reporter)
         return _train(session, lambda: _loop(session, loader, validation))
 
@@ -124,6 +127,33 @@ def _keep_log(folder: Path, reporter: RunReporter) -> None:
     if log is not None:
         log.move_to(folder)
         reporter.message(f"libraries' output and every rank's tracebacks: {log.path}")
+
+
+def _open_for_writing(recipe: Recipe, folder: RunFolder, lock: RunLock, reporter: RunReporter, needed: int) -> None:
+    """Lock the folder, clean it and start its files. Raises UserError."""
+    try:
+        folder.make()
+        lock.take()
+        folder.clean()
+        reporter.start()
+        (folder.path / "config.yaml").write_text(dump_recipe(recipe))
+    except OSError as error:
+        raise UserError(
+            f"checkpointing.checkpoint_dir={str(folder.path)!r} cannot be written "
+            f"({describe_failure(error, folder.path)}); name a folder that can"
+        ) from error
+    free = free_bytes(folder.path)
+    if recipe.checkpointing.enabled and free is not None and free < needed:
+        reporter.warning(
+            f"a checkpoint takes about {show_bytes(needed)}, and {show_bytes(free)} are free in {folder.path}"
+        )
+
+
+def _tell(reporter: RunReporter, notices: Sequence[str], warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        reporter.warning(warning)
+    for notice in notices:
+        reporter.message(notice)
 
 
 def _precompute(recipe: Recipe, policy: Policy, reporter: RunReporter, *loaders: Any) -> None:
@@ -162,28 +192,13 @@ def _train(session: Session, loop: Callable[[], None]) -> int:
     return 0
 
 
-@contextmanager
-def _same_on_every_rank(world: World) -> Iterator[None]:
-    """A UserError that one rank meets inside is raised on all of them."""
-    message = None
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-    messages: list[Any] = [None] * world.size
-    dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise UserError(found)
-
-
 def _describe_data(reporter: RunReporter, prepared: Prepared) -> None:
     for line in prepared.data_lines:
         reporter.message(line)
 
 
-def _describe_policy(reporter: RunReporter, policy: Policy) -> None:
-    """The table of adapted linears, and how much of the model trains."""
+def _describe_policy(reporter: RunReporter, policy: Policy) -> int:
+    """The table of adapted linears, and how much of the model trains; returns that."""
     for notice in policy.notices:
         reporter.message(notice)
     trainable, total = policy.trainable_parameters()
@@ -197,3 +212,4 @@ def _describe_policy(reporter: RunReporter, policy: Policy) -> None:
         )
     else:
         reporter.message(f"full fine-tuning: {trainable:,} parameters")
+    return trainable

@@ -1,6 +1,7 @@
 """The run's folder: `step_N/` written whole or not at all, the newest complete one found again, old ones removed."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -10,19 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_lora.checksums import list_files, write_checksums
 from megatron_lora.errors import UserError
 
 INFO = "training_info.json"
 LATEST = "latest_step.txt"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Step:
-    """A complete checkpoint. info: training_info.json's content."""
+    """A checkpoint as far as names and sizes tell. info: training_info.json's content. problem: why it cannot be used,
+    None where nothing is missing."""
 
     number: int
     path: Path
     info: Mapping[str, Any]
+    problem: str | None = None
 
     @property
     def weights(self) -> Path:
@@ -32,6 +37,25 @@ class Step:
     def optimizer(self) -> Path | None:
         folder = self.path / "policy" / "optimizer"
         return folder if folder.is_dir() else None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which checkpoints stay: the `top` best by the metric (None: all), and the newest. metric_name: None ranks by step
+    alone."""
+
+    top: int | None = None
+    metric_name: str | None = None
+    higher_is_better: bool = False
+
+    def rank(self, step: Step) -> tuple[float, int]:
+        """Larger is better. A checkpoint that was not measured, or by another metric, comes after all that were."""
+        metric = step.info.get("metric")
+        if self.metric_name is None or step.info.get("metric_name") != self.metric_name:
+            metric = None
+        if not isinstance(metric, int | float) or not math.isfinite(metric):
+            return float("-inf"), step.number
+        return (metric if self.higher_is_better else -metric), step.number
 
 
 class RunFolder:
@@ -50,99 +74,145 @@ class RunFolder:
         except OSError as error:
             reason = "it is no folder" if not existing.is_dir() else "this process may not write there"
             self._cannot_write(f"{existing}: {reason}", error)
-        if not resume and (list(self._numbers()) or (self.path / "metrics.jsonl").exists()):
+        blocked = sorted(path.name for path in self._named() if not path.is_dir())
+        if blocked:
+            raise UserError(
+                f"checkpointing.checkpoint_dir={str(self.path)!r} holds {blocked[0]}, which is no folder; "
+                "checkpoints have that name: move it, or name another folder"
+            )
+        if not resume and (list(self._numbers()) or (self.path / METRICS).exists()):
             raise UserError(
                 f"checkpointing.checkpoint_dir={str(self.path)!r} holds a run and checkpointing.resume=false; name "
                 "another folder, or set checkpointing.resume=true to go on"
             )
 
-    def prepare(self) -> None:
-        """Make the folder, and remove what a killed run left half written. Raises UserError."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._cannot_write(error.strerror or str(error), error)
+    def make(self) -> None:
+        """Make the folder. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half written. Raises OSError."""
         for folder in self.path.glob(".step_*.partial"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
 
     def _cannot_write(self, reason: str, error: OSError) -> NoReturn:
         raise UserError(
             f"checkpointing.checkpoint_dir={str(self.path)!r} cannot be written ({reason}); name a folder that can"
         ) from error
 
-    def latest(self) -> tuple[Step | None, list[str]]:
-        """The newest complete checkpoint, and a notice for each one that had to be skipped."""
-        notices = []
-        for number in sorted(self._numbers(), reverse=True):
-            path = self.path / f"step_{number}"
-            problem, info = _check_step(path)
-            if info is not None and problem is None:
-                return Step(number, path, info), notices
-            notices.append(f"{path} is not complete ({problem}); skipped")
-        return None, notices
+    def steps(self) -> list[Step]:
+        """Every `step_N` folder, the newest first."""
+        return [_look_at(self.path / f"step_{number}", number) for number in sorted(self._numbers(), reverse=True)]
+
+    def latest_written(self) -> int | None:
+        """The step that latest_step.txt names; None where there is no such file, or no number in it."""
+        try:
+            return int((self.path / LATEST).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def strays(self) -> list[Path]:
+        """Checkpoints of this project that lie here under another name than `step_N`."""
+        if not self.path.is_dir():
+            return []
+        own = {f"step_{number}" for number in self._numbers()}
+        return sorted(
+            entry
+            for entry in self.path.iterdir()
+            if entry.name not in own and entry.name[:1] != "." and _is_step(entry)
+        )
 
     def partial(self, number: int) -> Path:
         """Where step `number` is written before it is complete."""
         return self.path / f".step_{number}.partial"
 
-    def finish(self, number: int, info: Mapping[str, Any], keep: int | None, higher_is_better: bool) -> None:
-        """Everything of the partial folder is written: record its files, rename it, remove what is not kept."""
-        partial, final = self.partial(number), self.path / f"step_{number}"
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+    def seal(self, number: int, info: Mapping[str, Any]) -> list[str]:
+        """Everything of the partial folder is written: record it; returns the names of its files, the largest first."""
+        partial = self.partial(number)
+        files = {name: (partial / name).stat().st_size for name in sorted(list_files(partial))}
         (partial / INFO).write_text(json.dumps({**info, "files": files}, indent=2) + "\n")
+        return list_files(partial)
+
+    def finish(self, number: int, checksums: Mapping[str, str], keeping: Keeping) -> None:
+        """Rename the sealed partial folder, and remove what is not kept. checksums: of all its files."""
+        partial, final = self.partial(number), self.path / f"step_{number}"
+        write_checksums(partial, checksums)
         _sync(partial)
-        if final.exists():
+        if os.path.lexists(final):
             # Only an incomplete one can be there: a complete one would have been resumed from.
-            shutil.rmtree(final)
+            remove(final)
         partial.rename(final)
         latest = self.path / f".{LATEST}.partial"
         latest.write_text(f"{number}\n")
         latest.replace(self.path / LATEST)
-        self._remove_old(number, keep, higher_is_better)
+        self._remove_old(number, keeping)
 
-    def _remove_old(self, newest: int, keep: int | None, higher_is_better: bool) -> None:
-        if keep is None:
+    def discard(self, number: int) -> None:
+        """Remove what was written of a step that cannot be completed; never raises."""
+        shutil.rmtree(self.partial(number), ignore_errors=True)
+
+    def _remove_old(self, newest: int, keeping: Keeping) -> None:
+        if keeping.top is None:
             return
-        ranked = []
-        for number in self._numbers():
-            problem, info = _check_step(self.path / f"step_{number}")
-            if problem is None and info is not None and number != newest:
-                ranked.append((_goodness(info.get("metric"), higher_is_better), number))
-        ranked.sort(reverse=True)
-        for _, number in ranked[max(0, keep - 1) :]:
-            # Renamed first, so that a kill in between leaves no half checkpoint under a good name.
-            doomed = self.path / f".step_{number}.partial"
-            (self.path / f"step_{number}").rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        usable = [step for step in self.steps() if step.problem is None]
+        ranked = sorted(usable, key=keeping.rank, reverse=True)
+        for step in ranked[keeping.top :]:
+            if step.number != newest:
+                # Renamed first, so that a kill in between leaves no half checkpoint under a good name.
+                doomed = self.partial(step.number)
+                step.path.rename(doomed)
+                remove(doomed, ignore_errors=True)
+
+    def _named(self) -> Iterator[Path]:
+        """What has the name of a checkpoint."""
+        if self.path.is_dir():
+            yield from (entry for entry in self.path.iterdir() if re.fullmatch(r"step_(0|[1-9]\d*)", entry.name))
 
     def _numbers(self) -> Iterator[int]:
-        if self.path.is_dir():
-            for entry in self.path.iterdir():
-                match = re.fullmatch(r"step_(\d+)", entry.name)
-                if match and entry.is_dir():
-                    yield int(match[1])
+        yield from (int(entry.name.removeprefix("step_")) for entry in self._named() if entry.is_dir())
 
 
-def _goodness(metric: float | None, higher_is_better: bool) -> float:
-    """Larger is better; a checkpoint without the metric is worst, so that only its step decides."""
-    if metric is None:
-        return float("-inf")
-    return metric if higher_is_better else -metric
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a folder, a file or a link. Raises OSError."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
-def _check_step(path: Path) -> tuple[str | None, dict[str, Any] | None]:
-    """(what is wrong or None, training_info.json's content)."""
+def _look_at(path: Path, number: int) -> Step:
+    """The step with its content, and what is wrong with it as far as names and sizes tell."""
     try:
         info = json.loads((path / INFO).read_text())
     except (OSError, ValueError):
-        return f"no readable {INFO}", None
-    for name, size in info.get("files", {}).items():
+        return Step(number, path, {}, f"no readable {INFO}")
+    if not isinstance(info, dict) or not isinstance(info.get("files"), dict) or "step" not in info:
+        return Step(number, path, {}, f"its {INFO} is not of this project")
+    if info["step"] != number:
+        return Step(number, path, info, f"its {INFO} says step {info['step']}: the folder was renamed; rename it back")
+    return Step(number, path, info, _find_gap(path, info))
+
+
+def _find_gap(path: Path, info: Mapping[str, Any]) -> str | None:
+    """The first file that is missing or of another size; only what a run reads when it goes on counts."""
+    for name, size in info["files"].items():
         file = path / name
+        if not is_read_on_resume(name):
+            continue
         if not file.is_file():
-            return f"{name} is missing", info
+            return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes of {size}", info
-    return None, info
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    return None
+
+
+def is_read_on_resume(name: str) -> bool:
+    """Whether a run that goes on reads this file of a step folder; the others are for people and exports."""
+    return name == INFO or name.startswith(("policy/weights/", "policy/optimizer/"))
+
+
+def _is_step(path: Path) -> bool:
+    return (path / INFO).is_file() and (path / "policy" / "weights").is_dir()
 
 
 def _sync(folder: Path) -> None:

@@ -1,27 +1,24 @@
 """What the training loops share: the run's folder, reports, validation times, checkpoints, resume and interruption."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_lora.config.loader import dump_recipe
 from megatron_lora.config.schema import Recipe
-from megatron_lora.config.schema_policy import PolicyConfig
-from megatron_lora.conversion.export import write_peft_folder
-from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.metrics import RunReporter
-from megatron_lora.policy.adapter_start import check_same_adapter, planned_adapter
 from megatron_lora.policy.interface import Policy, StepResult
-from megatron_lora.policy.weights_check import local_fingerprint
+from megatron_lora.runtime.agreement import any_rank
 from megatron_lora.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_lora.runtime.world import World
+from megatron_lora.trainers.checkpoint_writer import CheckpointWriter
+from megatron_lora.trainers.identity import RunIdentity
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.run_folder import RunFolder, Step
+from megatron_lora.trainers.write_failure import WriteFailure, describe_failure
 
 
 class StepAbandoned(Exception):
@@ -40,8 +37,8 @@ class Resumable(Protocol):
 class Session:
     """One run on one rank.
 
-    step: optimizer steps done. total_steps: of the whole run. loader: the training data's position. metrics: the newest
-    values by (kind, name), for `checkpointing.metric_name`.
+    step: optimizer steps done. total_steps: of the whole run. loader: the training data's position. identity: what a
+    checkpoint says it is of. metrics: values of the present step by (kind, name), for `checkpointing.metric_name`.
     """
 
     recipe: Recipe
@@ -53,11 +50,13 @@ class Session:
     loader: Resumable
     total_steps: int
     interrupt: Interrupt
+    identity: RunIdentity
+    writer: CheckpointWriter
     step: int = 0
     state: dict[str, Any] = field(default_factory=dict)
     metrics: dict[tuple[str, str], float] = field(default_factory=dict)
     _saved_step: int = -1
-    _pending: Callable[[bool], bool] | None = None
+    _metrics_step: int = -1
 
     def resume(self, found: Step | None) -> None:
         """Restore policy, optimizer, random states and data position from a complete checkpoint."""
@@ -67,9 +66,6 @@ class Session:
         self.loader.load_state_dict(dict(found.info["loader"]))
         self.step = self._saved_step = found.number
         self.state = dict(found.info.get("state", {}))
-        ranked_by, value = self.recipe.checkpointing, found.info.get("metric")
-        if ranked_by.metric is not None and value is not None and found.info["metric_name"] == ranked_by.metric_name:
-            self.metrics[ranked_by.metric] = value
         note = "" if found.optimizer else "; it has no optimizer state, so the optimizer starts anew"
         self.reporter.message(f"resumed from {found.path}{note}")
 
@@ -93,6 +89,9 @@ class Session:
         self._log("validation", values)
 
     def _log(self, kind: str, values: Mapping[str, Any]) -> None:
+        if self._metrics_step != self.step:
+            # A step that was not validated has no metric of validation, whatever the last one was.
+            self.metrics, self._metrics_step = {}, self.step
         self.reporter.log(kind, self.step, values)
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -106,7 +105,15 @@ class Session:
         return float(peak) / 2**30
 
     def should_stop(self) -> bool:
-        """Whether a signal asked this run to end. Collective."""
+        """Whether a signal asked this run to end. Collective; raises WriteFailure where what the run reports could not
+        be written."""
+        failure = self.reporter.failure
+        if any_rank(failure is not None, self.world.device):
+            reason = describe_failure(failure, self.folder.path) if failure is not None else "see the first rank"
+            raise WriteFailure(
+                f"step {self.step} could not be recorded in {self.folder.path} ({reason}); the run stops here, the "
+                "last complete checkpoint stands. Make room, then give the same command to go on"
+            )
         return self.interrupt.agreed(self.world)
 
     def abandon_step_if_asked(self) -> None:
@@ -118,50 +125,12 @@ class Session:
     def save_if_due(self, *, force: bool = False) -> None:
         """Write a checkpoint every `save_period` steps, and where forced, once a step. Collective."""
         checkpointing = self.recipe.checkpointing
-        self._poll(blocking=False)
+        self.writer.poll(blocking=False)
         if not checkpointing.enabled or self.step in (0, self._saved_step):
             return
         if force or self.step % checkpointing.save_period == 0:
-            self.save()
-
-    def save(self) -> None:
-        """Write `step_N/`, whole or not at all. Collective."""
-        self._poll(blocking=True)
-        number, checkpointing = self.step, self.recipe.checkpointing
-        partial = self.folder.partial(number)
-        if self.world.is_main:
-            partial.mkdir(parents=True, exist_ok=False)
-        dist.barrier()
-        optimizer = partial / "policy" / "optimizer" if checkpointing.save_optimizer else None
-        pending = self.policy.save(
-            partial / "policy" / "weights",
-            optimizer,
-            asynchronous=self.recipe.policy.megatron_cfg.checkpoint.async_save,
-        )
-        info = self._info()
-        if self.recipe.policy.adapter.enabled:
-            adapter = self.policy.adapter()
-            if self.world.is_main:
-                write_peft_folder(partial / "hf_adapter", adapter.config, adapter.tensors)
-        if self.world.is_main:
-            self.tokenizer.save_pretrained(partial / "policy" / "tokenizer")
-            (partial / "config.yaml").write_text(dump_recipe(self.recipe))
-        self._saved_step = number
-
-        def poll(blocking: bool) -> bool:
-            if pending is not None and not pending(blocking):
-                return False
-            if self.world.is_main:
-                self.folder.finish(number, info, checkpointing.keep_top_k, checkpointing.higher_is_better)
-            dist.barrier()
-            return True
-
-        self._pending = poll
-        self._poll(blocking=pending is None)
-
-    def _poll(self, *, blocking: bool) -> None:
-        if self._pending is not None and self._pending(blocking):
-            self._pending = None
+            self.writer.save(self.step, self._info())
+            self._saved_step = self.step
 
     def _info(self) -> dict[str, Any]:
         metric = self.recipe.checkpointing.metric
@@ -170,39 +139,13 @@ class Session:
             "loader": self.loader.state_dict(),
             "state": self.state,
             "metric_name": self.recipe.checkpointing.metric_name,
-            "metric": self.metrics.get(metric) if metric is not None else None,
+            "metric": self.metrics.get(metric) if metric is not None and self._metrics_step == self.step else None,
             "layout": {name: getattr(self.world, name) for name in ("tp", "pp", "cp", "dp")},
             "time": time.time(),
+            "run": asdict(self.identity),
         }
 
     def finish(self) -> None:
         """Save what is not saved yet and wait for it. Collective."""
         self.save_if_due(force=True)
-        self._poll(blocking=True)
-
-
-def check_checkpoint(found: Step, policy: PolicyConfig) -> None:
-    """Whether a run of this recipe can go on from the checkpoint, as far as its files tell before weights load.
-
-    Raises UserError for an adapter where a whole model is trained or the other way round, for an adapter of another
-    base, and for one of other linears, ranks or scales.
-    """
-    has_adapter = (found.weights / ADAPTER_FILE).is_file()
-    if has_adapter != policy.adapter.enabled:
-        kinds = {True: "an adapter", False: "a whole model"}
-        raise UserError(
-            f"{found.path} holds {kinds[has_adapter]}, this run trains {kinds[not has_adapter]}; choose another "
-            "checkpointing.checkpoint_dir"
-        )
-    if not has_adapter:
-        return
-    stored = AdapterSpec.load(found.weights / ADAPTER_FILE)
-    fingerprint = local_fingerprint(policy.model_name)
-    wanted = planned_adapter(policy)
-    assert wanted is not None
-    check_same_adapter(wanted.spec, stored, found.path)
-    if None not in (fingerprint, stored.base_fingerprint) and fingerprint != stored.base_fingerprint:
-        raise UserError(
-            f"{found.path} was trained on another model ({stored.base_model_name}): its weights differ from those in "
-            f"policy.model_name={policy.model_name!r}; name that model, or choose another checkpointing.checkpoint_dir"
-        )
+        self.writer.poll(blocking=True)

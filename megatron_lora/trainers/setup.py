@@ -19,12 +19,14 @@ from megatron_lora.trainers.grpo_setup import (
     check_reward_columns,
     fewest_batches,
 )
+from megatron_lora.trainers.metric_names import check_metric_name
 
 
 @dataclass
 class Prepared:
     """What is ready before any weight is loaded. train, validation: what the loaders read. data_lines: what there is to
-    say of the rows: counts, drops and why, what is not honoured. notices: what the model's folder holds that is not."""
+    say of the rows: counts, drops and why, what is not honoured. notices: what else of the recipe or
+    the model's folder is not honoured."""
 
     recipe: Recipe
     tokenizer: Any
@@ -40,6 +42,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     notices = check_base(recipe.policy, model)
     check_layout(recipe.policy, model_shape(model.config), world.size)
     planned_adapter(recipe.policy)
+    validates = recipe.data.validation is not None or bool(recipe.data.train.split_validation_size)
+    notices += check_metric_name(recipe, has_validation=validates)
     if recipe.algorithm == "dpo":
         check_dpo(recipe)
     elif recipe.algorithm == "grpo":
@@ -85,15 +89,16 @@ def build_loaders(prepared: Prepared) -> tuple[GroupLoader, GroupLoader | None]:
     return train, validation
 
 
-def count_steps(recipe: Recipe, batches_an_epoch: int) -> int:
+def count_steps(recipe: Recipe, batches_an_epoch: int, steps_done: int = 0, batches_left: int | None = None) -> int:
     """The run's length: whichever of max_num_steps and max_num_epochs ends first. With dynamic sampling, which may take
-    any number of batches a step, the most that it can be."""
+    any number of batches a step, the most that it can be. batches_left: to the end of the epochs after `steps_done`,
+    where those were of another size than `batches_an_epoch` are."""
     section = recipe.sft or recipe.dpo or recipe.grpo
     assert section is not None
-    batches = section.max_num_epochs * batches_an_epoch
+    batches = section.max_num_epochs * batches_an_epoch if batches_left is None else batches_left
     if recipe.grpo is not None:
         batches = max(1, batches // fewest_batches(recipe.grpo))
-    return min(section.max_num_steps, batches)
+    return min(section.max_num_steps, batches if batches_left is None else steps_done + batches)
 
 
 def count_updates(recipe: Recipe, num_steps: int) -> int:

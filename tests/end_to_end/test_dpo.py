@@ -15,7 +15,15 @@ from trl import DPOTrainer
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.launch import RanksFailed
 from tests.support.reference import ALPHA, RANK, TARGETS, save_adapter, tie_shared_factors
-from tests.support.runs import adapter_of, arithmetic_preferences, metrics, run, save_base, write_lines
+from tests.support.runs import (
+    adapter_of,
+    arithmetic_preferences,
+    assert_names_are_known,
+    metrics,
+    run,
+    save_base,
+    write_lines,
+)
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -99,6 +107,7 @@ def trl_run(room: Path, folder: Path, start: Path | None) -> tuple[list[dict[str
 
 def assert_equal_runs(run_folder: Path, logs: list[dict[str, Any]], adapter: dict[str, torch.Tensor]) -> None:
     ours = metrics(run_folder)
+    assert_names_are_known(run_folder)
     assert len(ours) == len(logs) == STEPS
     for name, theirs in (("loss", "loss"), ("reward_margin", "rewards/margins"), ("grad_norm", "grad_norm")):
         pairs = [(line[name], log[theirs]) for line, log in zip(ours, logs, strict=True)]

@@ -15,7 +15,16 @@ import torch
 
 from tests.support.compare import largest_difference
 from tests.support.launch import RanksFailed
-from tests.support.runs import adapter_of, metrics, run, save_base, start, wait_until, write_lines
+from tests.support.runs import (
+    adapter_of,
+    assert_names_are_known,
+    metrics,
+    run,
+    save_base,
+    start,
+    wait_until,
+    write_lines,
+)
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -87,6 +96,7 @@ def test_answers_by_the_training_model(whole: Path) -> None:
     # The second update of the first rollout is not on-policy any more: ratio and KL have moved.
     assert lines[0]["kl"] > 0 and abs(lines[0]["probs_ratio"] - 1) > 1e-6
     assert {line["step"] for line in metrics(whole, "validation")} == {2, 4}
+    assert_names_are_known(whole)
     assert all(0 <= line["accuracy"] <= 1 for line in metrics(whole, "validation"))
     assert (whole / "reward.png").is_file() and (whole / "loss.png").is_file()
 

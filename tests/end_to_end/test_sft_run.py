@@ -49,9 +49,9 @@ def test_metrics_have_the_contracts_names(whole_run: Run):
 
 
 def test_only_the_checkpoints_to_keep_are_there(whole_run: Run):
-    """save_period=3 made four, keep_top_k=2 kept two of them, the newest among them."""
+    """save_period=3 made four, keep_top_k=2 kept those two that were validated."""
     names = sorted(path.name for path in whole_run.dir.iterdir())
-    assert [name for name in names if name.startswith((".", "step_"))] == ["step_12", "step_9"]
+    assert [name for name in names if name.startswith((".", "step_"))] == ["step_12", "step_6"]
     assert (whole_run.dir / "latest_step.txt").read_text().strip() == "12"
 
 
@@ -105,5 +105,14 @@ def test_picture_and_trackers(whole_run: Run):
 
 def test_nothing_else_is_written(whole_run: Run):
     """The run's folder holds what the contract names, and W&B's run id."""
-    expected = {"config.yaml", "metrics.jsonl", "step_9", "step_12", "latest_step.txt", "loss.png", "wandb_run_id.txt"}
+    expected = {
+        "config.yaml",
+        "metrics.jsonl",
+        "step_6",
+        "step_12",
+        "latest_step.txt",
+        "loss.png",
+        "wandb_run_id.txt",
+        "log.txt",
+    }
     assert {path.name for path in Path(whole_run.dir).iterdir()} == expected

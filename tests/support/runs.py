@@ -15,7 +15,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_lora.config.loader import load_recipe
 from megatron_lora.data.arithmetic import arithmetic_rows
+from megatron_lora.trainers.metric_names import metric_names
 from tests.support.launch import ROOT, run_ranks
 from tests.support.models import save_model
 from tools.tiny_model import build_tokenizer
@@ -96,3 +98,11 @@ def metrics(run_folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 def adapter_of(step_folder: Path) -> dict[str, Tensor]:
     """The HF PEFT tensors of a checkpoint."""
     return load_file(step_folder / "hf_adapter" / "adapter_model.safetensors")
+
+
+def assert_names_are_known(run_folder: Path) -> None:
+    """Every number that the run logged is one by which `checkpointing.metric_name` could rank."""
+    recipe = load_recipe(run_folder / "config.yaml").recipe
+    for kind in ("train", "validation"):
+        logged = {name for line in metrics(run_folder, kind) for name in line} - {"kind", "step"}
+        assert logged <= set(metric_names(recipe, kind)), logged - set(metric_names(recipe, kind))

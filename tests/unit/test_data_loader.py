@@ -78,3 +78,41 @@ def test_neighbouring_seeds_have_no_order_in_common() -> None:
             loader.epoch, loader.position = epoch, 0
             orders.append(next(iter(loader)))
     assert len({tuple(order) for order in orders}) == len(orders) == 9
+
+
+def test_other_orders_are_refused_in_mid_epoch_only() -> None:
+    first = GroupLoader(range(12), 4, seed=3)
+    take(first, 2)
+    state = first.state_dict()
+    with pytest.raises(UserError, match=r"data\.shuffle=true, in the middle of an epoch \(8 of 12 rows seen\)"):
+        GroupLoader(range(12), 4, seed=3, shuffle=False).load_state_dict(state)
+    with pytest.raises(UserError, match="order of rows in epoch 1 is not the one"):
+        GroupLoader(range(12), 4, seed=3).load_state_dict(state | {"order": "other"})
+    take(first, 1)
+    second = GroupLoader(range(12), 4, seed=3, shuffle=False)
+    second.load_state_dict(first.state_dict())
+    assert take(second, 1) == [[0, 1, 2, 3]]
+
+
+def test_states_of_older_releases_go_on_with_a_notice() -> None:
+    first = GroupLoader(range(12), 4, seed=3)
+    take(first, 2)
+    old = {key: first.state_dict()[key] for key in ("epoch", "position", "seed", "num_items")}
+    second = GroupLoader(range(12), 4, seed=3)
+    [notice] = second.check_state(old)
+    assert "older release" in notice and first.state_dict() == GroupLoader(range(12), 4, seed=3).state_dict() | {
+        "position": 8
+    }
+    second.load_state_dict(old)
+    assert take(second, 1) == take(first, 1)
+
+
+def test_steps_left_are_counted_from_the_row_with_another_batch_size() -> None:
+    first = GroupLoader(range(12), 2, shuffle=False)
+    take(first, 4)
+    second = GroupLoader(range(12), 4, shuffle=False)
+    [notice] = second.check_state(first.state_dict())
+    assert "policy.train_global_batch_size was 2, is 4" in notice
+    assert second.has_another_batch_size(first.state_dict())
+    assert [second.batches_left(first.state_dict(), epochs) for epochs in (1, 2, 3)] == [1, 4, 7]
+    assert first.batches_left(first.state_dict(), 2) == 8

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -23,7 +22,8 @@ from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.peft_format import fuse, to_hf
 from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.dtensor import adapter
-from megatron_lora.policy.dtensor.optim import Schedule
+from megatron_lora.policy.dtensor.optim import Schedule, TorchSchedule
+from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
 
 _STATE, _COMMON, _RANDOM = "state", "common", "random"
@@ -32,9 +32,9 @@ _READ_ERRORS = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyE
 
 def save_adapter(model: nn.Module, spec: AdapterSpec, folder: Path, world: World) -> None:
     fused = fuse(adapter.gather(model), spec)
-    if world.is_main:
-        write_adapter(folder, spec, fused)
-    dist.barrier()
+    with same_on_every_rank(world.size):
+        if world.is_main:
+            write_adapter(folder, spec, fused)
 
 
 def load_adapter(model: nn.Module, spec: AdapterSpec, folder: Path) -> None:
@@ -116,6 +116,7 @@ def _put_optimizer_state(
         if key.startswith(f"{_STATE}."):
             name, _, field = key.removeprefix(f"{_STATE}.").rpartition(".")
             fields.setdefault(name, {})[field] = value
+    recipes = [_settings(group) for group in optimizer.param_groups]
     content = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     content["state"] = {
@@ -124,6 +125,10 @@ def _put_optimizer_state(
     for group in content["param_groups"]:
         group.update(common["groups"][_group_key(group)])
     optimizer.load_state_dict(content)
+    # What the recipe says now, as on the Megatron backend; torch's schedulers go on from the rate that they find.
+    kept = {"lr", "initial_lr"} if isinstance(schedule, TorchSchedule) else set()
+    for group, settings in zip(optimizer.param_groups, recipes, strict=True):
+        group.update({key: value for key, value in settings.items() if key not in kept})
     schedule.load_state_dict(common["schedule"])
 
 

@@ -4,6 +4,7 @@ Adapters are written under their full names (docs/architecture.md, "Adapter chec
 writes them. The optimizer's state is written in the parameters' own shapes (optimizer_state.py).
 """
 
+import pickle
 import random
 import re
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.linear import LoRALinear
@@ -27,6 +28,17 @@ from megatron_lora.policy.interface import PendingSave
 from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_lora.runtime.processes import die_with_parent, helpers_survive_signals
 from megatron_lora.runtime.world import World
+
+READ_ERRORS = (
+    dist_checkpointing.core.CheckpointingException,
+    CheckpointException,
+    RuntimeError,
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 def metadata() -> dict[str, Any]:
@@ -132,11 +144,14 @@ def _write_in_order(requests: Sequence[AsyncRequest], staged: Sequence[Any], _: 
 
 def load_weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fill sharded tensors from the folder. Raises UserError where they do not fit."""
+    return _load(state, folder, strict="raise_all")
+
+
+def _load(state: dict[str, Any], folder: Path, **options: Any) -> Any:
     try:
-        loaded: Any = dist_checkpointing.load(state, str(folder), strict="raise_all")
-    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} does not fit this run: {_first_line(error)}") from error
-    return loaded
+        return dist_checkpointing.load(state, str(folder), **options)
+    except READ_ERRORS as error:
+        raise UserError(f"{folder} does not fit this run, or is damaged: {_first_line(error)}") from error
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], folder: Path, world: World) -> None:
@@ -144,7 +159,7 @@ def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], fold
     state = optimizer_state(optimizer, scheduler, weights, world, loading=True)
     if not _has_random_state(folder, world):
         del state["rng"]
-    loaded: Any = dist_checkpointing.load(state, str(folder))
+    loaded: Any = _load(state, folder)
     load_optimizer_state(optimizer, weights, loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:

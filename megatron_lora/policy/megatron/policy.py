@@ -40,6 +40,7 @@ from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
+from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
 
 
@@ -209,8 +210,10 @@ class MegatronPolicy(Policy):
     def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
         state = self._weights_state()
         requests = [checkpoint.save_state(state, weights, asynchronous=asynchronous)]
-        if self.spec is not None and self.world.is_main:
-            self.spec.save(weights / ADAPTER_FILE)
+        if self.spec is not None:
+            with same_on_every_rank(self.world.size):
+                if self.world.is_main:
+                    self.spec.save(weights / ADAPTER_FILE)
         if optimizer is not None:
             state = checkpoint.optimizer_state(
                 self.optimizer, self.scheduler, self._weights_state(), self.world, loading=False
