@@ -63,6 +63,7 @@ def check_layout(policy: PolicyConfig, shape: ModelShape, world_size: int) -> No
         _check_pipeline(megatron, shape.num_layers)
         _check_experts(megatron, shape, world_size)
         _check_world(megatron, world_size)
+        _check_shared_prefix(policy)
         _check_adapters(megatron, shape)
     else:
         size = policy.dtensor_cfg.tensor_parallel_size
@@ -178,6 +179,15 @@ def _check_world(megatron: MegatronConfig, world_size: int) -> None:
             f"pipeline_model_parallel_size={megatron.pipeline_model_parallel_size} x "
             f"context_parallel_size={megatron.context_parallel_size} = {needed} does not divide the {world_size} "
             f"ranks; start a multiple of {needed} ranks (torchrun --nproc-per-node) or lower one of the sizes"
+        )
+
+
+def _check_shared_prefix(policy: PolicyConfig) -> None:
+    size = policy.megatron_cfg.context_parallel_size
+    if policy.shared_prefix is True and size > 1:
+        raise UserError(
+            f"policy.shared_prefix=true does not go with {_MEGATRON}.context_parallel_size={size}, which splits rows "
+            "over ranks one by one; set it to auto, which leaves it off there"
         )
 
 

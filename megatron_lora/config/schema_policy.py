@@ -37,7 +37,8 @@ class DynamicBatchingConfig(Section):
     )
     logprob_mb_tokens: PositiveInt | None = Field(
         default=None,
-        description="Tokens a micro-batch for log-probabilities; null: max_total_sequence_length x logprob_batch_size.",
+        description="Tokens a micro-batch for log-probabilities; null: max_total_sequence_length x logprob_batch_size, "
+        "and where that is null too, as many as training takes or more: nothing is kept for a backward pass.",
     )
 
 
@@ -67,7 +68,9 @@ class PolicyConfig(Section):
         default=1, description="Rows (DPO: pairs) a forward pass where neither packing nor dynamic batching is on."
     )
     logprob_batch_size: PositiveInt | None = Field(
-        default=None, description="Rows a forward pass for log-probabilities; null: `train_micro_batch_size`."
+        default=None,
+        description="Rows a forward pass for log-probabilities where neither packing nor dynamic batching is on; null: "
+        "as many tokens as `train_micro_batch_size` of the longest rows have, or more.",
     )
     generation_batch_size: PositiveInt | None = Field(
         default=None,
@@ -86,6 +89,11 @@ class PolicyConfig(Section):
     )
     dynamic_batching: DynamicBatchingConfig = Field(
         default_factory=DynamicBatchingConfig, description="Rows of like length share a micro-batch."
+    )
+    shared_prefix: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Whether rows that begin alike (the answers of a GRPO group, a DPO pair) send what they share "
+        "through the model once; `auto`: where the layout and the model allow it.",
     )
     megatron_cfg: MegatronConfig = Field(default_factory=MegatronConfig, description="Megatron-Core backend.")
     dtensor_cfg: DTensorConfig = Field(default_factory=DTensorConfig, description="DTensor backend.")
@@ -145,17 +153,16 @@ class PolicyConfig(Section):
         """Values that follow from others, so that whoever reads the recipe finds a number."""
         if self.tokenizer.name is None:
             self.tokenizer.name = self.model_name
-        if self.logprob_batch_size is None:
-            self.logprob_batch_size = self.train_micro_batch_size
         if self.megatron_cfg.optimizer.clip_grad is None:
             self.megatron_cfg.optimizer.clip_grad = self.max_grad_norm or 0.0
         for packing in (self.sequence_packing, self.dynamic_batching):
             packing.train_mb_tokens = packing.train_mb_tokens or (
                 self.max_total_sequence_length * self.train_micro_batch_size
             )
-            packing.logprob_mb_tokens = packing.logprob_mb_tokens or (
-                self.max_total_sequence_length * self.logprob_batch_size
-            )
+            if self.logprob_batch_size is not None:
+                packing.logprob_mb_tokens = packing.logprob_mb_tokens or (
+                    self.max_total_sequence_length * self.logprob_batch_size
+                )
         self._fill_generation()
         return self
 

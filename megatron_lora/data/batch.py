@@ -1,6 +1,7 @@
 """The two shapes of data that every room agrees on: a tokenized `Row` and a packed `MicroBatch`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,28 @@ class Row:
         return int(self.target_mask.sum())
 
 
+@dataclass(frozen=True, eq=False)
+class SharedKeys:
+    """Whose keys and values each query sees where rows share a prefix.
+
+    Queries stand in segments: a prefix, what follows it in one row, or a whole row. The keys of a segment are those of
+    everything its row has read so far, itself included: the micro-batch's tokens at index[key_bounds[i]:key_bounds[i +
+    1]], of which the segment's own are the last. A query sees all keys up to its own: causal attention aligned to the
+    end of the keys.
+
+    index: [K] int64. query_bounds, key_bounds: [segments + 1], on the CPU; cu_queries, cu_keys: the same as int32
+    tensors. max_queries, max_keys: of one segment.
+    """
+
+    index: Tensor
+    query_bounds: list[int]
+    key_bounds: list[int]
+    cu_queries: Tensor
+    cu_keys: Tensor
+    max_queries: int
+    max_keys: int
+
+
 @dataclass
 class MicroBatch:
     """Rows packed one after the other into one flat sequence of T tokens.
@@ -37,7 +60,13 @@ class MicroBatch:
     target_mask: [T] bool, True where targets[t] carries loss. row_of_token: [T] int64; padding belongs to the row it
     follows. cu_seqlens: [rows + 1] int32. token_fields: name -> [T], shifted like targets. row_fields: name ->
     [rows] fp32. row_indices: data set row numbers, -1 for a padding row. row_lengths: each row's tokens without its
-    padding, 0 for a padding row. num_rows counts the padding row too.
+    padding, 0 for a padding row. num_rows counts the padding row too. bounds: cu_seqlens on the CPU. max_seqlen: the
+    longest row.
+
+    Where rows share prefixes (`data.shared_prefix`), tokens, positions [T] and cu_seqlens [segments + 1] hold each
+    prefix once, and `shared_keys` says who attends to it. What is predicted then has a length N of its own: targets,
+    target_mask, row_of_token and token_fields are [N], one place for each target of each row; `sources` [N] names the
+    token that predicts it and `target_positions` [N] its position in its row. Elsewhere those three are None.
     """
 
     tokens: Tensor
@@ -51,30 +80,33 @@ class MicroBatch:
     token_fields: dict[str, Tensor] = field(default_factory=dict)
     row_fields: dict[str, Tensor] = field(default_factory=dict)
     row_lengths: list[int] = field(default_factory=list)
+    bounds: list[int] = field(default_factory=list)
+    shared_keys: SharedKeys | None = None
+    sources: Tensor | None = None
+    target_positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bounds:
+            self.bounds = self.cu_seqlens.tolist()
 
     @property
     def num_rows(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        return len(self.row_indices)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy with every tensor on `device`."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, dict):
+                return {name: move(item) for name, item in value.items()}
+            if isinstance(value, SharedKeys):
+                tensors = {name: move(getattr(value, name)) for name in ("index", "cu_queries", "cu_keys")}
+                return replace(value, **tensors)
+            return value
 
-        return MicroBatch(
-            tokens=move(self.tokens),
-            positions=move(self.positions),
-            targets=move(self.targets),
-            target_mask=move(self.target_mask),
-            row_of_token=move(self.row_of_token),
-            cu_seqlens=move(self.cu_seqlens),
-            max_seqlen=self.max_seqlen,
-            row_indices=self.row_indices,
-            token_fields={name: move(value) for name, value in self.token_fields.items()},
-            row_fields={name: move(value) for name, value in self.row_fields.items()},
-            row_lengths=self.row_lengths,
-        )
+        return MicroBatch(**{each.name: move(getattr(self, each.name)) for each in fields(self)})
 
 
 def sum_by_row(values: Tensor, batch: MicroBatch) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.data.bins import PACKING_ALGORITHMS, Bins, sorted_by_length
+from megatron_lora.data.bins import PACKING_ALGORITHMS, Bins, concatenative, sorted_by_length
 from megatron_lora.errors import UserError
 
 
@@ -32,13 +32,15 @@ def plan_micro_batches(
     algorithm: str = "modified_first_fit_decreasing",
     length_round: int = 1,
     seed: int = 0,
+    group_counts: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
     """Divide a global batch: for each data-parallel rank, its micro-batches, each a list of group positions.
 
-    group_lengths: tokens of each group (`padded_group_lengths`). Exactly one of the two limits is given:
-    `max_groups`, a fixed number of groups a micro-batch; or `max_tokens`, sequence packing by `algorithm`, or with
-    `dynamic` groups of like length whose number times the longest stays within it. Lengths count rounded up to
-    `length_round` against `max_tokens`; a group beyond it gets a micro-batch of its own.
+    group_lengths: tokens of each group (`padded_group_lengths`). group_counts: as how many each counts, where they are
+    groups already joined. Exactly one of the two limits is given: `max_groups`, so many groups a micro-batch; or
+    `max_tokens`, sequence packing by `algorithm`, or with `dynamic` groups of like length whose number times the
+    longest stays within it. Lengths count rounded up to `length_round` against `max_tokens`; a group beyond it gets a
+    micro-batch of its own.
 
     Every rank computes the same plan. Each group appears exactly once; every rank gets the same number of
     micro-batches, a multiple of `micro_batch_multiple` (a schedule with virtual stages needs that), longest first, so
@@ -48,8 +50,7 @@ def plan_micro_batches(
     if (max_groups is None) == (max_tokens is None):
         raise ValueError(f"give one of max_groups and max_tokens, got max_groups={max_groups}, max_tokens={max_tokens}")
     if max_groups is not None:
-        order = list(range(len(group_lengths)))
-        bins = [order[start : start + max_groups] for start in range(0, len(order), max_groups)]
+        bins = concatenative(group_counts or [1] * len(group_lengths), max_groups)
     else:
         assert max_tokens is not None
         rounded = [round_up(length, length_round) for length in group_lengths]
@@ -117,17 +118,7 @@ def collate(
     names of `like`: what a rank with an empty micro-batch runs. Raises ValueError where rows do not fit
     `fixed_total` or have different fields.
     """
-    if rows:
-        like = rows[0]
-    token_names = list(like.token_fields) if like else []
-    row_names = list(like.row_fields) if like else []
-    for row in rows:
-        if set(row.token_fields) != set(token_names) or set(row.row_fields) != set(row_names):
-            raise ValueError(
-                f"row {row.index} has fields {[*row.token_fields, *row.row_fields]}, row {rows[0].index} has "
-                f"{[*token_names, *row_names]}; rows of one micro-batch must have the same"
-            )
-
+    token_names, row_names = field_names(rows, like)
     padded = [round_up(len(row), row_multiple) for row in rows]
     used = sum(padded)
     total = round_up(max(used, 1), math.lcm(row_multiple, total_multiple)) if fixed_total is None else fixed_total
@@ -144,49 +135,80 @@ def collate(
 
     sizes = torch.tensor(padded, dtype=torch.int64)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    starts = bounds.tolist()[: len(rows)]
     row_of_token = torch.repeat_interleave(torch.arange(len(padded)), sizes)
-    batch = MicroBatch(
-        tokens=torch.full((total,), pad_token_id, dtype=torch.int64),
-        positions=torch.arange(total) - bounds[row_of_token],
-        targets=torch.full((total,), pad_token_id, dtype=torch.int64),
-        target_mask=torch.zeros(total, dtype=torch.bool),
+    positions = torch.arange(total) - bounds[row_of_token]
+    # Where the rows' tokens stand; what describes a row's token i + 1 goes to the place of its token i.
+    real = (positions < torch.tensor(row_lengths)[row_of_token]).nonzero().squeeze(1)
+    follows = positions[real] > 0
+    places = real[follows] - 1
+
+    def spread(values: Sequence[Tensor], fill: Tensor) -> Tensor:
+        if places.numel():
+            fill[places] = torch.cat(list(values))[follows].to(fill.dtype)
+        return fill
+
+    tokens = torch.full((total,), pad_token_id, dtype=torch.int64)
+    if rows:
+        tokens[real] = torch.cat([row.input_ids for row in rows])
+    return MicroBatch(
+        tokens=tokens,
+        positions=positions,
+        targets=spread([row.input_ids for row in rows], torch.full((total,), pad_token_id, dtype=torch.int64)),
+        target_mask=spread([row.target_mask for row in rows], torch.zeros(total, dtype=torch.bool)),
         row_of_token=row_of_token,
         cu_seqlens=bounds.to(torch.int32),
         max_seqlen=max(padded),
         row_indices=row_indices,
-        token_fields={name: torch.zeros(total, dtype=torch.float32) for name in token_names},
-        row_fields={name: torch.zeros(len(padded), dtype=torch.float32) for name in row_names},
+        token_fields={
+            name: spread([row.token_fields[name] for row in rows], torch.zeros(total)) for name in token_names
+        },
+        row_fields=collate_row_fields(rows, row_names, len(padded)),
         row_lengths=row_lengths,
+        bounds=bounds.tolist(),
     )
-    for number, (start, row) in enumerate(zip(starts, rows, strict=True)):
-        _write_row(batch, number, start, row)
-    return batch
 
 
-def _write_row(batch: MicroBatch, number: int, start: int, row: Row) -> None:
-    """Copy one row to batch tokens start ... start + S; what describes token i + 1 goes to place i."""
-    end = start + len(row)
-    batch.tokens[start:end] = row.input_ids
-    batch.targets[start : end - 1] = row.input_ids[1:]
-    batch.target_mask[start : end - 1] = row.target_mask[1:]
-    for name, values in row.token_fields.items():
-        batch.token_fields[name][start : end - 1] = values[1:]
-    for name, value in row.row_fields.items():
-        batch.row_fields[name][number] = value
+def field_names(rows: Sequence[Row], like: Row | None) -> tuple[list[str], list[str]]:
+    """(token fields, row fields) of all rows, or of `like` where there are none. Raises ValueError where two rows have
+    different ones."""
+    like = rows[0] if rows else like
+    token_names = list(like.token_fields) if like else []
+    row_names = list(like.row_fields) if like else []
+    for row in rows:
+        if row.token_fields.keys() != set(token_names) or row.row_fields.keys() != set(row_names):
+            raise ValueError(
+                f"row {row.index} has fields {[*row.token_fields, *row.row_fields]}, row {rows[0].index} has "
+                f"{[*token_names, *row_names]}; rows of one micro-batch must have the same"
+            )
+    return token_names, row_names
+
+
+def collate_row_fields(rows: Sequence[Row], names: Sequence[str], num_rows: int) -> dict[str, Tensor]:
+    """Each field [num_rows] fp32, 0 for padding rows."""
+    padding = [0.0] * (num_rows - len(rows))
+    return {name: torch.tensor([row.row_fields[name] for row in rows] + padding) for name in names}
+
+
+def row_places(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Where per-target values of a batch on the CPU go in its rows, laid one after the other without padding: (places
+    in the batch, places in those rows), [targets] int64 each. A row's token 0, which nothing predicts, has none."""
+    lengths = torch.tensor(batch.row_lengths)
+    positions = batch.positions + 1 if batch.target_positions is None else batch.target_positions
+    valid = ((positions > 0) & (positions < lengths[batch.row_of_token])).nonzero().squeeze(1)
+    starts = lengths.cumsum(0) - lengths
+    return valid, starts[batch.row_of_token[valid]] + positions[valid]
 
 
 def split_by_row(values: Tensor, batch: MicroBatch) -> list[Tensor]:
     """Cut per-target values [T] into one tensor [S] a row, aligned with its input_ids again.
 
     Place 0, which nothing predicts, is 0; padding is left out, and so is the padding row. Inverse of `collate` for
-    token fields.
+    token fields. Where rows share prefixes, tokens without a target are 0 too.
     """
-    pieces = []
-    for start, length in zip(batch.cu_seqlens.tolist(), batch.row_lengths, strict=False):
-        if length:
-            pieces.append(torch.cat([values.new_zeros(1), values[start : start + length - 1]]))
-    return pieces
+    sources, destinations = row_places(batch)
+    flat = values.new_zeros(sum(batch.row_lengths))
+    flat[destinations] = values[sources]
+    return list(flat.split([length for length in batch.row_lengths if length]))
 
 
 def unpack(batch: MicroBatch) -> list[Row]:

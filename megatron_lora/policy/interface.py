@@ -16,7 +16,8 @@ from megatron_lora.objectives.base import Objective
 @dataclass
 class StepResult:
     """One training step, before the update: loss (mean over the objective's count), metrics likewise, gradient norm
-    (before clipping), learning rate used."""
+    (before clipping), learning rate used. logps: where asked for, as `Policy.score` gives them, from this step's own
+    forward pass (adapters' dropout on)."""
 
     loss: float
     metrics: dict[str, float]
@@ -24,6 +25,7 @@ class StepResult:
     learning_rate: float
     num_target_tokens: int
     num_tokens: int
+    logps: list[Tensor] | None = None
 
 
 @dataclass
@@ -44,13 +46,19 @@ class Policy(ABC):
     """A model split over ranks, its adapters and its optimizer. Every method is collective: all ranks call it with
     the same rows; the backend gives each rank its part.
 
-    notices: how the recipe was understood, for the user to read at start.
+    notices: how the recipe was understood, for the user to read at start. unshared_reason: why rows that begin alike do
+    not share what they have in common; None where they do. model_tokens: that all passes so far have sent through the
+    model, of the whole global batches, without padding.
     """
 
     notices: Sequence[str] = ()
+    unshared_reason: str | None = None
+    model_tokens: int = 0
 
     @abstractmethod
-    def train_step(self, groups: Sequence[Sequence[Row]], objective: Objective) -> StepResult:
+    def train_step(
+        self, groups: Sequence[Sequence[Row]], objective: Objective, *, keep_logps: bool = False
+    ) -> StepResult:
         """Forward, backward and one optimizer step over the global batch. Raises NonFiniteLoss (nothing updated)."""
 
     @abstractmethod
@@ -59,8 +67,13 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        """Each row's token log-probabilities: [S] fp32 CPU, nats, [0] is 0; on every rank, no gradients. Raises
-        NonFiniteLoss, on every rank, where one is not finite."""
+        """Each row's token log-probabilities: [S] fp32 CPU, nats, [0] is 0; on every rank, no gradients. Tokens that
+        are no targets may be 0: those of rows that share a prefix are. Raises NonFiniteLoss, on every rank, where one
+        is not finite."""
+
+    @abstractmethod
+    def score_with_reference(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
+        """`score` of the policy and within `reference()`, in one sweep over the rows."""
 
     @abstractmethod
     def adapters_disabled(self) -> AbstractContextManager[None]:

@@ -5,6 +5,8 @@ modules and parameter names on both. The core attention also serves a GPU in fp3
 attention does not offer.
 """
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,9 +96,17 @@ class NativeRowParallelLinear(RowParallelLinear):
     """Row-parallel linear under the name that stands for Transformer Engine's."""
 
 
+@dataclass
+class SharedPrefixParams(PackedSeqParams):
+    """A micro-batch whose rows share prefixes. shared_keys: `data.batch.SharedKeys`, which core attention goes by; the
+    other fields describe all tokens as one sequence, which is what rotary embeddings given token by token want."""
+
+    shared_keys: Any = None
+
+
 class NativeAttention(torch.nn.Module):
     """Core attention over packed sequences, causal within each, with GQA, sliding window and context
-    parallelism.
+    parallelism, or with prefixes that rows share.
 
     query [T, heads, d], key and value [T, groups, d] with `packed_seq_params` (T is the local part under context
     parallelism); without it query [S, B, heads, d] and key, value [S_kv, B, groups, d], the query being the last S of
@@ -120,7 +130,7 @@ class NativeAttention(torch.nn.Module):
         self.layer_number = layer_number
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale if softmax_scale is not None else config.softmax_scale
-        self.window = _window(config, layer_number)
+        self.window = layer_window(config, layer_number)
         self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
@@ -136,6 +146,8 @@ class NativeAttention(torch.nn.Module):
         if packed_seq_params is None:
             out = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
             return out.transpose(0, 1).flatten(2)
+        if isinstance(packed_seq_params, SharedPrefixParams):
+            return self._shared(query, key, value, packed_seq_params.shared_keys).flatten(1)
         cu_seqlens = packed_seq_params.cu_seqlens_q
         cp_size = self.cp_group.size() if self.cp_group is not None else 1
         if cp_size == 1:
@@ -147,6 +159,16 @@ class NativeAttention(torch.nn.Module):
             self._attend(query[None, a:b], key[None, a:b], value[None, a:b])[0]
             for a, b in zip(bounds, bounds[1:], strict=False)
             if b > a
+        ]
+        return torch.cat(pieces)
+
+    def _shared(self, query: Tensor, key: Tensor, value: Tensor, shared: Any) -> Tensor:
+        """Each segment of queries over the keys that it sees, of which its own are the last."""
+        key, value = key[shared.index], value[shared.index]
+        queries, keys = pairwise(shared.query_bounds), pairwise(shared.key_bounds)
+        pieces = [
+            self._attend(query[None, a:b], key[None, c:d], value[None, c:d])[0]
+            for (a, b), (c, d) in zip(queries, keys, strict=True)
         ]
         return torch.cat(pieces)
 
@@ -194,7 +216,7 @@ class NativeAttention(torch.nn.Module):
         return out.transpose(1, 2)
 
 
-def _window(config: TransformerConfig, layer_number: int) -> int | None:
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
     """How many positions back, itself included, a token of this layer (counted from 1) sees; None for all."""
     window = config.window_size
     if window is None or not is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):  # type: ignore[arg-type]

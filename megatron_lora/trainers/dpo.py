@@ -54,7 +54,11 @@ def train_dpo(session: Session, loader: GroupLoader[list[Row]], validation: Grou
     def validate() -> None:
         if validation is not None:
             values = evaluate_groups(
-                session, validation, objective, options.val_batches, lambda pairs: with_reference(session.policy, pairs)
+                session,
+                validation,
+                objective,
+                options.val_batches,
+                lambda pairs: with_reference(session.policy, pairs),
             )
             session.log_validation(values)
 

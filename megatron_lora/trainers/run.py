@@ -96,6 +96,8 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         if world.device.type == "cuda":
             hold("weights, adapters and optimizer", torch.cuda.memory_allocated(world.device))
         num_trainable = _describe_policy(reporter, policy)
+        if recipe.sft is None and recipe.policy.shared_prefix == "auto" and policy.unshared_reason is not None:
+            reporter.message(f"each row sends its own copy of its prompt through the model: {policy.unshared_reason}")
         if recipe.dpo is not None and recipe.dpo.precompute_reference_logprobs:
             _precompute(recipe, policy, reporter, loader, validation)
         needed = expected_bytes(recipe, num_trainable)

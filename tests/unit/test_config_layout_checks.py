@@ -137,6 +137,13 @@ def test_dtensor_layouts():
     assert "set use_triton=false" in refusal(configured, LLAMA_8B, 4)
 
 
+def test_shared_prefixes_and_context_parallelism():
+    configured = policy(context_parallel_size=2)
+    check_layout(configured, LLAMA_8B, 2)
+    configured.shared_prefix = True
+    assert "set it to auto" in refusal(configured, LLAMA_8B, 2)
+
+
 @pytest.mark.parametrize(
     ("recipe", "shape", "world_size"),
     [

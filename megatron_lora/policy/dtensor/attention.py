@@ -4,6 +4,7 @@ Registered under `NAME` with transformers, whose models then build no mask of th
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,16 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from megatron_lora.data.batch import SharedKeys
+from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM, shared_attention
+
 NAME = "megatron_lora_packed"
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where rows begin and end, on the CPU and as [rows + 1] int32. An object and no list, so that a compiled layer
-    does not depend on its numbers."""
+    """Where rows begin and end, on the CPU and as [rows + 1] int32; shared_keys: who sees what where rows share
+    prefixes. An object and no list, so that a compiled layer does not depend on its numbers."""
 
     bounds: list[int]
     cu_seqlens: Tensor
+    shared_keys: SharedKeys | None = None
 
 
 @torch.compiler.disable
@@ -42,12 +47,21 @@ def packed_attention(
     sliding_window: tokens that a token sees, itself included. softcap: scores s become softcap * tanh(s / softcap)
     (Gemma 2).
     """
-    if query.is_cuda and query.dtype == torch.bfloat16 and softcap is None and query.shape[-1] <= 256:
-        return _varlen(query, key, value, packing, scaling, sliding_window), None
+    shared = packing.shared_keys
+    fused = query.is_cuda and query.dtype == torch.bfloat16 and softcap is None
+    if fused and query.shape[-1] <= LARGEST_HEAD_DIM:
+        if shared is None:
+            return _varlen(query, key, value, packing, scaling, sliding_window), None
+        flat_query, flat_key, flat_value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        out = shared_attention(flat_query, flat_key, flat_value, shared, scaling, sliding_window)
+        return out.unsqueeze(0), None
+    key_bounds = packing.bounds
+    if shared is not None:
+        key, value, key_bounds = key[:, :, shared.index], value[:, :, shared.index], shared.key_bounds
     pieces = []
-    for start, stop in zip(packing.bounds[:-1], packing.bounds[1:], strict=True):
-        rows = slice(start, stop)
-        pieces.append(_row(query[:, :, rows], key[:, :, rows], value[:, :, rows], scaling, sliding_window, softcap))
+    for (start, stop), (first, last) in zip(pairwise(packing.bounds), pairwise(key_bounds), strict=True):
+        queries, keys = slice(start, stop), slice(first, last)
+        pieces.append(_row(query[:, :, queries], key[:, :, keys], value[:, :, keys], scaling, sliding_window, softcap))
     out = torch.cat(pieces, dim=2)
     return out.transpose(1, 2).contiguous(), None
 
@@ -92,13 +106,13 @@ def _row(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One row: [1, heads, S, d]."""
-    length = query.shape[2]
+    """One row: query [1, heads, S, d], key and value of those S tokens and of any before them."""
+    length = key.shape[2]
     windowed = sliding_window is not None and sliding_window < length
-    if softcap is None and not windowed:
+    if softcap is None and not windowed and query.shape[2] == length:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     age = torch.arange(length, device=query.device)
-    age = age[:, None] - age[None, :]
+    age = age[length - query.shape[2] :, None] - age[None, :]
     visible = age >= 0
     if windowed:
         assert sliding_window is not None

@@ -45,25 +45,29 @@ class PolicyModule(nn.Module):
         self.softcap = softcap
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """[T] fp32 nats, on every TP rank."""
+        """A log-probability for each of the batch's targets, fp32 nats, on every TP rank."""
         hidden = self.model.model(
             input_ids=batch.tokens.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
-            packing=Packing(batch.cu_seqlens.tolist(), batch.cu_seqlens),
+            packing=Packing(batch.bounds, batch.cu_seqlens, batch.shared_keys),
         ).last_hidden_state
         head = self.model.lm_head
         adapted = isinstance(head, AdaptedLinear) and not head.disable_adapters
         weight, bias = _weight_and_bias(head)
         if adapted or weight.requires_grad or bias is not None or self.softcap is not None:
-            return self._recomputed(hidden, head, batch.targets)
+            return self._recomputed(hidden, head, batch.targets, batch.sources)
         local = _rows_of_rank(weight, self.tp)
-        return _FrozenHead.apply(hidden.squeeze(0), local, batch.targets, self.tp, self.head)  # type: ignore[return-value]
+        return _FrozenHead.apply(  # type: ignore[return-value]
+            hidden.squeeze(0), local, batch.targets, batch.sources, self.tp, self.head
+        )
 
-    def _recomputed(self, hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    def _recomputed(self, hidden: Tensor, head: nn.Module, targets: Tensor, sources: Tensor | None) -> Tensor:
         if self.tp.sequence_parallel:
             part = DTensor.from_local(hidden, self.tp_mesh, [Shard(1)], run_check=False)
             hidden = part.redistribute(self.tp_mesh, [Replicate()]).to_local()
+        if sources is not None:
+            hidden = hidden.index_select(1, sources)
         size = self.head.chunk_size
         chunks = zip(hidden.split(size, dim=1), targets.split(size), strict=True)
         pieces = [checkpoint(self._chunk, piece, head, wanted, use_reentrant=False) for piece, wanted in chunks]

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,14 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.data.packing import split_by_row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, FactorKey
 from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.peft_format import fuse, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules
-from megatron_lora.policy.batching import BatchingOptions, Groups, divide
+from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
 from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.frozen_start import copies, holding
@@ -33,6 +31,7 @@ from megatron_lora.policy.interface import (
     StepResult,
     check_scores,
 )
+from megatron_lora.policy.scores import collect_rows
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.world import World
 
@@ -52,6 +51,7 @@ class DTensorPolicy(Policy):
         self.mesh = self.base.mesh
         self.spec: AdapterSpec | None = self.base.start.spec if self.base.start is not None else None
         self.notices = self.base.notices
+        self.unshared_reason = "policy.shared_prefix=false" if policy.shared_prefix is False else None
         self.names: dict[nn.Parameter, str] = {p: name for name, p in self.base.hf.named_parameters()}
         self.trained = [parameter for parameter in self.names if parameter.requires_grad]
         self.optimizer = optim.build_optimizer(self.trained, policy, adapter.lora_plus_parameters(self.base.hf))
@@ -60,17 +60,19 @@ class DTensorPolicy(Policy):
         self.batching = BatchingOptions(
             pad_token_id=pad_token_id,
             total_multiple=math.lcm(policy.make_sequence_length_divisible_by, multiple),
+            shares_prefixes=policy.shared_prefix is not False,
         )
         self._gradients_checked = self.spec is None
         starts_from_adapter = self.spec is not None and policy.dtensor_cfg.lora_cfg.init_adapter is not None
         self._starting_factors = copies(self.trained) if starts_from_adapter else None
 
-    def train_step(self, groups: Groups, objective: Objective) -> StepResult:
+    def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
         rows = [row for group in groups for row in group]
-        share = self._divide(groups, training=True)
+        share = self._divide(groups, "training")
         self.root.train()
         self.optimizer.zero_grad()
-        loss, metrics = self._run(share.batches, objective, objective.count(rows), training=True)
+        kept: list[Tensor] | None = [] if keep_logps else None
+        loss, metrics = self._run(share.batches, objective, objective.count(rows), training=True, kept=kept)
         optim.sum_gradients_over_tp(self.base.summed, self.mesh["tp"])
         if not self._gradients_checked:
             self._check_gradients()
@@ -90,28 +92,38 @@ class DTensorPolicy(Policy):
             learning_rate=min(rates),
             num_target_tokens=sum(row.num_targets for row in rows),
             num_tokens=sum(len(row) for row in rows),
+            logps=self._collect([kept], share, groups)[0] if kept is not None else None,
         )
 
     def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
-        share = self._divide(groups, training=False)
+        share = self._divide(groups, "evaluation")
         rows = [row for group in groups for row in group]
         with self._evaluating():
             return self._run(share.batches, objective, objective.count(rows), training=False)
 
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        share = self._divide([[row] for row in rows], training=False)
-        mine: dict[int, Tensor] = {}
-        with self._evaluating():
-            for batch, members in zip(share.batches, share.groups, strict=True):
-                logps = self.root(batch.to(self.world.device)).cpu()
-                mine |= dict(zip(members, split_by_row(logps, batch), strict=True))
-        if self.world.dp > 1:
-            everyone: list[Any] = [None] * self.world.dp
-            dist.all_gather_object(everyone, mine, group=self.mesh["dp"].get_group())
-            mine = {position: piece for part in everyone for position, piece in part.items()}
-        scores = [mine[position] for position in range(len(rows))]
-        check_scores(rows, scores)
+        return self._score(rows, [nullcontext()])[0]
+
+    def score_with_reference(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
+        policy, reference = self._score(rows, [nullcontext(), self.reference()])
+        return policy, reference
+
+    def _score(self, rows: Sequence[Row], passes: Sequence[AbstractContextManager[None]]) -> list[list[Tensor]]:
+        """The rows' log-probabilities within each of the contexts."""
+        groups = [[row] for row in rows]
+        share = self._divide(groups, "scoring", num_passes=len(passes))
+        batches = [batch.to(self.world.device) for batch in share.batches]
+        logps = []
+        for state in passes:
+            with self._evaluating(), state:
+                logps.append([self.root(batch) for batch in batches])
+        scores = self._collect(logps, share, groups)
+        for values in scores:
+            check_scores(rows, values)
         return scores
+
+    def _collect(self, passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups) -> list[list[Tensor]]:
+        return collect_rows(passes, share, groups, self.mesh["dp"].get_group())
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -236,14 +248,26 @@ class DTensorPolicy(Policy):
         return describe_modules(self.spec) if self.spec is not None else []
 
     def _run(
-        self, batches: Sequence[MicroBatch], objective: Objective, count: float, *, training: bool
+        self,
+        batches: Sequence[MicroBatch],
+        objective: Objective,
+        count: float,
+        *,
+        training: bool,
+        kept: list[Tensor] | None = None,
     ) -> tuple[float, dict[str, float]]:
-        """This rank's micro-batches, backward too in training. Returns loss and metrics over the global batch."""
+        """This rank's micro-batches, backward too in training. Returns loss and metrics over the global batch.
+
+        kept: takes the log-probabilities of each micro-batch.
+        """
         results: list[dict[str, Tensor]] = []
         for batch in batches:
             tick()
             batch = batch.to(self.world.device)
-            result = objective(self.root(batch), batch)
+            logps = self.root(batch)
+            result = objective(logps, batch)
+            if kept is not None:
+                kept.append(logps.detach())
             if training:
                 # FSDP takes the mean over data-parallel ranks; the loss is a sum over them.
                 (result.loss * (self.world.dp / count)).backward()
@@ -268,10 +292,18 @@ class DTensorPolicy(Policy):
     def _lora_plus_rate(self, value: float) -> dict[str, float]:
         return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
 
-    def _divide(self, groups: Groups, *, training: bool) -> Any:
-        return divide(
-            groups, self.config, self.batching, dp_size=self.world.dp, dp_rank=self.world.dp_rank, training=training
+    def _divide(self, groups: Groups, purpose: Purpose, *, num_passes: int = 1) -> Share:
+        world = self.world
+        share = divide(
+            groups,
+            self.config,
+            self.batching,
+            dp_size=world.dp,
+            dp_rank=world.dp_rank,
+            purpose=purpose,
         )
+        self.model_tokens += num_passes * share.num_tokens
+        return share
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

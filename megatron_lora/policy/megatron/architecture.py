@@ -17,7 +17,6 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_lora.conversion.hf_model import HFModel, activation
 from megatron_lora.conversion.model_names import QK_NORM, QKV_BIAS
-from megatron_lora.runtime.native_layers import NativeAttention
 
 GEMMA = "gemma3_text"
 _ACTIVATIONS = {"silu": F.silu, "swish": F.silu}
@@ -113,13 +112,14 @@ def _change_layers(provider: Any, model: HFModel) -> None:
     provider.transformer_layer_spec = changed
 
 
-def use_native_attention(provider: Any) -> None:
-    """Our own core attention in place of Transformer Engine's."""
+def replace_core_attention(provider: Any, replacement: Callable[[type], type]) -> None:
+    """Another core attention in place of the layer specification's."""
     make_spec = provider.transformer_layer_spec
 
     def changed(config: Any) -> Any:
         spec = make_spec(config)
-        spec.submodules.self_attention.submodules.core_attention = NativeAttention
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = replacement(attention.core_attention)
         return spec
 
     provider.transformer_layer_spec = changed

@@ -48,29 +48,43 @@ class HeadOptions:
 
 
 def target_logprobs(
-    hidden: Tensor, output_layer: Any, weight: Tensor | None, targets: Tensor, tp: TensorParallel, options: HeadOptions
+    hidden: Tensor,
+    output_layer: Any,
+    weight: Tensor | None,
+    targets: Tensor,
+    tp: TensorParallel,
+    options: HeadOptions,
+    sources: Tensor | None = None,
 ) -> Tensor:
-    """hidden [t, 1, h] (this rank's rows under sequence parallelism), targets [T] -> log p(target) [T] fp32, nats.
+    """hidden [t, 1, h] (this rank's rows under sequence parallelism), targets [N] -> log p(target) [N] fp32, nats.
 
+    sources [N]: which of the T tokens of all ranks predicts each target; None: each its own, N = T.
     weight: the head's [vocabulary / tp, h] where it is the embedding's, else None (the output layer's own).
     """
     weight = weight if weight is not None else output_layer.weight
     assert weight is not None
     adapted = isinstance(output_layer, LoRALinear) and output_layer.enabled
     if options.chunk_size == 0:
-        return _plain(hidden, output_layer, weight, targets, tp, options)
+        return _plain(hidden, output_layer, weight, targets, sources, tp, options)
     capped = options.softcap is not None
     if adapted or capped or weight.requires_grad or getattr(output_layer, "bias", None) is not None:
-        return _recomputed(hidden, output_layer, weight, targets, tp, options)
+        return _recomputed(hidden, output_layer, weight, targets, sources, tp, options)
     hidden = hidden.squeeze(1)
-    return _FrozenHead.apply(hidden, weight, targets, tp, options)  # type: ignore[return-value]
+    return _FrozenHead.apply(hidden, weight, targets, sources, tp, options)  # type: ignore[return-value]
 
 
 def _plain(
-    hidden: Tensor, output_layer: Any, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions
+    hidden: Tensor,
+    output_layer: Any,
+    weight: Tensor,
+    targets: Tensor,
+    sources: Tensor | None,
+    tp: TensorParallel,
+    options: HeadOptions,
 ) -> Tensor:
     logits, _ = output_layer(hidden, weight=weight)
-    return _logprobs_of_logits(logits.squeeze(1), targets, tp, options)
+    logits = logits.squeeze(1)
+    return _logprobs_of_logits(logits if sources is None else logits[sources], targets, tp, options)
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
@@ -91,13 +105,21 @@ def _logprobs_of_logits(logits: Tensor, targets: Tensor, tp: TensorParallel, opt
 
 
 def _recomputed(
-    hidden: Tensor, output_layer: Any, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions
+    hidden: Tensor,
+    output_layer: Any,
+    weight: Tensor,
+    targets: Tensor,
+    sources: Tensor | None,
+    tp: TensorParallel,
+    options: HeadOptions,
 ) -> Tensor:
     """Chunks through the output layer itself, recomputed in the backward pass: a head that trains."""
     if tp.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp.group)
     elif tp.size > 1:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=tp.group)
+    if sources is not None:
+        hidden = hidden.index_select(0, sources)
     pieces = []
     chunks = zip(hidden.squeeze(1).split(options.chunk_size), targets.split(options.chunk_size), strict=True)
     for piece, wanted in chunks:
@@ -134,10 +156,19 @@ def _padding_columns(columns: int, tp: TensorParallel, vocab_size: int) -> int:
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, tp: TensorParallel, options: HeadOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        sources: Tensor | None,
+        tp: TensorParallel,
+        options: HeadOptions,
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0]
         full = tp.all_gather(hidden) if tp.sequence_parallel else hidden
+        ctx.sources, ctx.num_tokens = sources, full.shape[0]
+        if sources is not None:
+            full = full.index_select(0, sources)
         logps = torch.empty(full.shape[0], dtype=torch.float32, device=full.device)
         jacobian = torch.empty_like(full) if needs_grad else None
         for start in range(0, full.shape[0], options.chunk_size):
@@ -154,11 +185,15 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (jacobian,) = ctx.saved_tensors
         dhidden = jacobian * grad.to(jacobian.dtype).unsqueeze(1)
+        if ctx.sources is not None:
+            # In fp32: a prefix's last token sums over all rows that follow it.
+            zeros = dhidden.new_zeros((ctx.num_tokens, dhidden.shape[1]), dtype=torch.float32)
+            dhidden = zeros.index_add_(0, ctx.sources, dhidden.float()).to(dhidden.dtype)
         if ctx.tp.sequence_parallel:
             dhidden, _ = ctx.tp.reduce_scatter(dhidden)
         elif ctx.tp.size > 1:
             ctx.tp.all_reduce(dhidden)
-        return dhidden, None, None, None, None
+        return dhidden, None, None, None, None, None
 
 
 def _chunk_forward(

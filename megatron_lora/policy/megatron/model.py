@@ -20,10 +20,13 @@ from megatron_lora.lora.layout import ModelShapes
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
+    replace_core_attention,
     set_rotary_frequencies,
-    use_native_attention,
 )
 from megatron_lora.policy.megatron.base_weights import load_base_weights
+from megatron_lora.policy.megatron.packed import with_shared_prefixes
+from megatron_lora.policy.shared_prefix import unshared_reason
+from megatron_lora.runtime.native_layers import NativeAttention
 from megatron_lora.runtime.transformer_engine import have_transformer_engine, import_bridge
 from megatron_lora.runtime.world import World
 
@@ -40,12 +43,13 @@ FUSIONS = (
 @dataclass
 class BaseModel:
     """This rank's part of a base. chunks: one GPTModel a (virtual) stage. softcap: c, where logits x become
-    c tanh(x / c)."""
+    c tanh(x / c). unshared_reason: why its attention takes no rows that share prefixes; None where it does."""
 
     chunks: list[GPTModel]
     shapes: ModelShapes
     config: Any
     softcap: float | None
+    unshared_reason: str | None
 
     @property
     def has_last_stage(self) -> bool:
@@ -66,7 +70,13 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
         provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
     shapes = model.shapes
     apply_config(provider, model)
-    _configure(provider, policy, world)
+    unshared = unshared_reason(
+        policy,
+        model_type=model.family,
+        head_dim=shapes.head_dim,
+        on_gpu=world.device.type == "cuda" and have_transformer_engine(),
+    )
+    _configure(provider, policy, world, shared=unshared is None)
     with redirect_stdout(StringIO()):  # bridge prints the padded vocabulary, once a chunk
         chunks = _provide_chunks(provider)
     set_rotary_frequencies(chunks, model)
@@ -76,7 +86,9 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
             # Recompute gives gradients only to inputs that want one; a frozen embedding's output would not.
             chunk.embedding.register_forward_hook(_require_grad)
     load_base_weights(chunks, weights, shapes, world)
-    return BaseModel(chunks=chunks, shapes=shapes, config=provider, softcap=model.final_softcap)
+    return BaseModel(
+        chunks=chunks, shapes=shapes, config=provider, softcap=model.final_softcap, unshared_reason=unshared
+    )
 
 
 @contextmanager
@@ -90,8 +102,9 @@ def _bridge_errors(model_name: str) -> Iterator[None]:
         ) from error
 
 
-def _configure(provider: Any, policy: PolicyConfig, world: World) -> None:
-    """Set the provider from the recipe. Attributes are Megatron-Core's own (TransformerConfig)."""
+def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: bool) -> None:
+    """Set the provider from the recipe. Attributes are Megatron-Core's own (TransformerConfig). shared: its attention
+    takes rows that share prefixes."""
     megatron = policy.megatron_cfg
     dtype = DTYPES[policy.precision]
     provider.tensor_model_parallel_size = megatron.tensor_model_parallel_size
@@ -117,7 +130,7 @@ def _configure(provider: Any, policy: PolicyConfig, world: World) -> None:
     provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
     provider.perform_initialization = False
     provider.hidden_dropout = provider.attention_dropout = 0.0
-    _configure_kernels(provider, policy, world)
+    _configure_kernels(provider, policy, world, shared=shared)
     if megatron.activation_checkpointing:
         provider.recompute_granularity = megatron.recompute_granularity
         if megatron.recompute_granularity == "full":
@@ -129,7 +142,7 @@ def _configure(provider: Any, policy: PolicyConfig, world: World) -> None:
     provider.finalize()
 
 
-def _configure_kernels(provider: Any, policy: PolicyConfig, world: World) -> None:
+def _configure_kernels(provider: Any, policy: PolicyConfig, world: World, *, shared: bool) -> None:
     fused = world.device.type == "cuda" and have_transformer_engine()
     for name in FUSIONS:
         setattr(provider, name, False)
@@ -146,7 +159,9 @@ def _configure_kernels(provider: Any, policy: PolicyConfig, world: World) -> Non
     windows_over_ranks = provider.window_size is not None and policy.megatron_cfg.context_parallel_size > 1
     if fused and (policy.precision == "float32" or windows_over_ranks):
         # Transformer Engine's fused attention has no fp32, and no windows where keys are passed around; ours has.
-        use_native_attention(provider)
+        replace_core_attention(provider, lambda _: NativeAttention)
+    elif fused and shared:
+        replace_core_attention(provider, with_shared_prefixes)
 
 
 def _provide_chunks(provider: Any) -> list[GPTModel]:

@@ -1,7 +1,7 @@
 """The Megatron-Core backend behind `Policy`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
-from megatron_lora.data.packing import split_by_row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.init import given_factors, initial_factors
@@ -23,7 +22,7 @@ from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import base_reader, check_same_adapter, describe_modules, starting_adapter
-from megatron_lora.policy.batching import BatchingOptions, Groups, divide
+from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
 from megatron_lora.policy.frozen_start import copies, holding
 from megatron_lora.policy.interface import (
     AdapterTensors,
@@ -40,6 +39,8 @@ from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
+from megatron_lora.policy.megatron.packed import RotaryPositions
+from megatron_lora.policy.scores import collect_rows
 from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
 
@@ -67,13 +68,15 @@ class MegatronPolicy(Policy):
         self.chunks = optim.wrap_for_data_parallel(self.base.chunks, policy, self.base.config)
         self.optimizer = optim.build_optimizer(self.chunks, policy)
         self.scheduler = build_scheduler(self.optimizer, policy, num_steps)
-        self.batching = _batching_options(policy, world, self.base.config, pad_token_id)
+        self.batching = _batching_options(policy, world, self.base, pad_token_id)
+        self.unshared_reason = self.base.unshared_reason
         self.engine = schedule.Engine(
             chunks=self.chunks,
             config=self.base.config,
             world=world,
             tp=self.tp,
             head=_head_options(policy, self.base),
+            rotary=RotaryPositions(self.base.chunks),
         )
         self._gradients_checked = not self.adapted and self.spec is None
         starts_from_adapter = self.spec is not None and policy.megatron_cfg.peft.init_adapter is not None
@@ -97,14 +100,15 @@ class MegatronPolicy(Policy):
             factors = initial_factors(start.spec, *methods, seed, base_reader(start.spec))
         self.adapted = inject(self.base.chunks, start.spec, factors, options, self.tp)
 
-    def train_step(self, groups: Groups, objective: Objective) -> StepResult:
+    def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
         rows = [row for group in groups for row in group]
-        share = self._divide(groups, training=True)
+        share = self._divide(groups, "training")
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, metrics = schedule.run(self.engine, share.batches, objective, objective.count(rows), forward_only=False)
+        count = objective.count(rows)
+        outcome = schedule.run(self.engine, share.batches, objective, count, forward_only=False, keep_logps=keep_logps)
         if not self._gradients_checked:
             self._check_gradients()
         rates = [group["lr"] for group in self.optimizer.param_groups] or [0.0]
@@ -116,35 +120,45 @@ class MegatronPolicy(Policy):
             raise NonFiniteLoss(float("nan"), sorted({row.index for row in rows}), what="gradient norm")
         self.scheduler.step(increment=1)
         return StepResult(
-            loss=loss,
-            metrics=metrics | self._lora_plus_rate(highest),
+            loss=outcome.loss,
+            metrics=outcome.metrics | self._lora_plus_rate(highest),
             grad_norm=norm,
             learning_rate=learning_rate,
             num_target_tokens=sum(row.num_targets for row in rows),
             num_tokens=sum(len(row) for row in rows),
+            logps=self._collect([outcome.logps], share, groups)[0] if outcome.logps is not None else None,
         )
 
     def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
-        share = self._divide(groups, training=False)
+        share = self._divide(groups, "evaluation")
         rows = [row for group in groups for row in group]
         with self._evaluating():
-            return schedule.run(self.engine, share.batches, objective, objective.count(rows), forward_only=True)
+            outcome = schedule.run(self.engine, share.batches, objective, objective.count(rows), forward_only=True)
+        return outcome.loss, outcome.metrics
 
     def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        share = self._divide([[row] for row in rows], training=False)
-        with self._evaluating():
-            logps = schedule.run_logprobs(self.engine, share.batches)
-        mine: dict[int, Tensor] = {}
-        for value, batch, members in zip(logps, share.batches, share.groups, strict=True):
-            mine |= dict(zip(members, split_by_row(value.cpu(), batch), strict=True))
-        if self.world.dp > 1:
-            group = parallel_state.get_data_parallel_group(with_context_parallel=False)
-            everyone: list[Any] = [None] * self.world.dp
-            dist.all_gather_object(everyone, mine, group=group)
-            mine = {position: piece for part in everyone for position, piece in part.items()}
-        scores = [mine[position] for position in range(len(rows))]
-        check_scores(rows, scores)
+        return self._score(rows, [nullcontext()])[0]
+
+    def score_with_reference(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
+        policy, reference = self._score(rows, [nullcontext(), self.reference()])
+        return policy, reference
+
+    def _score(self, rows: Sequence[Row], passes: Sequence[AbstractContextManager[None]]) -> list[list[Tensor]]:
+        """The rows' log-probabilities within each of the contexts."""
+        groups = [[row] for row in rows]
+        share = self._divide(groups, "scoring", num_passes=len(passes))
+        batches = [batch.to(self.world.device) for batch in share.batches]
+        logps = []
+        for state in passes:
+            with self._evaluating(), state:
+                logps.append(schedule.run_logprobs(self.engine, batches))
+        scores = self._collect(logps, share, groups)
+        for values in scores:
+            check_scores(rows, values)
         return scores
+
+    def _collect(self, passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups) -> list[list[Tensor]]:
+        return collect_rows(passes, share, groups, parallel_state.get_data_parallel_group(with_context_parallel=False))
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -267,10 +281,18 @@ class MegatronPolicy(Policy):
     def _factors(self) -> list[torch.nn.Parameter]:
         return [held.parameter for linear in self.adapted for held in linear.held_factors]
 
-    def _divide(self, groups: Groups, *, training: bool) -> Any:
-        return divide(
-            groups, self.config, self.batching, dp_size=self.world.dp, dp_rank=self.world.dp_rank, training=training
+    def _divide(self, groups: Groups, purpose: Purpose, *, num_passes: int = 1) -> Share:
+        world = self.world
+        share = divide(
+            groups,
+            self.config,
+            self.batching,
+            dp_size=world.dp,
+            dp_rank=world.dp_rank,
+            purpose=purpose,
         )
+        self.model_tokens += num_passes * share.num_tokens
+        return share
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -350,7 +372,8 @@ def _head_options(policy: PolicyConfig, base: BaseModel) -> HeadOptions:
     return HeadOptions(chunk_size=chunk, vocab_size=base.shapes.vocab_size, softcap=base.softcap)
 
 
-def _batching_options(policy: PolicyConfig, world: World, config: Any, pad_token_id: int) -> BatchingOptions:
+def _batching_options(policy: PolicyConfig, world: World, base: BaseModel, pad_token_id: int) -> BatchingOptions:
+    config = base.config
     row_multiple = 2 * world.cp if world.cp > 1 else 1
     total = policy.make_sequence_length_divisible_by
     total *= world.cp * (2 if world.cp > 1 else 1) * (world.tp if config.sequence_parallel else 1)
@@ -361,4 +384,7 @@ def _batching_options(policy: PolicyConfig, world: World, config: Any, pad_token
         total_multiple=total,
         micro_batch_multiple=world.pp if stages > 1 else 1,
         equal_totals=stages > 1,
+        bounded_logits=policy.megatron_cfg.use_fused_linear_logprobs,
+        num_stages=world.pp,
+        shares_prefixes=base.unshared_reason is None,
     )

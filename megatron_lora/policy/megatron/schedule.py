@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -19,21 +18,34 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
+from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.context_parallel import local_token_indices
+from megatron_lora.runtime.spans import span
 from megatron_lora.runtime.world import World
 
 
 @dataclass
 class Engine:
-    """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not."""
+    """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not.
+    rotary: of those stages."""
 
     chunks: Sequence[Any]
     config: Any
     world: World
     tp: TensorParallel
     head: HeadOptions
+    rotary: RotaryPositions
     metric_names: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """loss, metrics: over the global batch. logps: of the targets of this rank's micro-batches, where asked for."""
+
+    loss: float
+    metrics: dict[str, float]
+    logps: list[Tensor] | None = None
 
 
 def run(
@@ -43,25 +55,33 @@ def run(
     count: float,
     *,
     forward_only: bool,
-) -> tuple[float, dict[str, float]]:
+    keep_logps: bool = False,
+) -> Outcome:
     """Forward (and backward) over this rank's micro-batches. Returns the loss and the metrics over the global batch,
-    divided by `count`, on every rank. Raises NonFiniteLoss on every rank, before any update."""
-    results = _schedule(engine, batches, partial(_loss, objective=objective, count=count), forward_only)
-    return _reduce(engine, objective, results, batches)
+    divided by `count`, on every rank; with keep_logps also the log-probabilities that the loss was computed from, on
+    every rank of this pipeline. Raises NonFiniteLoss on every rank, before any update."""
+    loss = partial(_loss, objective=objective, count=count, keep_logps=keep_logps)
+    results = _schedule(engine, batches, loss, forward_only)
+    value, metrics = _reduce(engine, objective, results, batches)
+    return Outcome(value, metrics, _logps(engine, batches, results) if keep_logps else None)
 
 
 def run_logprobs(engine: Engine, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Per-token log-probabilities [T] of this data-parallel rank's micro-batches, on every rank of its pipeline."""
-    results = _schedule(engine, batches, _keep_logprobs, forward_only=True)
-    logps = [result["logps"] for result in results]
-    if engine.world.pp > 1:
-        group: Any = parallel_state.get_pipeline_model_parallel_group()
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        if not logps:
-            logps = [torch.empty(batch.tokens.numel(), device=engine.world.device) for batch in batches]
-        for value in logps:
-            dist.broadcast(value, src=last, group=group)
-    return logps
+    """Log-probabilities of the targets of this data-parallel rank's micro-batches, on every rank of its pipeline."""
+    return _logps(engine, batches, _schedule(engine, batches, _keep_logprobs, forward_only=True))
+
+
+def _logps(engine: Engine, batches: Sequence[MicroBatch], results: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """What the last stage kept, told to all: one exchange for all micro-batches."""
+    sizes = [batch.targets.numel() for batch in batches]
+    if engine.world.pp == 1:
+        return [result["logps"] for result in results]
+    flat = torch.empty(sum(sizes), device=engine.world.device)
+    if results:
+        torch.cat([result["logps"] for result in results], out=flat)
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    dist.broadcast(flat, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return list(flat.split(sizes))
 
 
 def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_only: bool) -> list[dict[str, Any]]:
@@ -85,12 +105,13 @@ def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_
 def _forward_step(iterator: Iterator[MicroBatch], model: Any, engine: Engine, loss: Any) -> tuple[Tensor, Any]:
     tick()
     batch = next(iterator).to(engine.world.device)
-    output = forward(engine, model, batch)
+    with span("forward"):
+        output = forward(engine, model, batch)
     return output, partial(loss, batch=batch)
 
 
 def forward(engine: Engine, model: GPTModel, batch: MicroBatch) -> Tensor:
-    """One chunk's forward: log-probabilities [T] on the last stage, hidden states elsewhere."""
+    """One chunk's forward: a log-probability for each target on the last stage, hidden states elsewhere."""
     tokens, positions, targets = batch.tokens, batch.positions, batch.targets
     world = engine.world
     indices = None
@@ -98,35 +119,33 @@ def forward(engine: Engine, model: GPTModel, batch: MicroBatch) -> Tensor:
         indices = [local_token_indices(batch.cu_seqlens, world.cp, rank) for rank in range(world.cp)]
         mine = indices[world.cp_rank]
         tokens, positions, targets = tokens[mine], positions[mine], targets[mine]
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
 
     def head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
-        logps = target_logprobs(hidden_states, output_layer, output_weight, targets, engine.tp, engine.head)
+        logps = target_logprobs(
+            hidden_states, output_layer, output_weight, targets, engine.tp, engine.head, batch.sources
+        )
         return logps if indices is None else _gather_over_cp(logps, indices, world.cp_rank)
 
-    return model(
-        input_ids=tokens.unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        attention_mask=None,
-        packed_seq_params=packed,
-        output_processor=head,
-    )
+    with engine.rotary.at(batch):
+        return model(
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=packed_params(batch),
+            output_processor=head,
+        )
 
 
 def _loss(
-    logps: Tensor, *, objective: Objective, count: float, batch: MicroBatch
+    logps: Tensor, *, objective: Objective, count: float, keep_logps: bool, batch: MicroBatch
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """What Megatron's schedule asks of a loss: (scaled loss, a token count that we do not use, what to keep)."""
     result = objective(logps, batch)
     scaled = result.loss / count
     kept = {"loss": scaled.detach(), "rows": batch.row_indices}
     kept |= {name: value.detach() / count for name, value in result.metrics.items()}
+    if keep_logps:
+        kept["logps"] = logps.detach().float()
     return scaled, torch.ones((), dtype=torch.int, device=scaled.device), kept
 
 
@@ -160,7 +179,7 @@ def _metric_names(engine: Engine, objective: Objective, results: list[dict[str, 
     """The objective's metrics, known to the last stage; told to the other stages once."""
     key = type(objective).__qualname__
     if key not in engine.metric_names:
-        names = [name for name in results[0] if name not in ("loss", "rows")] if results else []
+        names = [name for name in results[0] if name not in ("loss", "rows", "logps")] if results else []
         if engine.world.pp > 1:
             box = [names]
             last = parallel_state.get_pipeline_model_parallel_last_rank()
