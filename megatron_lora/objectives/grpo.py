@@ -32,12 +32,14 @@ def clipped_policy_loss(
 class _Tokens:
     """A micro-batch's tokens, each field [T] and 0 where no target is: log-probabilities in nats, advantages.
 
-    old: the trainer's at rollout time; rollout: the engine's; reference: the adapter-off model's.
+    old: the trainer's at rollout time; ratio_old: those that the ratio is to; rollout: the engine's; reference: the
+    adapter-off model's.
     mask: [T] bool. row: [T]. lengths: [rows], target tokens of each row.
     """
 
     logps: Tensor
     old: Tensor
+    ratio_old: Tensor
     advantages: Tensor
     rollout: Tensor | None
     reference: Tensor | None
@@ -64,23 +66,28 @@ class GRPOObjective:
     With positive_example_nll_weight, call `set_positive_example_weights` on the global batch's rows first.
 
     Sequence-level forms read whole rows: `logps` holds a row's every token, also under context parallelism.
+
+    on_policy: the first update on answers of the policy as it is. The old policy of the ratio is then this very forward
+    pass, so the ratio is exactly 1; so it is of all else where "old_logps" is missing, and a missing "reference_logps"
+    says that the policy still is its reference.
     """
 
-    def __init__(self, config: GRPOConfig):
+    def __init__(self, config: GRPOConfig, *, on_policy: bool = False):
         self.config = config
+        self.on_policy = on_policy
 
     @property
     def required_token_fields(self) -> frozenset[str]:
         """The token fields that this configuration cannot do without."""
         config = self.config
         fields = {"advantages"}
-        if not config.force_on_policy_ratio and (
+        if not (self.on_policy or config.force_on_policy_ratio) and (
             not config.disable_ppo_ratio or config.use_importance_sampling_correction
         ):
             fields.add("old_logps")
         if config.use_importance_sampling_correction or (config.kl_in_loss and config.use_on_policy_kl_approximation):
             fields.add("rollout_logps")
-        if config.kl_in_loss:
+        if config.kl_in_loss and not self.on_policy:
             fields.add("reference_logps")
         return frozenset(fields)
 
@@ -121,13 +128,19 @@ class GRPOObjective:
             return masked(batch.token_fields[name]) if name in batch.token_fields else None
 
         current = masked(logps)
+        as_it_is = current.detach()
         old = None if self.config.force_on_policy_ratio else field("old_logps")
+        old = as_it_is if old is None else old
+        reference = field("reference_logps")
+        if reference is None and self.config.kl_in_loss:
+            reference = as_it_is
         return _Tokens(
             logps=current,
-            old=current.detach() if old is None else old,
+            old=old,
+            ratio_old=as_it_is if self.on_policy else old,
             advantages=masked(batch.token_fields["advantages"]),
             rollout=field("rollout_logps"),
-            reference=field("reference_logps"),
+            reference=reference,
             mask=batch.target_mask,
             row=batch.row_of_token,
             lengths=logps.new_zeros(batch.num_rows).index_add(0, batch.row_of_token, batch.target_mask.to(logps.dtype)),
@@ -135,7 +148,7 @@ class GRPOObjective:
 
     def _log_ratio(self, tokens: _Tokens) -> Tensor:
         """log(pi / pi_old) [T]; a sequence's mean at each of its tokens for GSPO (Zheng et al. 2025, eq. 7)."""
-        log_ratio = tokens.logps - tokens.old
+        log_ratio = tokens.logps - tokens.ratio_old
         return tokens.row_mean(log_ratio) if self.config.sequence_level_importance_ratios else log_ratio
 
     def _policy_loss(self, tokens: _Tokens, log_ratio: Tensor) -> Tensor:

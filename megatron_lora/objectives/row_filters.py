@@ -22,14 +22,20 @@ def filter_overlong(rows: Sequence[Row], truncated: Sequence[bool]) -> list[Row]
     return [without_targets(row) if cut else row for row, cut in zip(rows, truncated, strict=True)]
 
 
-def sequence_prob_error(row: Row) -> float:
-    """Mean over the row's targets of exp|old_logps - rollout_logps|: 1 where trainer and rollout engine agree; 0 for a
-    row without targets."""
-    mask = row.target_mask
-    if not bool(mask.any()):
-        return 0.0
-    error: Tensor = row.token_fields["old_logps"][mask] - row.token_fields["rollout_logps"][mask]
-    return float(error.abs().double().exp().mean())
+def sequence_prob_errors(rows: Sequence[Row]) -> list[float]:
+    """Each row's mean over its targets of exp|old_logps - rollout_logps|: 1 where trainer and rollout engine agree; 0
+    for a row without targets."""
+    if not rows:
+        return []
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([row.token_fields[name] for row in rows])
+
+    mask = torch.cat([row.target_mask for row in rows])
+    of_row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row) for row in rows]))[mask]
+    errors = (joined("old_logps") - joined("rollout_logps"))[mask].abs().double().exp()
+    sums = torch.zeros(len(rows), dtype=torch.float64).index_add(0, of_row, errors)
+    return (sums / torch.bincount(of_row, minlength=len(rows)).clamp(min=1)).tolist()
 
 
 @dataclass
@@ -48,10 +54,10 @@ def mask_by_logprob_error(rows: Sequence[Row], threshold: float | None) -> Maske
     """`grpo.seq_logprob_error_threshold`: leave out sequences on which trainer and rollout engine disagree too much.
 
     rows carry the token fields "old_logps" and "rollout_logps" and the row field "reward". threshold: largest
-    `sequence_prob_error` kept (2 means that probabilities differ by a factor of 2 on average); None only measures.
+    `sequence_prob_errors` kept (2 means that probabilities differ by a factor of 2 on average); None only measures.
     A NaN error is masked.
     """
-    errors = [sequence_prob_error(row) for row in rows]
+    errors = sequence_prob_errors(rows)
     masked = [threshold is not None and not error <= threshold for error in errors]
     positive = [row.row_fields["reward"] > 0 for row, out in zip(rows, masked, strict=True) if out]
     return MaskedRows(

@@ -27,8 +27,19 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "lr": lambda value: f"lr {value:.2e}",
     "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
     "step_time_seconds": lambda value: f"{value:.2f} s/step",
+    "generation_seconds": lambda value: f"generation {value:.1f} s",
+    "scoring_seconds": lambda value: f"scoring {value:.1f} s",
+    "training_seconds": lambda value: f"training {value:.1f} s",
 }
-_IN_BAR = ("loss", "reward", "accuracy", "tokens_per_second")
+_IN_BAR = (
+    "loss",
+    "reward",
+    "accuracy",
+    "tokens_per_second",
+    "generation_seconds",
+    "scoring_seconds",
+    "training_seconds",
+)
 
 
 class _UsersConsole(Console):

@@ -157,15 +157,15 @@ def rollout_logprob_error(trainer_logps: Sequence[Tensor], samples: Sequence[Sam
 
     trainer_logps: `Policy.score` of prompt + completion, each [S]. Raises ValueError where lengths differ.
     """
-    total, count = 0.0, 0
     for logps, sample in zip(trainer_logps, samples, strict=True):
-        size = len(sample.completion_ids)
-        if logps.numel() != len(sample.prompt_ids) + size:
+        if logps.numel() != len(sample.prompt_ids) + len(sample.completion_ids):
             raise ValueError(
-                f"the trainer scored {logps.numel()} tokens of a sample that has {len(sample.prompt_ids)} + {size}"
+                f"the trainer scored {logps.numel()} tokens of a sample that has {len(sample.prompt_ids)} + "
+                f"{len(sample.completion_ids)}"
             )
-        if size:
-            difference = logps[-size:].double() - sample.logprobs.double()
-            total += float(torch.sum(difference.abs()))
-            count += size
-    return total / max(count, 1)
+    if not any(sample.completion_ids for sample in samples):
+        return 0.0
+    pairs = zip(trainer_logps, samples, strict=True)
+    trainer = torch.cat([logps[len(sample.prompt_ids) :] for logps, sample in pairs])
+    rollout = torch.cat([sample.logprobs for sample in samples])
+    return float((trainer.double() - rollout.double()).abs().mean())

@@ -11,9 +11,7 @@ for a batch of prompts q:
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from megatron_lora.data.batch import Row
 from megatron_lora.data.dataset import Prompt
@@ -21,11 +19,12 @@ from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.advantages import clip_advantages, group_advantages, informative_groups, subtract_kl
 from megatron_lora.objectives.grpo import GRPOObjective, set_positive_example_weights
-from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logprob_error
+from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logprob_error, sequence_prob_errors
 from megatron_lora.policy.interface import StepResult
 from megatron_lora.rollout.generator import rollout_logprob_error
 from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.runtime.activity import begin
+from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
 from megatron_lora.trainers.grpo_validation import show_samples, validate_answers
 from megatron_lora.trainers.loop import DataSpent, run_steps
@@ -41,6 +40,7 @@ from megatron_lora.trainers.rollout_batch import (
     shaped_rewards,
 )
 from megatron_lora.trainers.rollout_engine import TRAINING, RolloutEngine
+from megatron_lora.trainers.rollout_scores import OLD, REFERENCE, scores_all_ahead, with_field, with_scores
 from megatron_lora.trainers.session import Session
 
 
@@ -96,22 +96,31 @@ class GRPOTrainer:
 
     def step(self) -> None:
         """Sample, reward, update, refit, log. Collective."""
+        with span("step"):
+            self._step()
+
+    def _step(self) -> None:
         start = time.perf_counter()
         version = self.engine.version
         number = self.session.step + 1
         begin(f"generating and rewarding answers of step {number}", is_slow=True)
         rollout = self._sample()
         sampled = time.perf_counter()
-        self.engine.sleep()
+        with span("sleep"):
+            self.engine.sleep()
         asleep = time.perf_counter()
         self.session.abandon_step_if_asked()
+        tokens = self.policy.model_tokens
         begin(f"computing log-probabilities of step {number}")
-        rows, values = self._score(rollout.groups)
+        with span("scoring"):
+            rows, values = self._score(rollout.groups)
         self.session.abandon_step_if_asked()
-        scored = time.perf_counter()
+        scored, scored_tokens = time.perf_counter(), self.policy.model_tokens
         begin(f"training step {number}")
-        result = self._update(rows)
-        trained = time.perf_counter()
+        with span("training"):
+            result, rows = self._update(rows)
+        trained, trained_tokens = time.perf_counter(), self.policy.model_tokens
+        values = rollout_errors(rows, rollout.groups) | values
         self.session.step += 1
         begin(f"handing the weights of step {number} to the engine", is_slow=True)
         refit = self.engine.refit(self.session.step)
@@ -123,6 +132,8 @@ class GRPOTrainer:
             "sleep_seconds": asleep - sampled,
             "scoring_seconds": scored - asleep,
             "training_seconds": trained - scored,
+            "scoring_model_tokens": scored_tokens - tokens,
+            "training_model_tokens": trained_tokens - scored_tokens,
         }
         sampling = {
             "adapter_version": version,
@@ -148,7 +159,8 @@ class GRPOTrainer:
                 prompts, options.num_generations_per_prompt, purpose=TRAINING, batch=rollout.num_batches
             )
             drawn = time.perf_counter()
-            groups = reward_answers(self.runner, prompts, answers, self.session.world)
+            with span("rewards"):
+                groups = reward_answers(self.runner, prompts, answers, self.session.world)
             rollout.reward_seconds += time.perf_counter() - drawn
             self.watch.see([outcome for group in groups for outcome in group.outcomes])
             rollout.seconds += seconds
@@ -186,8 +198,8 @@ class GRPOTrainer:
         raise DataSpent(used)
 
     def _score(self, groups: list[Group]) -> tuple[list[Row], dict[str, float]]:
-        """Rows with advantages and log-probabilities of the policy before the update (and of the reference), and what
-        the log says of them."""
+        """Rows with advantages and those log-probabilities that the updates do not compute themselves, and what the log
+        says of them."""
         estimator = self.options.adv_estimator
         found = group_advantages(
             shaped_rewards(groups, self.options),
@@ -197,64 +209,66 @@ class GRPOTrainer:
         advantages = clip_advantages(
             found.advantages, self.options.advantage_clip_low, self.options.advantage_clip_high
         )
-        rows = self._with_logps(build_rows(groups, advantages))
-        samples = [sample for group in groups for sample in group.samples]
-        values = {
-            "zero_variance_groups": found.num_zero_variance,
-            "rollout_logprob_error": rollout_logprob_error([row.token_fields["old_logps"] for row in rows], samples),
-        }
+        rows = build_rows(groups, advantages)
         if self.options.overlong_filtering:
-            rows = filter_overlong(rows, [is_truncated(sample) for sample in samples])
-        masked = mask_by_logprob_error(rows, self.options.seq_logprob_error_threshold)
-        values["max_seq_prob_error"] = masked.max_error
-        if self.options.seq_logprob_error_threshold is not None:
-            values["masked_by_logprob_error"] = masked.num_masked
-        return masked.rows, values
+            rows = filter_overlong(rows, [is_truncated(sample) for group in groups for sample in group.samples])
+        rows = self._with_scores(rows)
+        values: dict[str, float] = {"zero_variance_groups": found.num_zero_variance}
+        threshold = self.options.seq_logprob_error_threshold
+        if threshold is not None:
+            values |= rollout_errors(rows, groups)
+            masked = mask_by_logprob_error(rows, threshold)
+            rows, values["masked_by_logprob_error"] = masked.rows, masked.num_masked
+        return rows, values
 
-    def _with_logps(self, rows: list[Row]) -> list[Row]:
+    def _with_scores(self, rows: list[Row]) -> list[Row]:
+        """What the updates need to know of the old policy and the reference, and cannot compute themselves."""
         config = self.objective.config
+        first_update = self.session.recipe.policy.train_global_batch_size
+        ahead = scores_all_ahead(self.session.recipe, config) or not self._teaches(rows[:first_update])
+        reference = config.reference_policy_kl_penalty > 0
         with self._sampling():
-            fields: dict[str, list[Tensor]] = {"old_logps": self.policy.score(rows)}
-            if config.reference_policy_kl_penalty > 0:
-                # The base alone takes other kernels than the base with an adapter that adds nothing: their difference
-                # is rounding, and no divergence to learn from.
-                if self.policy.at_reference():
-                    fields["reference_logps"] = fields["old_logps"]
-                else:
-                    with self.policy.reference():
-                        fields["reference_logps"] = self.policy.score(rows)
-        if config.use_kl_in_reward and config.reference_policy_kl_penalty > 0:
-            fields["advantages"] = subtract_kl(
+            rows = with_scores(self.policy, rows, old_from=0 if ahead else first_update, reference=reference)
+        if config.use_kl_in_reward and reference:
+            advantages = subtract_kl(
                 [row.token_fields["advantages"] for row in rows],
-                fields["old_logps"],
-                fields["reference_logps"],
+                [row.token_fields[OLD] for row in rows],
+                [row.token_fields[REFERENCE] for row in rows],
                 config.reference_policy_kl_penalty,
                 config.reference_policy_kl_type,
             )
-        return [
-            replace(row, token_fields=row.token_fields | {name: values[number] for name, values in fields.items()})
-            for number, row in enumerate(rows)
-        ]
+            rows = with_field(rows, "advantages", advantages)
+        return rows
 
     def _sampling(self) -> AbstractContextManager[None]:
         """Within it log-probabilities are those of the distribution that the answers were drawn from."""
         generation = self.session.recipe.policy.generation
         return self.policy.sampling(generation.temperature, top_k=generation.top_k or -1, top_p=generation.top_p)
 
-    def _update(self, rows: list[Row]) -> StepResult:
-        """An optimizer step for each `policy.train_global_batch_size` rows, in order; the mean of what they report."""
+    def _update(self, rows: list[Row]) -> tuple[StepResult, list[Row]]:
+        """An optimizer step for each `policy.train_global_batch_size` rows, in order: the mean of what they report, and
+        the rows, all with the old policy's log-probabilities."""
         size = self.session.recipe.policy.train_global_batch_size
-        results = []
+        results: list[StepResult] = []
+        scored: list[Row] = []
         with self._sampling():
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
                 if self._teaches(part):
-                    if self.objective.config.positive_example_nll_weight > 0:
-                        set_positive_example_weights(part, self.objective)
-                    results.append(self.policy.train_step([[row] for row in part], self.objective))
+                    results.append(self._step_on(part, on_policy=not results))
+                    if results[-1].logps is not None:
+                        part = with_field(part, OLD, results[-1].logps)
+                scored += part
         if results:
             self._learning_rate = results[-1].learning_rate
-        return mean_result(results, rows, self._learning_rate)
+        return mean_result(results, rows, self._learning_rate), scored
+
+    def _step_on(self, rows: list[Row], *, on_policy: bool) -> StepResult:
+        """One update. on_policy: the first since the answers were drawn."""
+        objective = GRPOObjective(self.objective.config, on_policy=on_policy)
+        if objective.config.positive_example_nll_weight > 0:
+            set_positive_example_weights(rows, objective)
+        return self.policy.train_step([[row] for row in rows], objective, keep_logps=OLD not in rows[0].token_fields)
 
     def _teaches(self, rows: Sequence[Row]) -> bool:
         """Whether the loss of these rows has any gradient: not where every group's rewards are equal (or every answer
@@ -266,6 +280,18 @@ class GRPOTrainer:
         if config.positive_example_nll_weight > 0 and any(r.row_fields["reward"] > 0 and r.num_targets for r in rows):
             return True
         return config.kl_in_loss and self.objective.count(list(rows)) > 0 and not self.policy.at_reference()
+
+
+def rollout_errors(rows: Sequence[Row], groups: Sequence[Group]) -> dict[str, float]:
+    """How far trainer and rollout engine are apart on the answers that carry loss. rows: with "old_logps"."""
+    samples = [sample for group in groups for sample in group.samples]
+    kept = [(row, sample) for row, sample in zip(rows, samples, strict=True) if row.num_targets]
+    return {
+        "rollout_logprob_error": rollout_logprob_error(
+            [row.token_fields[OLD] for row, _ in kept], [sample for _, sample in kept]
+        ),
+        "max_seq_prob_error": max(sequence_prob_errors([row for row, _ in kept]), default=0.0),
+    }
 
 
 def mean_result(results: Sequence[StepResult], rows: Sequence[Row], learning_rate: float) -> StepResult:

@@ -20,6 +20,7 @@ from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world
 from tests.support.fingerprints import fingerprints
+from tests.support.grouped import grouped_numbers
 from tests.support.reference import make_rows
 
 NUM_STEPS = 10
@@ -165,6 +166,15 @@ def poisoned(policy: DTensorPolicy, rows: list[Row]) -> str:
     return ""
 
 
+def shared_prefix(folder: Path, family: str, options: dict[str, Any]) -> dict[str, Any]:
+    """`grouped_numbers` the cheap way and the plain way."""
+    packing = {"sequence_packing": {"enabled": True, "train_mb_tokens": 96}}
+    return {
+        name: grouped_numbers(make_policy(folder, family, options, shared_prefix=shared, **packing), ahead=not shared)
+        for name, shared in (("shared", True), ("whole", False))
+    }
+
+
 def dropout(folder: Path, options: dict[str, Any], position: str) -> dict[str, Any]:
     """The same three steps, kept and recomputed; the loss without dropout."""
     lora = {"lora_cfg": DROPS | {"dropout_position": position} | options.get("lora_cfg", {})}
@@ -220,6 +230,10 @@ OTHERS: dict[str, tuple[int, Any]] = {
     "bfloat16": (1, lambda f: bfloat16(f, {})),
     "bfloat16_full": (1, lambda f: bfloat16(f, {"full": True})),
     "named_optimizer": (1, named_optimizer),
+    "shared_one": (1, lambda f: shared_prefix(f, "gemma3", {"activation_checkpointing": True})),
+    "shared_sp": (2, lambda f: shared_prefix(f, "qwen3", SP2)),
+    "shared_head": (2, lambda f: shared_prefix(f, "llama3_head", TP2)),
+    "shared_dp": (2, lambda f: shared_prefix(f, "llama3", {})),
     "resume_tp": (2, lambda f: resume(f, "tp", "qwen3", TP2)),
     "resume_dp_full": (2, lambda f: resume(f, "dp_full", "qwen2", {"full": True})),
     "tp_to_dp": (2, lambda f: other_layout(f, "tp", "qwen3", {})),

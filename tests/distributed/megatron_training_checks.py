@@ -20,6 +20,7 @@ from megatron_lora.policy.megatron.policy import MegatronPolicy
 from tests.distributed.megatron_build import build_policy
 from tests.distributed.megatron_case import case_rows, scored_rows, training_rows
 from tests.support.fingerprints import fingerprints
+from tests.support.grouped import grouped_numbers
 
 
 def train_steps(policy: MegatronPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
@@ -155,4 +156,13 @@ def refusal(policy: MegatronPolicy, weights: Path, optimizer: Path) -> str:
     return ""
 
 
-CHECKS = {"logits": logits, "train": train, "start": start, "checkpoint": checkpoint}
+def shared_prefix(case: dict[str, Any]) -> dict[str, Any]:
+    """`grouped_numbers` the cheap way and the plain way."""
+    found = {}
+    for name, shared in (("shared", True), ("whole", False)):
+        policy = build_policy(case | {"policy": case["policy"] | {"shared_prefix": shared}})
+        found[name] = grouped_numbers(policy, ahead=not shared)
+    return found
+
+
+CHECKS = {"shared_prefix": shared_prefix, "logits": logits, "train": train, "start": start, "checkpoint": checkpoint}

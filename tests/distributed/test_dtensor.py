@@ -16,6 +16,7 @@ from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.peft_format import to_hf
 from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps
 from tests.support.compare import largest_difference, relative_differences
+from tests.support.grouped import assert_same_numbers
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, cut_logits, make_rows, of_targets, save_adapter, token_logps, train
 
@@ -98,6 +99,12 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Runs:
     return Runs(folder)
+
+
+@pytest.mark.parametrize("name", named(OTHERS, "shared_"))
+def test_shared_prefixes_change_no_number(runs: Runs, name: str) -> None:
+    for got in runs[name]:
+        assert_same_numbers(got["shared"], got["whole"])
 
 
 @pytest.mark.parametrize("name", named(TRAIN))

@@ -34,6 +34,12 @@ DTENSOR = {
     for option in ("one", "plain", "compile", "offload", "recompute")
 }
 ROLLOUTS = tuple(f"rollout.qwen2.{precision}.one" for precision in ("float32", "bfloat16"))
+# Mean difference of log-probabilities, nats: kernels that sum in another order.
+SHARED = {
+    f"shared.qwen2.{precision}.{backend}": tolerance
+    for precision, tolerance in (("float32", 1e-4), ("bfloat16", 2e-2))
+    for backend in ("megatron", "dtensor")
+}
 LOGPROBS = ("logprobs.llama2.bfloat16", "logprobs.qwen2.bfloat16", "logprobs.gemma3.bfloat16")
 # Without a second GPU there is nothing to run them on.
 TWO_GPUS = {
@@ -55,7 +61,7 @@ ROLLOUTS_TWO = ("rollout.qwen2.bfloat16.tp2",) if torch.cuda.device_count() >= 2
 @pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("one-gpu")
-    return folder, run_cases(folder, [*ONE_GPU, *LOGPROBS, *DTENSOR], processes=1)
+    return folder, run_cases(folder, [*ONE_GPU, *SHARED, *LOGPROBS, *DTENSOR], processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +75,15 @@ def test_losses_follow_the_reference(one_gpu: tuple[Path, str], case: str) -> No
     folder, log = one_gpu
     values = result(folder, case, log)
     assert worst_difference(values) < ONE_GPU[case], values
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_prefixes_change_no_number(one_gpu: tuple[Path, str], case: str) -> None:
+    folder, log = one_gpu
+    values = result(folder, case, log)
+    assert values["old_difference"] < SHARED[case], values
+    assert worst_difference(values) < (FP32 if "float32" in case else 5 * BF16), values
+    assert values["tokens"] < 0.6, values
 
 
 @pytest.mark.parametrize("case", LOGPROBS)

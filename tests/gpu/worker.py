@@ -20,6 +20,7 @@ from megatron_lora.rollout.generator import SamplingOptions
 from megatron_lora.rollout.refit import PROBE_PROMPTS, RefitMode, Refitter
 from megatron_lora.rollout.vllm_engine import merge_only_reason
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
+from tests.support.grouped import grouped_numbers
 from tests.support.models import save_model
 from tests.support.reference import make_rows, save_adapter, token_logps, train
 
@@ -78,11 +79,11 @@ def make_policy(
     return MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=STEPS)
 
 
-def make_dtensor_policy(folder: Path, family: str, precision: str, option: str) -> Any:
+def make_dtensor_policy(folder: Path, family: str, precision: str, option: str, **policy: Any) -> Any:
     """A DTensorPolicy on the family's model, from its adapter."""
     options = dict(DTENSOR[option])
     lora = {"enabled": True, "init_adapter": str(folder / f"{family}-adapter"), **options.pop("lora_cfg", {})}
-    settings = common_settings(folder, family, precision, 0.0)
+    settings = common_settings(folder, family, precision, 0.0) | policy
     config = PolicyConfig.model_validate(settings | {"dtensor_cfg": {"lora_cfg": lora, **options}})
     world = init_dtensor_world(config, 0)
     from megatron_lora.policy.dtensor.policy import DTensorPolicy
@@ -197,6 +198,26 @@ def packing_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
     return {"ours": losses(make_policy(folder, family, precision, "one", **packing), steps()), "reference": plain}
 
 
+def shared_case(folder: Path, family: str, precision: str, backend: str) -> dict[str, Any]:
+    """Gradient norms and old log-probabilities with what rows share sent through the model once, and whole."""
+    found = {}
+    packing = {"enabled": True, "train_mb_tokens": 4 * LONGEST}
+    for shared in (True, False):
+        settings: dict[str, Any] = {"shared_prefix": shared, "sequence_packing": packing}
+        if backend == "dtensor":
+            policy = make_dtensor_policy(folder, family, precision, "one", **settings)
+        else:
+            policy = make_policy(folder, family, precision, "one", **settings)
+        found[shared] = grouped_numbers(policy, ahead=not shared, scale=8)
+    ours, whole = found[True], found[False]
+    return {
+        "ours": ours["grad_norms"],
+        "reference": whole["grad_norms"],
+        "old_difference": float((ours["old"] - whole["old"]).abs().mean()),
+        "tokens": ours["grpo_tokens"] / whole["grpo_tokens"],
+    }
+
+
 def logprobs_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
     """Mean absolute error of token log-probabilities against fp32, here and in transformers at the same precision."""
     from peft import PeftModel
@@ -236,6 +257,7 @@ def resume_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
 CASES = {
     "train": train_case,
     "packing": packing_case,
+    "shared": shared_case,
     "logprobs": logprobs_case,
     "resume": resume_case,
     "dtensor": dtensor_case,

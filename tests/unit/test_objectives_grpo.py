@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -284,6 +285,56 @@ def test_required_fields():
     batch = pack(rows)
     with pytest.raises(ValueError, match="old_logps"):
         GRPOObjective(GRPOConfig())(policy_logps(rows, batch), batch)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"use_cispo": True},
+        {"token_level_loss": False, "sequence_level_importance_ratios": True},
+        {"ratio_clip_c": 3.0},
+        {"use_importance_sampling_correction": True},
+        {"disable_ppo_ratio": True},
+    ],
+    ids=str,
+)
+def test_the_first_update_is_its_own_old_policy(form: dict) -> None:
+    """The same loss, gradients and metrics as with its own log-probabilities scored ahead."""
+    config = GRPOConfig(reference_policy_kl_penalty=0.1, **form)
+    rows = random_rows(4)
+    batch = pack(rows)
+    current = policy_logps(rows, batch).detach()
+
+    def run(on_policy: bool, **fields: torch.Tensor):
+        logps = current.clone().requires_grad_()
+        given = {name: values for name, values in batch.token_fields.items() if name != "old_logps"} | fields
+        result = GRPOObjective(config, on_policy=on_policy)(logps, replace(batch, token_fields=given))
+        return result, torch.autograd.grad(result.loss, logps)[0]
+
+    (ahead, wanted), (own, gradient) = run(False, old_logps=current), run(True)
+    torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(own.loss, ahead.loss)
+    assert set(own.metrics) == set(ahead.metrics)
+    for name, value in own.metrics.items():
+        torch.testing.assert_close(value, ahead.metrics[name], msg=name)
+    # Scored ahead with dropout off, say: the ratio is still to the forward pass, and nothing is clipped.
+    scored, _ = run(True, old_logps=current - 3)
+    assert scored.metrics.get("clip_fraction", 0) == 0
+
+
+def test_a_policy_that_is_its_reference_has_no_kl() -> None:
+    rows = random_rows(3)
+    for row in rows:
+        del row.token_fields["old_logps"], row.token_fields["reference_logps"]
+    batch = pack(rows)
+    logps = policy_logps(rows, batch).detach().requires_grad_()
+    config = GRPOConfig(reference_policy_kl_penalty=0.5)
+    result = GRPOObjective(config, on_policy=True)(logps, batch)
+    plain = GRPOObjective(GRPOConfig(reference_policy_kl_penalty=0.0), on_policy=True)(logps, batch)
+    assert result.metrics["kl"] == 0 and "kl" not in plain.metrics
+    kl_gradient = torch.autograd.grad(result.loss - plain.loss, logps)[0]
+    assert not kl_gradient.any()
 
 
 @pytest.mark.parametrize(
