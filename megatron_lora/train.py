@@ -78,9 +78,11 @@ def _train(loaded: LoadedRecipe, *, dry_run: bool) -> int:
         if value:  # NeMo RL writes "" for none
             os.environ.setdefault(name, value)
     # Imported here: a recipe is parsed and printed without waiting for torch.
+    from megatron_lora.runtime.kernel_cache import keep_compiled_kernels
     from megatron_lora.runtime.quiet import quiet_libraries
 
     quiet_libraries(_rank() == 0)
+    keep_compiled_kernels()
     from megatron_lora.trainers.run import check_only, run_recipe
 
     if dry_run:

@@ -20,7 +20,11 @@ TopP = Float
 class VllmConfig(Section):
     """`policy.generation.vllm_cfg`."""
 
-    tensor_parallel_size: PositiveInt = Field(default=1, description="Ranks that share each layer's matrices in vLLM.")
+    tensor_parallel_size: PositiveInt | None = Field(
+        default=None,
+        description="Ranks that share each layer's matrices in vLLM; null: as few as the model fits on, so that there "
+        "are as many engines as can be.",
+    )
     gpu_memory_utilization: Float = Field(
         default=0.6, gt=0, le=1, description="Part of a GPU's memory that vLLM may take while it generates."
     )

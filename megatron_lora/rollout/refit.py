@@ -21,6 +21,7 @@ from megatron_lora.policy.interface import Policy
 from megatron_lora.rollout.adapter_factors import trainer_fingerprint
 from megatron_lora.rollout.agreement import Agreement, logit_distance
 from megatron_lora.rollout.generator import Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.runtime.spans import span
 
 RefitMode = Literal["adapter", "merge"]
 # The probe: so many prompts a replica, continued by so many tokens each, from contexts of at most so many tokens.
@@ -100,9 +101,11 @@ class Refitter:
         Raises RolloutError, naming the numbers, where the engine then does not hold them.
         """
         start = time.perf_counter()
-        handover = self._hand_over(version)
+        with span("refit"):
+            handover = self._hand_over(version)
         seconds = _slowest(time.perf_counter() - start)
-        return self._prove(version, handover, seconds)
+        with span("proof"):
+            return self._prove(version, handover, seconds)
 
     def _hand_over(self, version: int) -> Handover:
         if self.mode == "adapter":

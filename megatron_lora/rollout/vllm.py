@@ -29,7 +29,7 @@ SEED_STRIDE = 1_000_003
 
 
 class VllmGenerator(Generator):
-    """A vLLM engine per `policy.generation.vllm_cfg.tensor_parallel_size` ranks.
+    """A vLLM engine per `vllm_engine.engine_size` ranks.
 
     tokenizer: decodes answers (None: their text is empty). adapter: what will be refitted, for the shapes of vLLM's
     adapter slots; None: merged weights only. Raises UserError where vLLM is missing or cannot serve the request.
@@ -42,7 +42,7 @@ class VllmGenerator(Generator):
         self.adapter_rank = None if adapter is None else largest_rank(adapter)
         self.adapted = [] if adapter is None else sorted({name.split(".")[-1] for name in adapted_linears(adapter)})
         vllm_engine.check_request(policy, world, self.model_config, self.adapter_rank)
-        size = policy.generation.vllm_cfg.tensor_parallel_size
+        size = vllm_engine.engine_size(policy, world, self.model_config)
         self.num_replicas = world.size // size
         self.replica = world.rank // size
         self.leads_replica = world.rank % size == 0

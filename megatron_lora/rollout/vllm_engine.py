@@ -24,6 +24,8 @@ from megatron_lora.runtime.world import World
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_WORKER = "megatron_lora.rollout.vllm_cpu_worker.RolloutCPUWorker"
+# Of the memory that vLLM may take; the rest is the KV cache's.
+WEIGHTS_SHARE = 0.6
 # On a CPU: a cache for this many full-length answers at once, between these bounds.
 CPU_ANSWERS_AT_ONCE = 32
 CPU_CACHE_BYTES = (64 << 20, 2 << 30)
@@ -56,8 +58,7 @@ def check_installed(device: torch.device) -> None:
 
 def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: int | None) -> None:
     """Raise UserError for what vLLM could not serve. model: the base's HF config. adapter_rank: None: no adapter."""
-    generation = policy.generation
-    size = generation.vllm_cfg.tensor_parallel_size
+    size = engine_size(policy, world, model)
     key = f"policy.generation.vllm_cfg.tensor_parallel_size={size}"
     if world.size % size:
         fits = [n for n in range(1, world.size + 1) if world.size % n == 0]
@@ -72,6 +73,33 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
             f"vLLM's CPU attention cannot run {policy.model_name}: its head_dim is {head_dim}, wanted one of "
             f"{list(CPU_HEAD_DIMS)}; set policy.generation.backend=megatron"
         )
+
+
+def engine_size(policy: PolicyConfig, world: World, model: Any) -> int:
+    """Ranks of one engine: the recipe's, or as few as the model fits on, since engines of their own scale better than
+    ranks that share matrices. It fits where its weights take no more than `WEIGHTS_SHARE` of what vLLM may use."""
+    given = policy.generation.vllm_cfg.tensor_parallel_size
+    if given is not None:
+        return given
+    if world.device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    room = WEIGHTS_SHARE * policy.generation.vllm_cfg.gpu_memory_utilization * memory
+    width = 4 if engine_dtype(policy) == "float32" else 2
+    fits = [n for n in range(1, world.size + 1) if world.size % n == 0 and model.num_attention_heads % n == 0]
+    return next((n for n in fits if width * num_weights(model) / n <= room), fits[-1])
+
+
+def num_weights(model: Any) -> int:
+    """Weights of a decoder's matrices. model: its HF config."""
+    heads, hidden = model.num_attention_heads, model.hidden_size
+    groups = getattr(model, "num_key_value_heads", None) or heads
+    head_dim = getattr(model, "head_dim", None) or hidden // heads
+    experts = getattr(model, "num_experts", None) or getattr(model, "num_local_experts", None) or 1
+    width = getattr(model, "moe_intermediate_size", None) or model.intermediate_size
+    layer = hidden * head_dim * 2 * (heads + groups) + 3 * hidden * width * experts
+    embeddings = 1 if getattr(model, "tie_word_embeddings", False) else 2
+    return model.num_hidden_layers * layer + embeddings * hidden * model.vocab_size
 
 
 def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
@@ -136,7 +164,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "model": policy.model_name,
         "dtype": dtype,
-        "tensor_parallel_size": generation.vllm_cfg.tensor_parallel_size,
+        "tensor_parallel_size": engine_size(policy, world, model),
         "distributed_executor_backend": "external_launcher",
         "max_model_len": max_model_len,
         "enforce_eager": generation.vllm_cfg.enforce_eager or not on_gpu,

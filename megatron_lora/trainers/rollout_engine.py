@@ -14,6 +14,7 @@ from megatron_lora.data.tokenizer import end_tokens
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
+from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.session import Session
 
 REFIT_MODE = "refit_mode"
@@ -84,7 +85,8 @@ class RolloutEngine:
         if self._refitter is None:
             self.generator.version = version
             return {"refit_seconds": 0.0, "refit_bytes": 0}
-        self._wake()
+        with span("wake"):
+            self._wake()
         report = self._refitter.refit(version)
         return {
             "refit_seconds": report.seconds,
@@ -109,11 +111,14 @@ class RolloutEngine:
             validation=purpose == VALIDATION,
         )
         start = time.perf_counter()
-        self._wake()
+        with span("wake"):
+            self._wake()
         title = "validation answers" if purpose == VALIDATION else "rollout"
         total = len(prompts) * num_samples
         with self.session.reporter.progress(title, total, "answers") as advance, self._reporting(advance, total):
-            samples = self.generator.generate([prompt.input_ids.tolist() for prompt in prompts], num_samples, options)
+            ids = [prompt.input_ids.tolist() for prompt in prompts]
+            with span("generation"):
+                samples = self.generator.generate(ids, num_samples, options)
         seconds = time.perf_counter() - start
         stale = {sample.adapter_version for sample in samples} - {self.session.step}
         if stale:

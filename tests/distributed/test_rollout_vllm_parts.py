@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from megatron_lora.rollout.vllm_engine import (
     check_installed,
     check_request,
     engine_arguments,
+    engine_size,
     hands_over_adapter,
 )
 from megatron_lora.runtime.world import World
@@ -86,6 +88,19 @@ def test_tensor_parallel_size_must_divide() -> None:
         check_request(policy(vllm_cfg={"tensor_parallel_size": 3}), world(4), model(), None)
     with pytest.raises(UserError, match="does not divide the model's 4 attention heads"):
         check_request(policy(vllm_cfg={"tensor_parallel_size": 8}), world(8), model(), None)
+
+
+def test_an_engine_takes_as_few_gpus_as_its_weights_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.6 GB of weights where vLLM may take half of the memory and weights 0.6 of that."""
+    sizes: dict[str, Any] = {"hidden_size": 1536, "num_hidden_layers": 28, "vocab_size": 151936}
+    qwen = model(**sizes, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, head_dim=128)
+    half = policy(vllm_cfg={"gpu_memory_utilization": 0.5})
+    for gigabytes, ranks, wanted in ((80, 2, 1), (12.5, 2, 1), (11, 2, 2), (4, 4, 4), (4, 8, 4), (1, 8, 4)):
+        memory = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
+        assert engine_size(half, world(ranks, torch.device("cuda")), qwen) == wanted, (gigabytes, ranks)
+    assert engine_size(policy(vllm_cfg={"tensor_parallel_size": 2}), world(4), qwen) == 2
+    assert engine_size(policy(), world(4), qwen) == 1
 
 
 def test_a_float32_adapter_on_a_gpu_is_refused() -> None:

@@ -7,7 +7,8 @@
 
 Each way is a run of recipes/grpo-gsm8k-qwen2.5-1.5b-megatron.yaml through the trainer's own command line: vLLM with the
 adapter handed over, vLLM with merged weights, and the training model itself. A random model ends no answer, so that all
-have the full length; rewards are drawn, so that every step has something to learn.
+have the full length; rewards are drawn, so that every step has something to learn. With --timeline the trainer waits
+for the device around each phase, so a step takes a little longer.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import sys
 from pathlib import Path
 
 from megatron_lora.errors import UserError
+from megatron_lora.runtime.spans import VARIABLE
 from tools.bench.__main__ import write_model
 from tools.bench.task import shape_of
+from tools.bench.timeline import draw, last_step
 from tools.quickstart import run_command
 from tools.tiny_model import build_tokenizer
 
@@ -41,6 +44,8 @@ COLUMNS = {
     "refit_proof_seconds": ("proof, s", "{:.2f}"),
     "refit_bytes": ("refit, MB", "{:,.1f}"),
     "step_time_seconds": ("step, s", "{:.2f}"),
+    "scoring_model_tokens": ("tokens scored", "{:,.0f}"),
+    "training_model_tokens": ("tokens trained", "{:,.0f}"),
     "rollout_logprob_error": ("rollout error, nats", "{:.1e}"),
 }
 
@@ -64,6 +69,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument(
+        "--timeline", action="store_true", help="also timeline.png: the phases of each way's last step, and its gaps"
+    )
     parser.add_argument("overrides", nargs="*", help="further dotted.key=value")
     return parser.parse_args(arguments)
 
@@ -81,7 +89,8 @@ def measure(way: str, model: Path, options: argparse.Namespace) -> dict[str, flo
         f"policy.megatron_cfg.tensor_model_parallel_size={options.nproc}",
         f"policy.megatron_cfg.sequence_parallel={str(options.nproc > 1).lower()}",
         f"policy.generation.max_new_tokens={options.new_tokens}",
-        f"policy.generation.vllm_cfg.tensor_parallel_size={options.nproc}",
+        # An engine a GPU where the model fits one.
+        "policy.generation.vllm_cfg.tensor_parallel_size=null",
         f"grpo.max_num_steps={options.steps}",
         f"grpo.num_prompts_per_step={options.prompts}",
         f"grpo.num_generations_per_prompt={options.generations}",
@@ -95,13 +104,18 @@ def measure(way: str, model: Path, options: argparse.Namespace) -> dict[str, flo
     ]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.nproc)]
     command = [sys.executable, *launcher, "-m", "megatron_lora.train", RECIPE, *settings, *WAYS[way][1]]
-    run_command([*command, *options.overrides])
+    environment = {VARIABLE: str(_spans(options, way))} if options.timeline else {}
+    run_command([*command, *options.overrides], **environment)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     return {
         name: statistics.median(line.get(name, 0.0) for line in steps[1:] or steps) / (1e6 if "bytes" in name else 1)
         for name in COLUMNS
     }
+
+
+def _spans(options: argparse.Namespace, way: str) -> Path:
+    return options.out / f"timeline-{way}.jsonl"
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -136,6 +150,12 @@ def main(arguments: list[str] | None = None) -> int:
         found[way] = measure(way, model, options)
         (options.out / "table.md").write_text(table(found))
     print(table(found))
+    if options.timeline:
+        timelines = [(WAYS[way][0], last_step(_spans(options, way))) for way in ways]
+        for label, timeline in timelines:
+            print(f"{label}: {timeline.describe()}")
+        draw(timelines, options.out / "timeline.png")
+        print(f"wrote {options.out / 'timeline.png'}")
     return 0
 
 

@@ -52,6 +52,20 @@ SHAPES = {
         rows=2,
         length=4096,
     ),
+    # Its sizes in Qwen2's architecture, which has biases that SmolLM2 has not.
+    "smollm2-135m": Shape(
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+        rows=4,
+        length=1600,
+    ),
     "tiny": Shape(
         {
             "hidden_size": 128,  # heads of 32, which vLLM's CPU attention has
