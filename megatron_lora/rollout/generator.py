@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.config.schema_generation import GenerationConfig
@@ -74,6 +75,24 @@ class Sample:
     finish_reason: str
     text: str
     adapter_version: int
+
+
+def exchange_samples(mine: Sequence[Sample], group: Any = None) -> list[list[Sample]]:
+    """What each rank of `group` (None: all ranks) has drawn, on all of them. Collective. Log-probabilities travel as
+    one array: a tensor a sample takes longer to pickle than all the rest."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return [list(mine)]
+    logprobs = torch.cat([sample.logprobs for sample in mine]).numpy() if mine else None
+    everyone: list[Any] = [None] * size
+    nothing = torch.empty(0)
+    dist.all_gather_object(everyone, ([replace(sample, logprobs=nothing) for sample in mine], logprobs), group=group)
+    found = []
+    for samples, values in everyone:
+        sizes = [len(sample.completion_ids) for sample in samples]
+        pieces = torch.from_numpy(values).split(sizes) if samples else ()
+        found.append([replace(sample, logprobs=piece) for sample, piece in zip(samples, pieces, strict=True)])
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,15 @@ from megatron_lora.policy.interface import AdapterTensors, Policy
 from megatron_lora.policy.megatron.model import DTYPES
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors, trainer_fingerprint
-from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.generator import (
+    Decoder,
+    Generator,
+    Handover,
+    RolloutError,
+    Sample,
+    SamplingOptions,
+    exchange_samples,
+)
 from megatron_lora.rollout.native_answers import Answer, complete
 from megatron_lora.rollout.native_cache import cached_attention, row_bytes
 from megatron_lora.rollout.native_forward import LaneRunner, generating, num_lanes
@@ -109,10 +117,10 @@ class NativeGenerator(Generator):
             with self._runner(self._slots(len(mine), capacity), capacity) as runner:
                 complete(runner, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas))
         copies = num_samples // draws if draws else 0
-        everyone: list[Any] = [None] * self.num_replicas
-        dist.all_gather_object(everyone, [self._samples(answer, copies) for answer in mine], group=self.group)
-        dealt = [everyone[number % self.num_replicas][number // self.num_replicas] for number in range(len(answers))]
-        return [sample for samples in dealt for sample in samples]
+        drawn = [sample for answer in mine for sample in self._samples(answer, copies)]
+        everyone = exchange_samples(drawn, self.group)
+        dealt = [divmod(number, self.num_replicas) for number in range(len(answers))]
+        return [s for place, rank in dealt for s in everyone[rank][place * copies : (place + 1) * copies]]
 
     def close(self) -> None:
         """Nothing to end: the model stays the trainer's."""

@@ -21,7 +21,15 @@ from megatron_lora.policy.checksums import DifferentCopies, checksum, digest, jo
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.rollout import vllm_engine, vllm_worker
 from megatron_lora.rollout.adapter_factors import adapted_linears, factors_fingerprint, largest_rank, scaled_factors
-from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.generator import (
+    Decoder,
+    Generator,
+    Handover,
+    RolloutError,
+    Sample,
+    SamplingOptions,
+    exchange_samples,
+)
 from megatron_lora.runtime.cpu import device_names_as_given
 from megatron_lora.runtime.world import World
 
@@ -124,8 +132,7 @@ class VllmGenerator(Generator):
         self._check_lengths(prompts)
         mine = [index for index in range(len(prompts)) if index % self.num_replicas == self.replica]
         samples = self._generate(prompts, mine, num_samples, options) if mine else []
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, samples if self.leads_replica else [])
+        everyone = exchange_samples(samples if self.leads_replica else [])
         return sorted((sample for part in everyone for sample in part), key=lambda sample: sample.prompt_index)
 
     def close(self) -> None:
