@@ -203,11 +203,12 @@ def shared_case(folder: Path, family: str, precision: str, backend: str) -> dict
     found = {}
     packing = {"enabled": True, "train_mb_tokens": 4 * LONGEST}
     for shared in (True, False):
-        settings: dict[str, Any] = {"shared_prefix": shared, "sequence_packing": packing}
         if backend == "dtensor":
-            policy = make_dtensor_policy(folder, family, precision, "one", **settings)
+            policy = make_dtensor_policy(
+                folder, family, precision, "one", shared_prefix=shared, sequence_packing=packing
+            )
         else:
-            policy = make_policy(folder, family, precision, "one", **settings)
+            policy = make_policy(folder, family, precision, "one", shared_prefix=shared, sequence_packing=packing)
         found[shared] = grouped_numbers(policy, ahead=not shared, scale=8)
     ours, whole = found[True], found[False]
     return {
