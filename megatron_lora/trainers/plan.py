@@ -19,7 +19,7 @@ def describe_plan(recipe: Recipe, loader: GroupLoader, num_ranks: int) -> list[s
         lines.append("full fine-tuning: every parameter trains")
     else:
         spec = planned.spec
-        trainable = sum(module.num_parameters(spec.shapes) for module in spec.modules)
+        trainable = sum(map(spec.num_parameters, spec.modules))
         base = count_parameters(spec.shapes)
         kinds = ", ".join(dict.fromkeys(module.kind for module in spec.modules))
         lines.append(

@@ -21,7 +21,7 @@ from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo
 from megatron_lora.trainers.grpo_validation import accuracy
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
 from megatron_lora.trainers.rollout_engine import derive_seed
-from tests.support.models import family_config
+from tests.support.models import save_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "grpo-quickstart-megatron.yaml"
 
@@ -96,9 +96,7 @@ def test_mean_over_updates() -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    family_config("qwen3").save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("base") / "model", "qwen3")
 
 
 def recipe(base: Path, *overrides: str) -> Recipe:

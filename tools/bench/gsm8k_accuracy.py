@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     engine = start_engine(options.model)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     for number, entry in enumerate(options.adapters, start=1):

@@ -197,5 +197,5 @@ def _has_random_state(folder: Path, world: World) -> bool:
     return any(re.match(rf"{re.escape(wanted)}(/|$)", key) for key in keys)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__

@@ -24,8 +24,11 @@ MAX_ERROR_CHARACTERS = 300
 def to_number(value: Any) -> float | None:
     """A reward as a float; None abstains; of verl's results the "score". Raises TypeError or ValueError with what it is
     instead."""
-    if isinstance(value, dict) and "score" in value:
-        value = value["score"]
+    number: Any = value["score"] if isinstance(value, dict) and "score" in value else value
+    return _one_number(number)
+
+
+def _one_number(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, str | bytes | bytearray):
