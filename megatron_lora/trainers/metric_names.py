@@ -45,6 +45,10 @@ def check_metric_name(recipe: Recipe, *, has_validation: bool) -> list[str]:
     kind, name = checkpointing.metric
     names = metric_names(recipe, kind)
     short = {"train": "train", "validation": "val"}
+    if name not in names and "metric_name" not in checkpointing.model_fields_set:
+        return [
+            f"checkpointing.metric_name is not set, and {recipe.algorithm.upper()} logs no {name}: the latest are kept"
+        ]
     if name not in names:
         other = "validation" if kind == "train" else "train"
         near = [f"{short[kind]}:{found}" for found in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.peft_format import to_hf
-from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps
+from tests.distributed.dtensor_worker import OTHERS, TRAIN, base_of, learning_rate, steps
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.grouped import assert_same_numbers
 from tests.support.models import save_model
@@ -25,10 +25,16 @@ TOLERANCE = 1e-4
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
 
 
+# Compiling and peft's own DoRA take a minute each.
+SLOW = {"one_dora_compiled", "one_dora_peft_forward"}
+
+
 def named(cases: dict[str, Any], start: str = "") -> list[Any]:
     """Parameters of the cases whose names start so; four ranks take a minute of two cores."""
     names = [name for name in cases if name.startswith(start)]
-    return [pytest.param(name, marks=[pytest.mark.long] if cases[name][0] > 2 else []) for name in names]
+    return [
+        pytest.param(name, marks=[pytest.mark.long] if cases[name][0] > 2 or name in SLOW else []) for name in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -63,36 +69,41 @@ def _save_unlike_adapter(base: Path, folder: Path) -> None:
 
 
 class Runs:
-    """The workers' results, each world size run once when first asked for."""
+    """The workers' results; each world size runs its cases once, when first asked for one, and the slow ones apart."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.logs: dict[int, str] = {}
+        self.logs: dict[tuple[int, bool], str] = {}
         self.references: dict[tuple[str, bool], Any] = {}
 
     def __getitem__(self, name: str) -> list[dict[str, Any]]:
-        size = (TRAIN.get(name) or OTHERS[name])[0]
-        if size not in self.logs:
-            self.logs[size] = self._run(size)
+        size, group = self._size(name), (self._size(name), name in SLOW)
+        if group not in self.logs:
+            self.logs[group] = self._run(*group)
+        log = self.logs[group][-6000:]
         paths = [self.folder / f"{name}.rank{rank}.pt" for rank in range(size)]
         missing = [path.name for path in paths if not path.is_file()]
-        assert not missing, f"{missing} not written:\n{self.logs[size][-6000:]}"
+        assert not missing, f"{missing} not written:\n{log}"
         results = [torch.load(path, weights_only=False) for path in paths]
-        assert "error" not in results[0], f"{results[0]['error']}\n{self.logs[size][-6000:]}"
+        assert "error" not in results[0], f"{results[0]['error']}\n{log}"
         return results
 
-    def _run(self, size: int) -> str:
+    def _size(self, name: str) -> int:
+        return (TRAIN.get(name) or OTHERS[name])[0]
+
+    def _run(self, size: int, slow: bool) -> str:
+        names = [name for name in [*TRAIN, *OTHERS] if self._size(name) == size and (name in SLOW) == slow]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        command += ["-m", "tests.distributed.dtensor_worker", str(self.folder)]
+        command += ["-m", "tests.distributed.dtensor_worker", str(self.folder), *names]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         return done.stdout + done.stderr
 
     def reference(self, family: str, full: bool) -> Any:
         if (family, full) not in self.references:
-            base = self.folder / family.partition("_")[0]
+            base = self.folder / base_of(family)
             adapter = None if full else self.folder / f"{family}_adapter"
-            self.references[family, full] = train(base, adapter, steps(), lr=learning_rate(full))
+            self.references[family, full] = train(base, adapter, steps(), lr=learning_rate(family, full))
         return self.references[family, full]
 
 
