@@ -66,6 +66,10 @@ class _Adapter(Section):
     lora_plus_ratio: float | None = Field(
         default=None, ge=1.0, description="Learning rate of B over that of A (LoRA+); null: the same."
     )
+    dora_cached_norms: bool = Field(
+        default=True,
+        description="`dora`: compute the norms once an optimizer step and keep them; false: in every forward pass.",
+    )
     dropout: Fraction = Field(default=0.0, description="Probability of dropout in the adapter's branch.")
     dropout_position: DropoutPosition = Field(
         default="post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."

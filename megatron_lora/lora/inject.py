@@ -18,12 +18,14 @@ from megatron_lora.lora.sharding import shard
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """How every adapter of a run computes. dtype: of the factors, None for the base weight's."""
+    """How every adapter of a run computes. dtype: of the factors, None for the base weight's.
+    keeps_derived: `LoRALinear`'s."""
 
     dropout: float
     dropout_before: bool
     all_to_all: bool
     dtype: torch.dtype | None
+    keeps_derived: bool
 
 
 def inject(
@@ -44,6 +46,7 @@ def inject(
         for name, parent, attribute in list(global_linears(chunk)):
             if name in layouts:
                 linear = _adapt(getattr(parent, attribute), layouts[name], spec, factors, options, tp)
+                linear.keeps_derived = options.keeps_derived
                 setattr(parent, attribute, linear)
                 adapted.append(linear)
     return adapted

@@ -39,7 +39,8 @@ class LoRALinear(torch.nn.Module):
     `bias`, `layer_norm_weight`, ...), so that base weights are loaded and exported as without an adapter, and adds
     this rank's part of each factor of its kind of adapter (`method`), under the factor's name.
 
-    dropout: probability; `dropout_before`: on A's input, else on B's output.
+    dropout: probability; `dropout_before`: on A's input, else on B's output. keeps_derived: what the method derives
+    from base and factors stays until `factors_changed`; else each forward pass computes it.
     """
 
     parallel_kind: str
@@ -83,6 +84,7 @@ class LoRALinear(torch.nn.Module):
         self.method = method
         for factor in method.factors:
             self.register_parameter(factor.name, torch.nn.Parameter(factors[factor.key]))
+        self.keeps_derived = True
         self._derived: Any = None
         self.register_buffer("b_mask", b_mask, persistent=False)
         scales = layout.scales()
@@ -128,7 +130,7 @@ class LoRALinear(torch.nn.Module):
     def _derive(self, weight: Tensor) -> Any:
         if self.method.adds_only:
             return None
-        if self._derived is None:
+        if self._derived is None or not self.keeps_derived:
             summed_over = self.tp if self.parallel_kind == "row" and self.tp.size > 1 else None
             self._derived = self.method.derive(weight, self._values(), self._scale, summed_over)
         return self._derived

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.objectives.sft import SFTObjective
-from megatron_lora.policy.dtensor import optim
+from megatron_lora.policy.dtensor import adapter, optim
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world
+from tests.support.cached_norms import scores_after_changes
 from tests.support.fingerprints import fingerprints
 from tests.support.grouped import grouped_numbers
 from tests.support.reference import make_rows
@@ -42,6 +43,7 @@ TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
     "one_dora": (1, "llama3_dora", DORA),
     "one_dora_peft_forward": (1, "llama3_dora", {"lora_cfg": {"type": "dora", "use_triton": False}}),
     "one_dora_compiled": (1, "llama3_dora", DORA | {"compile": True}),
+    "one_dora_compiled_recompute": (1, "llama3_dora", DORA | {"compile": True, "activation_checkpointing": True}),
     "one_dora_recompute": (1, "qwen2_dora", DORA | {"activation_checkpointing": True}),
     "dp_dora": (2, "llama3_dora", DORA),
     "tp_dora": (2, "llama3_dora", TP2 | DORA),
@@ -226,6 +228,18 @@ def named_optimizer(folder: Path) -> dict[str, Any]:
     return train(policy, steps()[:6])
 
 
+def cached_norms(folder: Path, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Scores after each change of the factors, with DoRA's norms kept and with norms of each forward pass."""
+    found = {}
+    for kept in (True, False):
+        lora = {"lora_cfg": {"type": "dora", "dora_cached_norms": kept}}
+        policy = make_policy(folder, "llama3_dora", options | lora)
+        linears = adapter.adapted_linears(policy.base.hf).values()
+        out = folder / "saved" / f"norms_{name}_{kept}"
+        found[str(kept)] = scores_after_changes(policy, linears, steps()[0], make_rows(5, 101, seed=8), out)
+    return found
+
+
 OTHERS: dict[str, tuple[int, Any]] = {
     "resume_one": (1, lambda f: resume(f, "one", "qwen3", {"lora_cfg": DROPS})),
     "resume_full": (1, lambda f: resume(f, "full", "qwen2", {"full": True})),
@@ -242,6 +256,8 @@ OTHERS: dict[str, tuple[int, Any]] = {
     "shared_sp": (2, lambda f: shared_prefix(f, "qwen3", SP2)),
     "shared_head": (2, lambda f: shared_prefix(f, "llama3_head", TP2)),
     "shared_dp": (2, lambda f: shared_prefix(f, "llama3", {})),
+    "norms_one": (1, lambda f: cached_norms(f, "one", {"compile": True, "activation_checkpointing": True})),
+    "norms_tp": (2, lambda f: cached_norms(f, "tp", TP2)),
     "resume_tp": (2, lambda f: resume(f, "tp", "qwen3", TP2)),
     "resume_dp_full": (2, lambda f: resume(f, "dp_full", "qwen2", {"full": True})),
     "tp_to_dp": (2, lambda f: other_layout(f, "tp", "qwen3", {})),

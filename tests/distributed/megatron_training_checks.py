@@ -19,6 +19,7 @@ from megatron_lora.policy.megatron.logprobs import cap_logits
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from tests.distributed.megatron_build import build_policy
 from tests.distributed.megatron_case import case_rows, scored_rows, training_rows
+from tests.support.cached_norms import scores_after_changes
 from tests.support.fingerprints import fingerprints
 from tests.support.grouped import grouped_numbers
 
@@ -165,4 +166,22 @@ def shared_prefix(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-CHECKS = {"shared_prefix": shared_prefix, "logits": logits, "train": train, "start": start, "checkpoint": checkpoint}
+def cached_norms(case: dict[str, Any]) -> dict[str, Any]:
+    """Scores after each change of the factors, with DoRA's norms kept and with norms of each forward pass."""
+    found = {}
+    for kept in (True, False):
+        peft = case["megatron"]["peft"] | {"dora_cached_norms": kept}
+        policy = build_policy(case, case["megatron"] | {"peft": peft})
+        out = Path(case["shared_folder"]) / f"{case['name']}_{kept}"
+        found[kept] = scores_after_changes(policy, policy.adapted, training_rows(1)[0], scored_rows(), out)
+    return found
+
+
+CHECKS = {
+    "shared_prefix": shared_prefix,
+    "logits": logits,
+    "train": train,
+    "start": start,
+    "checkpoint": checkpoint,
+    "cached_norms": cached_norms,
+}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.peft_format import to_hf
 from tests.distributed.dtensor_worker import OTHERS, TRAIN, base_of, learning_rate, steps
+from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.grouped import assert_same_numbers
 from tests.support.models import save_model
@@ -26,7 +27,7 @@ FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
 
 
 # Compiling and peft's own DoRA take a minute each.
-SLOW = {"one_dora_compiled", "one_dora_peft_forward"}
+SLOW = {"one_dora_compiled", "one_dora_compiled_recompute", "one_dora_peft_forward", "norms_one"}
 
 
 def named(cases: dict[str, Any], start: str = "") -> list[Any]:
@@ -188,6 +189,12 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
         assert set(got["merged"]) == set(merged)
         for key, value in merged.items():
             torch.testing.assert_close(got["merged"][key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", named(OTHERS, "norms"))
+def test_norms_are_kept_until_the_factors_change(runs: Runs, name: str) -> None:
+    for got in runs[name]:
+        assert_never_stale(kept=got["True"], anew=got["False"])
 
 
 @pytest.mark.parametrize("name", named(OTHERS, "dropout"))

@@ -13,6 +13,7 @@ from megatron_lora.lora.init import init_factor
 from tests.distributed.megatron_build import SEED
 from tests.distributed.megatron_case import CP, FULL_RECOMPUTE, PP, SP, TP, VPP, Case, scored_rows
 from tests.distributed.megatron_failure_checks import POISONED_ROW
+from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.reference import Training, token_logps
 
@@ -258,3 +259,16 @@ def test_adapters_that_cannot_train_stop_the_first_step(case: Case, ranks_found:
         assert "16 adapters had no gradient: decoder.layers.0.mlp.linear_fc1" in found["message"]
         assert "set lora_A_init_method" in found["message"]
         assert found["unchanged"]
+
+
+DORA = {"peft": {"type": "dora"}}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("cached_norms", 2, "cached_norms", adapter="dora", megatron=TP | FULL_RECOMPUTE | DORA)],
+    ids=str,
+)
+def test_norms_are_kept_until_the_factors_change(case: Case, ranks_found: list[dict[Any, Any]]) -> None:
+    for found in ranks_found:
+        assert_never_stale(kept=found[True], anew=found[False])

@@ -74,6 +74,7 @@ class AdaptedLinear(PeftLoraLinear):
     fused = False
     tp_rank = 0
     method: AdapterMethod
+    keeps_derived = True
     _derived: Any = None
 
     @property
@@ -112,10 +113,11 @@ class AdaptedLinear(PeftLoraLinear):
         return result if bias is None else result + bias
 
     def _derive(self) -> Any:
-        """What follows from base and factors, computed once an optimizer step; under TP as the magnitude lies."""
+        """What follows from base and factors, computed once an optimizer step, or in each forward pass; under TP as the
+        magnitude lies. A compiled forward pass finds it computed (`derive_ahead`)."""
         if self.method.adds_only:
             return None
-        if self._derived is None:
+        if self._derived is None or not (self.keeps_derived or torch.compiler.is_compiling()):
             self._derived = self._derive_from(self.base_layer.weight)  # type: ignore[arg-type]
         return self._derived
 
@@ -175,6 +177,7 @@ def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, t
     for name, module in adapted_linears(model).items():
         module.dropout, module.dropout_before = config.dropout, config.dropout_position == "pre"
         module.fused, module.tp_rank, module.method = fused, tp_rank, method_of(start.spec.type)
+        module.keeps_derived = config.dora_cached_norms
         _add_own_factors(module, start.tensors[peft_name(name, FACTORS["B"])].shape[0])
     tie_shared_factors(model, start.spec)
 
@@ -252,6 +255,13 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 def factors_changed(model: nn.Module) -> None:
     for linear in adapted_linears(model).values():
         linear.factors_changed()
+
+
+def derive_ahead(layer: nn.Module, args: Any) -> None:
+    """A forward pre-hook, run when FSDP has gathered the layer: what its adapters derive is computed outside of the
+    compiled graph, which is then the same whether it was kept or not, in the forward pass as in a recomputation."""
+    for linear in adapted_linears(layer).values():
+        linear._derive()
 
 
 def lora_plus_parameters(model: nn.Module) -> set[nn.Parameter]:

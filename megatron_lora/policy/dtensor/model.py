@@ -124,6 +124,8 @@ def _fill_and_shard(
             backend = "inductor" if source.world.device.type == "cuda" else "aot_eager"
             layer.forward = torch.compile(layer.forward, backend=backend)
         fully_shard(layer, **fsdp)
+        if policy.dtensor_cfg.compile:
+            layer.register_forward_pre_hook(adapter.derive_ahead)
     _fill(hf, "", source, plan, mesh["tp"], filled)
     _buffers_to(hf, source.world.device)
     fully_shard(root, **fsdp)

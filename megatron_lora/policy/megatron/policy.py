@@ -92,6 +92,7 @@ class MegatronPolicy(Policy):
             dropout_before=peft.dropout_position == "pre",
             all_to_all=peft.a2a_experimental,
             dtype=DTYPES[peft.lora_dtype] if peft.lora_dtype else None,
+            keeps_derived=peft.dora_cached_norms,
         )
         if start.tensors is not None:
             factors = given_factors(start.spec, start.tensors)
