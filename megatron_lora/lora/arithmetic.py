@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_lora.lora.base_weight import BaseWeight
+
 
 @dataclass(frozen=True)
 class TensorParallel:
@@ -75,17 +77,27 @@ class AdapterCall:
 
 
 def column_parallel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
+    x: Tensor, weight: BaseWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
 ) -> Tensor:
     """x [t, in] (this rank's rows under sequence parallelism), weight [out / tp, in], lora_a [R, in],
     lora_b [out / tp, R] -> [T, out / tp]."""
     return _ColumnParallel.apply(x, weight, bias, lora_a, lora_b, call)  # type: ignore[return-value]
 
 
-def row_parallel(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, call: AdapterCall) -> Tensor:
+def row_parallel(x: Tensor, weight: BaseWeight, lora_a: Tensor, lora_b: Tensor, call: AdapterCall) -> Tensor:
     """x [T, in / tp], weight [out, in / tp], lora_a [R, in / tp], lora_b [out, R] (or [out / tp, R] with all_to_all)
     -> [t, out], reduced over TP (this rank's rows under sequence parallelism)."""
     return _RowParallel.apply(x, weight, lora_a, lora_b, call)  # type: ignore[return-value]
+
+
+def frozen_column_parallel(x: Tensor, weight: BaseWeight, bias: Tensor | None, parallel: TensorParallel) -> Tensor:
+    """`column_parallel` of the base alone."""
+    return _FrozenColumnParallel.apply(x, weight, bias, parallel)  # type: ignore[return-value]
+
+
+def frozen_row_parallel(x: Tensor, weight: BaseWeight, parallel: TensorParallel) -> Tensor:
+    """`row_parallel` of the base alone."""
+    return _FrozenRowParallel.apply(x, weight, parallel)  # type: ignore[return-value]
 
 
 def _project_down(x: Tensor, lora_a: Tensor, scale: float | Tensor, input_mask: Tensor | None) -> Tensor:
@@ -130,19 +142,20 @@ def _add_input_grad(dx: Tensor, dh: Tensor, lora_a: Tensor, input_mask: Tensor |
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
+        ctx: Any, x: Tensor, weight: BaseWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
     ) -> Tensor:
         full = call.parallel.all_gather(x) if call.parallel.sequence_parallel else x
         h = _project_down(full, lora_a, call.scale, call.input_mask)
-        y = torch.nn.functional.linear(full, weight, bias)
+        y = weight.product(full, bias)
         _add_up(y, h, lora_b, call.output_mask)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, h)
-        ctx.call = call
+        ctx.save_for_backward(x, lora_a, lora_b, h)
+        ctx.weight, ctx.call = weight, call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_a, lora_b, h = ctx.saved_tensors
+        x, lora_a, lora_b, h = ctx.saved_tensors
+        weight: BaseWeight = ctx.weight
         call: AdapterCall = ctx.call
         dz = dy if call.output_mask is None else dy * call.output_mask
         if call.parallel.sequence_parallel:
@@ -156,7 +169,7 @@ class _ColumnParallel(torch.autograd.Function):
         dh = _scaled(dz @ lora_b.to(dy.dtype), call.scale)
         dx, handle = None, None
         if ctx.needs_input_grad[0]:
-            dx = _add_input_grad(dy @ weight, dh, lora_a, call.input_mask)
+            dx = _add_input_grad(weight.input_gradient(dy), dh, lora_a, call.input_mask)
             if call.parallel.size > 1:
                 handle = call.parallel.all_reduce(dx, async_op=True)
         da = _grad_a(dh, x, call.input_mask, lora_a)
@@ -167,13 +180,13 @@ class _ColumnParallel(torch.autograd.Function):
 
 
 def _column_backward_sequence(
-    needs_dx: bool, dy: Tensor, dz: Tensor, weight: Tensor, lora_b: Tensor, h: Tensor, call: AdapterCall
+    needs_dx: bool, dy: Tensor, dz: Tensor, weight: BaseWeight, lora_b: Tensor, h: Tensor, call: AdapterCall
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(dx, dh) on this rank's rows from one reduce-scatter of [dx | dh], and dB computed meanwhile."""
     width, rank = (weight.shape[1] if needs_dx else 0), lora_b.shape[1]
     both = dy.new_empty(dy.shape[0], width + rank)
     if needs_dx:
-        torch.mm(dy, weight, out=both[:, :width])
+        weight.input_gradient(dy, out=both[:, :width])
     torch.mm(dz, lora_b.to(dy.dtype), out=both[:, width:])
     reduced, handle = call.parallel.reduce_scatter(both, async_op=True)
     db = _grad_b(dz, h, lora_b, call.b_mask)
@@ -185,12 +198,12 @@ def _column_backward_sequence(
 class _RowParallel(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
+        ctx: Any, x: Tensor, weight: BaseWeight, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
     ) -> Tensor:
         parallel = call.parallel
         h = _project_down(x, lora_a, call.scale, call.input_mask)
         handle = parallel.all_reduce(h, async_op=True) if call.all_to_all else None
-        y = x @ weight.t()
+        y = weight.product(x)
         if not call.all_to_all:
             _add_up(y, h, lora_b, call.output_mask)
         if parallel.sequence_parallel:
@@ -203,13 +216,14 @@ class _RowParallel(torch.autograd.Function):
             if call.output_mask is not None:
                 z.mul_(call.output_mask)
             y.add_(parallel.hidden_to_sequence(z))
-        ctx.save_for_backward(x, weight, lora_a, lora_b, h)
-        ctx.call = call
+        ctx.save_for_backward(x, lora_a, lora_b, h)
+        ctx.weight, ctx.call = weight, call
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_a, lora_b, h = ctx.saved_tensors
+        x, lora_a, lora_b, h = ctx.saved_tensors
+        weight: BaseWeight = ctx.weight
         call: AdapterCall = ctx.call
         parallel = call.parallel
         if parallel.sequence_parallel:
@@ -223,10 +237,47 @@ class _RowParallel(torch.autograd.Function):
         dh = _scaled(dz @ lora_b.to(dy.dtype), call.scale)
         handle = parallel.all_reduce(dh, async_op=True) if call.all_to_all else None
         db = _grad_b(dz, h, lora_b, call.b_mask)
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = weight.input_gradient(dy) if ctx.needs_input_grad[0] else None
         if handle is not None:
             handle.wait()
         if dx is not None:
             dx = _add_input_grad(dx, dh, lora_a, call.input_mask)
         da = _grad_a(dh, x, call.input_mask, lora_a)
         return dx, None, da, db, None
+
+
+class _FrozenColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: BaseWeight, bias: Tensor | None, parallel: TensorParallel
+    ) -> Tensor:
+        ctx.weight, ctx.parallel = weight, parallel
+        return weight.product(parallel.all_gather(x) if parallel.sequence_parallel else x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        parallel: TensorParallel = ctx.parallel
+        dx = ctx.weight.input_gradient(dy)
+        if parallel.sequence_parallel:
+            dx, _ = parallel.reduce_scatter(dx)
+        elif parallel.size > 1:
+            parallel.all_reduce(dx)
+        return dx, None, None, None
+
+
+class _FrozenRowParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: BaseWeight, parallel: TensorParallel) -> Tensor:  # type: ignore[override]
+        ctx.weight, ctx.parallel = weight, parallel
+        y = weight.product(x)
+        if parallel.sequence_parallel:
+            y, _ = parallel.reduce_scatter(y)
+        elif parallel.size > 1:
+            parallel.all_reduce(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.parallel.sequence_parallel:
+            dy = ctx.parallel.all_gather(dy)
+        return ctx.weight.input_gradient(dy), None, None

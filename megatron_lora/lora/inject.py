@@ -9,6 +9,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
+from megatron_lora.lora.frozen_linear import FrozenLinear
 from megatron_lora.lora.init import Factors
 from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, FactorKey, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
@@ -69,6 +71,14 @@ def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
         yield "output_layer", chunk, "output_layer"
 
 
+def base_weight_of(linear: nn.Module) -> BaseWeight:
+    """The weight of Megatron's own linear, or of one of ours."""
+    if isinstance(linear, FrozenLinear):
+        return linear.base_weight()
+    assert isinstance(linear.weight, Tensor)
+    return DenseWeight(linear.weight)
+
+
 def _adapt(
     base: nn.Module,
     layout: ModuleLayout,
@@ -77,8 +87,7 @@ def _adapt(
     options: AdapterOptions,
     tp: TensorParallel,
 ) -> LoRALinear:
-    weight = base.weight
-    assert isinstance(weight, Tensor)
+    weight = base_weight_of(base)
     column = layout.kind in COLUMN_PARALLEL
     all_to_all = options.all_to_all and not column and tp.sequence_parallel
     padded = weight.shape[0] * tp.size if layout.kind == "output_layer" else None

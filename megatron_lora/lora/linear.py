@@ -5,24 +5,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import (
-    linear_with_frozen_weight,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
+from megatron_lora.lora.frozen_linear import FrozenColumnParallelLinear, FrozenLinear, FrozenRowParallelLinear
 from megatron_lora.lora.layout import Factor, FactorKey, ModelShapes, ModuleLayout
 from megatron_lora.lora.methods import AdapterMethod
 from megatron_lora.lora.sharding import split_axis
-from megatron_lora.runtime.native_layers import apply_norm
 
 
 @dataclass(frozen=True)
@@ -34,18 +28,15 @@ class HeldFactor:
     axis: int | None
 
 
-class LoRALinear(torch.nn.Module):
-    """A frozen fused linear with an adapter. Takes over the base module's parameters under the same names (`weight`,
-    `bias`, `layer_norm_weight`, ...), so that base weights are loaded and exported as without an adapter, and adds
-    this rank's part of each factor of its kind of adapter (`method`), under the factor's name.
+class LoRALinear(FrozenLinear):
+    """A frozen fused linear with an adapter: this rank's part of each factor of its kind (`method`), under the factor's
+    name.
 
     dropout: probability; `dropout_before`: on A's input, else on B's output. keeps_derived: what the method derives
     from base and factors stays until `factors_changed`; else each forward pass computes it.
     """
 
     parallel_kind: str
-    weight: Tensor
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -62,25 +53,13 @@ class LoRALinear(torch.nn.Module):
         dropout_before: bool = False,
         all_to_all: bool = False,
     ):
-        super().__init__()
+        super().__init__(base, config, tp)
         self.layout = layout
         self.shapes = shapes
-        self.config = config
-        self.tp = tp
-        self.tp_group = tp.group
         self.dropout = dropout
         self.dropout_before = dropout_before
         self.all_to_all = all_to_all
         self.enabled = True
-        for name, parameter in base.named_parameters(recurse=False):
-            # Transformer Engine holds an empty tensor where there is no bias.
-            self.register_parameter(name, parameter if parameter.numel() else None)
-            parameter.requires_grad_(False)
-        if not hasattr(self, "bias"):
-            self.register_parameter("bias", None)
-        self.post_layernorm = getattr(base, "post_layernorm", None)
-        self.eps = getattr(base, "eps", config.layernorm_epsilon)
-        self.skip_bias_add = bool(getattr(base, "skip_bias_add", getattr(base, "te_return_bias", False)))
         self.method = method
         for factor in method.factors:
             self.register_parameter(factor.name, torch.nn.Parameter(factors[factor.key]))
@@ -127,7 +106,7 @@ class LoRALinear(torch.nn.Module):
     def _values(self) -> dict[FactorKey, Tensor]:
         return {factor.key: getattr(self, factor.name) for factor in self.method.factors}
 
-    def _derive(self, weight: Tensor) -> Any:
+    def _derive(self, weight: BaseWeight) -> Any:
         if self.method.adds_only:
             return None
         if self._derived is None or not self.keeps_derived:
@@ -167,14 +146,6 @@ class LoRALinear(torch.nn.Module):
         with tracker.fork(get_data_parallel_rng_tracker_name()) if same_on_every_rank else tracker.fork():
             return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
 
-    def _normed(self, x: Tensor) -> Tensor:
-        weight = getattr(self, "layer_norm_weight", None)
-        if weight is None:
-            return x
-        bias = getattr(self, "layer_norm_bias", None)
-        config = self.config
-        return apply_norm(x, weight, bias, config.normalization, self.eps, config.layernorm_zero_centered_gamma)
-
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Base parameters and the factors; see `policy.megatron.checkpoint` for which of them are written."""
         weight_axis = 0 if self.parallel_kind == "column" else 1
@@ -193,64 +164,36 @@ class LoRALinear(torch.nn.Module):
         return f"rank={self.layout.rank}, blocks={len(self.layout.blocks)}, tp={self.tp.size}"
 
 
-class LoRAColumnParallelLinear(LoRALinear):
-    """`linear_qkv`, `linear_fc1` (with the norm before them, where Megatron fuses it) and `output_layer`."""
+class LoRAColumnParallelLinear(LoRALinear, FrozenColumnParallelLinear):
+    """An adapter on a column-parallel linear."""
 
     parallel_kind = "column"
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
-        """x [s, b, in] -> ([S, b, out / tp], bias or None)."""
-        weight = weight if weight is not None else self.weight
-        bias = None if self.skip_bias_add else self.bias
-        x = self._normed(x)
-        if self.enabled:
-            tokens = x.shape[0] * x.shape[1] * (self.tp.size if self.tp.sequence_parallel else 1)
-            call = self._call(tokens, same_input_mask=True, same_output_mask=False, x=x)
-            out = self._product(x.flatten(0, 1), weight, bias, call)
-            out = out.view(-1, x.shape[1], out.shape[-1])
-        else:
-            out = linear_with_frozen_weight(
-                x,
-                weight,
-                bias,
-                gradient_accumulation_fusion=False,
-                allreduce_dgrad=self.tp.size > 1 and not self.tp.sequence_parallel,
-                sequence_parallel=self.tp.sequence_parallel,
-                tp_group=self.tp.group,
-                grad_output_buffer=None,
-                wgrad_deferral_limit=None,
-            )
-        return out, self.bias if self.skip_bias_add else None
+    def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
+        if not self.enabled:
+            return super()._product(x, weight, bias)
+        tokens = x.shape[0] * (self.tp.size if self.tp.sequence_parallel else 1)
+        call = self._call(tokens, same_input_mask=True, same_output_mask=False, x=x)
+        return self._adapted_product(x, weight, bias, call)
 
     def local_product(self, x: Tensor, weight: Tensor, call: AdapterCall) -> Tensor:
         """[t, in], the same on every rank -> [t, out / tp], bias added, without communication."""
-        return self._product(x, weight, self.bias, replace(call, parallel=TensorParallel(self.tp.group, 1, 0, False)))
+        alone = replace(call, parallel=TensorParallel(self.tp.group, 1, 0, False))
+        return self._adapted_product(x, DenseWeight(weight), self.bias, alone)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: AdapterCall) -> Tensor:
+    def _adapted_product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None, call: AdapterCall) -> Tensor:
         return self.method.column(x, weight, bias, self._values(), self._derive(weight), call)
 
 
-class LoRARowParallelLinear(LoRALinear):
-    """`linear_proj` and `linear_fc2` (with the norm after them, in the families that have one)."""
+class LoRARowParallelLinear(LoRALinear, FrozenRowParallelLinear):
+    """An adapter on a row-parallel linear."""
 
     parallel_kind = "row"
 
-    def forward(self, x: Tensor) -> Any:
-        """x [S, b, in / tp] -> ([s, b, out], bias or None)."""
-        if self.enabled:
-            # Each rank sees other columns of the input, so its mask is its own; the partial outputs are summed, so
-            # their mask is the same, unless all-to-all gives each rank its own columns.
-            call = self._call(x.shape[0] * x.shape[1], same_input_mask=False, same_output_mask=not self.all_to_all, x=x)
-            out = self.method.row(x.flatten(0, 1), self.weight, self._values(), self._derive(self.weight), call)
-            out = out.view(-1, x.shape[1], out.shape[-1])
-        else:
-            out = torch.nn.functional.linear(x, self.weight)
-            if self.tp.sequence_parallel:
-                out = reduce_scatter_to_sequence_parallel_region(out, group=self.tp.group)
-            elif self.tp.size > 1:
-                out = reduce_from_tensor_model_parallel_region(out, group=self.tp.group)
-        if self.bias is not None and not self.skip_bias_add:
-            out = out + self.bias
-        if self.post_layernorm is not None:
-            out = self.post_layernorm(out)
-        return out, self.bias if self.skip_bias_add else None
+    def _product(self, x: Tensor, weight: BaseWeight) -> Tensor:
+        if not self.enabled:
+            return super()._product(x, weight)
+        # Each rank sees other columns of the input, so its mask is its own; the partial outputs are summed, so their
+        # mask is the same, unless all-to-all gives each rank its own columns.
+        call = self._call(x.shape[0], same_input_mask=False, same_output_mask=not self.all_to_all, x=x)
+        return self.method.row(x, weight, self._values(), self._derive(weight), call)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel, row_parallel
+from megatron_lora.lora.base_weight import DenseWeight
 
 TOKENS, INPUTS, OUTPUTS, RANK = 12, 8, 20, 6
 
@@ -111,7 +112,7 @@ def run_on_rank(variant: Variant, whole: Whole, tp: TensorParallel) -> dict[str,
         output_mask=None if whole.output_mask is None else whole.output_mask[:, b_rows],
         all_to_all=variant.all_to_all,
     )
-    weight = whole.weight[outputs, inputs].contiguous()
+    weight = DenseWeight(whole.weight[outputs, inputs].contiguous())
     if column:
         y = column_parallel(x, weight, None, lora_a, lora_b, call)
     else:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel, column_parallel, row_parallel
+from megatron_lora.lora.base_weight import DenseWeight
 from tests.support.adapted_linear import INPUTS, OUTPUTS, RANK, TOKENS, VARIANTS, Variant, draw, run_on_rank
 from tests.support.recorder import Recorder, kept_for_backward
 
@@ -27,9 +28,9 @@ def ran(request: pytest.FixtureRequest) -> tuple[Recorder, Recorder, list[Tensor
     given = x * 1.0
     with kept_for_backward() as kept, Recorder() as forward:
         if request.param == "column":
-            y = column_parallel(given, whole.weight, None, lora_a, lora_b, call)
+            y = column_parallel(given, DenseWeight(whole.weight), None, lora_a, lora_b, call)
         else:
-            y = row_parallel(given, whole.weight, lora_a, lora_b, call)
+            y = row_parallel(given, DenseWeight(whole.weight), lora_a, lora_b, call)
     with Recorder() as backward:
         torch.autograd.grad(y, (given, lora_a, lora_b), whole.dy)
     return forward, backward, kept, {"x": given, "weight": whole.weight, "a": lora_a, "b": lora_b}

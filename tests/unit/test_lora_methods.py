@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from megatron_lora.config.schema_adapters import LoraConfig as DTensorAdapter
 from megatron_lora.config.schema_adapters import PeftConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora import init
+from megatron_lora.lora import base_weight, init
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.base_weight import DenseWeight
 from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import AdapterSpec, ModelShapes
 from megatron_lora.lora.merge import WeightUpdate
@@ -70,11 +71,11 @@ def test_output_and_gradients_are_pefts(kind: str, settings: dict[str, Any], par
     gradients = {key: factor.grad for key, factor in factors_of(layer).items()}
     values: Any = {key: factor.detach().clone().requires_grad_() for key, factor in factors_of(layer).items()}
     ours, call = x.clone().requires_grad_(), AdapterCall(ALONE, layer.scaling["default"])
-    derived = method.derive(base.weight, values, call.scale, None)
+    derived = method.derive(DenseWeight(base.weight), values, call.scale, None)
     if parallel == "column":
-        y = method.column(ours, base.weight, base.bias, values, derived, call)
+        y = method.column(ours, DenseWeight(base.weight), base.bias, values, derived, call)
     else:
-        y = method.row(ours, base.weight, values, derived, call) + base.bias
+        y = method.row(ours, DenseWeight(base.weight), values, derived, call) + base.bias
     y.backward(dy)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
@@ -97,8 +98,8 @@ def test_merging_is_pefts(kind: str, settings: dict[str, Any]) -> None:
 
 def test_norms_in_pieces_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, a, b = torch.randn(7, 5), torch.randn(2, 5), torch.randn(7, 2)
-    monkeypatch.setattr(dora, "CHUNK_ELEMENTS", 10)
-    torch.testing.assert_close(dora.row_norms(weight, a, b), (weight + b @ a).norm(dim=1))
+    monkeypatch.setattr(base_weight, "CHUNK_ELEMENTS", 10)
+    torch.testing.assert_close(dora.row_norms(DenseWeight(weight), a, b), (weight + b @ a).norm(dim=1))
 
 
 def test_rows_that_no_block_serves_stay_the_bases_and_padding_has_no_gradient() -> None:
@@ -107,9 +108,9 @@ def test_rows_that_no_block_serves_stay_the_bases_and_padding_has_no_gradient() 
     weight[3] = 0
     magnitude = torch.tensor([2.0, 0.0, 3.0, 0.0], requires_grad=True)
     values: Any = {"A": torch.randn(2, 3), "B": torch.zeros(4, 2), "magnitude": magnitude}
-    derived = method.derive(weight, values, 1.0, None)
+    derived = method.derive(DenseWeight(weight), values, 1.0, None)
     x = torch.randn(2, 3)
-    y = method.column(x, weight, None, values, derived, AdapterCall(ALONE, 1.0))
+    y = method.column(x, DenseWeight(weight), None, values, derived, AdapterCall(ALONE, 1.0))
     y.sum().backward()
     torch.testing.assert_close(y[:, 1], x @ weight[1])
     assert magnitude.grad is not None and magnitude.grad[1] == 0 and magnitude.grad[3] == 0

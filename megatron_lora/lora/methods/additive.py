@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, column_parallel, row_parallel
+from megatron_lora.lora.base_weight import BaseWeight
 from megatron_lora.lora.layout import A, B, Factor, ModelShapes, ModuleLayout
 from megatron_lora.lora.methods.base import AdapterMethod, ReadWeight, Values
 
@@ -21,11 +22,11 @@ class Lora(AdapterMethod):
         return {A.name: a, B.name: b if mask is None else b * mask}
 
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
+        self, x: Tensor, weight: BaseWeight, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
     ) -> Tensor:
         return column_parallel(x, weight, bias, values["A"], values["B"], call)
 
-    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Any, call: AdapterCall) -> Tensor:
+    def row(self, x: Tensor, weight: BaseWeight, values: Values, derived: Any, call: AdapterCall) -> Tensor:
         return row_parallel(x, weight, values["A"], values["B"], call)
 
     def update(self, weight: Tensor, values: Values, scale: float) -> Tensor:

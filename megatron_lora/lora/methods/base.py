@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.base_weight import BaseWeight
 from megatron_lora.lora.layout import FACTORS_OF_TYPE, Factor, FactorKey, ModelShapes, ModuleLayout
 
 # The tensors of one linear by what they are in the arithmetic: whole, a rank's part, or an HF linear's part.
@@ -42,15 +43,17 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
+        self, x: Tensor, weight: BaseWeight, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
     ) -> Tensor:
         """`arithmetic.column_parallel` of base and adapter: [t, in] -> [T, out / tp]."""
 
     @abstractmethod
-    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Any, call: AdapterCall) -> Tensor:
+    def row(self, x: Tensor, weight: BaseWeight, values: Values, derived: Any, call: AdapterCall) -> Tensor:
         """`arithmetic.row_parallel` of base and adapter: [T, in / tp] -> [t, out], reduced over TP."""
 
-    def derive(self, weight: Tensor, values: Values, scale: float | Tensor, summed_over: TensorParallel | None) -> Any:
+    def derive(
+        self, weight: BaseWeight, values: Values, scale: float | Tensor, summed_over: TensorParallel | None
+    ) -> Any:
         """What the products need that follows from base and factors alone, a constant: computed once a step of the
         optimizer. None where nothing is needed. summed_over: ranks with the other columns of the weight, if any."""
         return None

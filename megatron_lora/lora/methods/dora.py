@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.layout import MAGNITUDE, A, B, Factor, ModelShapes, ModuleLayout
 from megatron_lora.lora.methods.additive import Lora
 from megatron_lora.lora.methods.base import ReadWeight, Values
 from megatron_lora.lora.peft_format import hf_name, put_segment_part, segment_part
-
-# Rows of a weight whose norm is taken at once: so many elements, so that the fp32 copies stay small.
-CHUNK_ELEMENTS = 1 << 24
 
 
 class Dora(Lora):
@@ -38,12 +36,14 @@ class Dora(Lora):
             for segment in block.segments:
                 a, b = (segment_part(factor, module, segment, factors[factor.name], shapes) for factor in (A, B))
                 weight = read(f"{hf_name(segment, module.layer)}.weight")
-                norm = row_norms(weight, a, b * block.scale)
+                norm = row_norms(DenseWeight(weight), a, b * block.scale)
                 put_segment_part(MAGNITUDE, module, segment, norm, magnitude, shapes)
         return {**factors, MAGNITUDE.name: magnitude}
 
     @torch.no_grad()
-    def derive(self, weight: Tensor, values: Values, scale: float | Tensor, summed_over: TensorParallel | None) -> Any:
+    def derive(
+        self, weight: BaseWeight, values: Values, scale: float | Tensor, summed_over: TensorParallel | None
+    ) -> Any:
         """[out] fp32: the norms, constants of the backward pass."""
         return row_norms(weight, values["A"], values["B"].float() * scale, summed_over)
 
@@ -53,11 +53,11 @@ class Dora(Lora):
         return magnitude * (magnitude != 0) / derived + (magnitude == 0)
 
     def column(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
+        self, x: Tensor, weight: BaseWeight, bias: Tensor | None, values: Values, derived: Any, call: AdapterCall
     ) -> Tensor:
         return self._rescaled(super().column(x, weight, None, values, None, call), bias, values, derived)
 
-    def row(self, x: Tensor, weight: Tensor, values: Values, derived: Any, call: AdapterCall) -> Tensor:
+    def row(self, x: Tensor, weight: BaseWeight, values: Values, derived: Any, call: AdapterCall) -> Tensor:
         return self._rescaled(super().row(x, weight, values, None, call), None, values, derived)
 
     def _rescaled(self, y: Tensor, bias: Tensor | None, values: Values, derived: Any) -> Tensor:
@@ -78,17 +78,16 @@ class Dora(Lora):
         return whole.mul_(gain[:, None]).sub_(base)
 
 
-def row_norms(weight: Tensor, a: Tensor, scaled_b: Tensor, summed_over: TensorParallel | None = None) -> Tensor:
+def row_norms(weight: BaseWeight, a: Tensor, scaled_b: Tensor, summed_over: TensorParallel | None = None) -> Tensor:
     """|W + sB A| of each output row: [out] fp32, from the norms of W and products of rank r.
 
     weight [out, in], a [R, in], scaled_b [out, R]: s B. summed_over: ranks that hold the other columns of W and A.
     """
     a, scaled_b = a.float(), scaled_b.float()
     gram = a @ a.t()
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[1])
     pieces = []
-    for start in range(0, weight.shape[0], rows):
-        w, b = weight[start : start + rows].float(), scaled_b[start : start + rows]
+    for rows, chunk in weight.row_chunks():
+        w, b = chunk.float(), scaled_b[rows]
         cross = w @ a.t()
         pieces.append(w.square().sum(1) + (b * (2 * cross + b @ gram)).sum(1))
     squares = torch.cat(pieces)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.base_weight import DenseWeight
 from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelShapes
 from megatron_lora.lora.methods import AdapterMethod, method_of
@@ -124,11 +125,11 @@ class AdaptedLinear(PeftLoraLinear):
     def _derive_from(self, weight: Tensor) -> Any:
         scale = self.scaling[ADAPTER_NAME]
         if not isinstance(weight, DTensor):
-            return self.method.derive(weight, self.factors, scale, None)
+            return self.method.derive(DenseWeight(weight), self.factors, scale, None)
         values: Any = {key: factor.to_local() for key, factor in self.factors.items()}  # type: ignore[operator]
         mesh, column = weight.device_mesh, weight.placements[0] == Shard(0)
         ranks = TensorParallel(mesh.get_group(), mesh.size(), self.tp_rank, sequence_parallel=False)
-        local = self.method.derive(weight.to_local(), values, scale, None if column else ranks)
+        local = self.method.derive(DenseWeight(weight.to_local()), values, scale, None if column else ranks)
         return DTensor.from_local(local, mesh, [Shard(0) if column else Replicate()], run_check=False)
 
     def factors_changed(self) -> None:
@@ -144,7 +145,7 @@ class AdaptedLinear(PeftLoraLinear):
             name = "input_mask" if self.dropout_before else "output_mask"
             masks[name] = self._local_mask((rows.shape[0], width), x, False)
         call = AdapterCall(_WHOLE, scale, input_mask=masks.get("input_mask"), output_mask=masks.get("output_mask"))
-        y = self.method.column(rows, base.weight, base.bias, self.factors, self._derive(), call)
+        y = self.method.column(rows, DenseWeight(base.weight), base.bias, self.factors, self._derive(), call)
         return y.view(*x.shape[:-1], -1)
 
     def _mask(self, like: Tensor) -> Tensor:
