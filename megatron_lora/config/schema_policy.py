@@ -59,6 +59,11 @@ class PolicyConfig(Section):
     """`policy`."""
 
     model_name: Place = Field(description="Hub name or local Hugging Face folder of the base model.")
+    hf_config_overrides: KeywordArguments = Field(
+        default_factory=dict,
+        description="Fields that replace those of the model's config.json, such as `rope_scaling` (YaRN) and "
+        "`max_position_embeddings`; merged exports and rollouts have them too.",
+    )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of the model's weights.")
     train_global_batch_size: PositiveInt = Field(
@@ -107,6 +112,11 @@ class PolicyConfig(Section):
         description="Torch schedulers of the DTensor backend, used with `optimizer`; null: a constant rate.",
     )
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Rollouts (GRPO).")
+
+    @field_validator("hf_config_overrides", mode="before")
+    @classmethod
+    def _none_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("scheduler", mode="before")
     @classmethod

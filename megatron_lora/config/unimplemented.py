@@ -165,7 +165,6 @@ TABLE: tuple[Group, ...] = (
         },
     ),
     # Model and batches
-    Group("policy", "models are loaded as they were published", {"hf_config_overrides": (None, {})}),
     Group("policy", "the router has no auxiliary loss here", _any("hf_config_overrides.router_aux_loss_coef")),
     Group(
         "policy",

@@ -99,7 +99,7 @@ def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str
     if not problems:
         problems += _rotary(model, megatron)
     if problems:
-        raise UserError(f"{model.source}/config.json cannot be honoured: {'; '.join(problems)}")
+        raise UserError(f"{model.config_name} cannot be honoured: {'; '.join(problems)}")
     return list(_notices(model))
 
 
@@ -224,6 +224,8 @@ def _rotary(model: HFModel, megatron: bool) -> Iterator[str]:
 
 def _notices(model: HFModel) -> Iterator[str]:
     config = model.config
+    if model.overrides:
+        yield from _override_notices(model)
     dropout = getattr(config, "attention_dropout", 0.0)
     if dropout:
         yield f"config.json: attention_dropout={dropout} is not applied; the base trains without dropout"
@@ -238,6 +240,18 @@ def _notices(model: HFModel) -> Iterator[str]:
         yield (
             f"config.json has fields that {type(config).__name__} does not have; transformers ignores them, and so "
             f"does this run: {', '.join(unknown)}"
+        )
+
+
+def _override_notices(model: HFModel) -> Iterator[str]:
+    unused = [name for name in model.overrides if name in WITHOUT_EFFECT]
+    if unused:
+        yield f"policy.hf_config_overrides: {', '.join(unused)} without effect on training"
+    used = {name: value for name, value in model.overrides.items() if name not in unused}
+    if used:
+        yield (
+            f"the base's config.json is read with {_shown(used)} (policy.hf_config_overrides): a merged export has it, "
+            "and whoever loads hf_adapter/ sets it on the base"
         )
 
 

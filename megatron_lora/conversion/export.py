@@ -6,6 +6,7 @@ The entry points carry NeMo RL's names and keyword names, so that its callers wo
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprin
 from megatron_lora.conversion.hf_model import read_hf_model
 from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.conversion.merge import Merger
-from megatron_lora.conversion.model_source import check_base, open_base
+from megatron_lora.conversion.model_source import check_base, open_base, overrides_of_run
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
 from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
@@ -52,8 +53,15 @@ def export_lora_adapter_to_hf(
     with output_folder(hf_ckpt_path) as out:
         spec, factors = _read_checked(adapter_ckpt)
         spec.base_model_name = hf_model_name or spec.base_model_name
+        overrides = _overrides(adapter_ckpt)
+        if overrides:
+            logger.warning(
+                "the adapter was trained on a base whose config.json was read with %s (policy.hf_config_overrides); "
+                "whoever loads it sets the same on the base",
+                overrides,
+            )
         if base_ckpt is not None or check_logits:
-            base = open_base(base_ckpt, hf_model_name, spec.base_model_name)
+            base = open_base(base_ckpt, hf_model_name, spec.base_model_name, overrides)
             check_base(spec, base)
         config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale)
         if not check_logits:
@@ -66,6 +74,10 @@ def export_lora_adapter_to_hf(
             with base.as_hf_folder(out.parent) as folder:
                 logger.info("logits agree to %.1e", check_adapter_logits(folder, spec, factors, out))
     return str(hf_ckpt_path)
+
+
+def _overrides(adapter_ckpt: str) -> dict[str, Any]:
+    return overrides_of_run(weights_folder(adapter_ckpt).parent.parent)
 
 
 def _read_checked(adapter_ckpt: str) -> tuple[AdapterSpec, dict[str, Tensor]]:
@@ -116,7 +128,7 @@ def merge_lora_to_hf(
     target = None if dtype is None else DTYPES[dtype]
     with output_folder(hf_ckpt_path) as out:
         spec, factors = _read_checked(adapter_ckpt)
-        base = open_base(base_ckpt, hf_model_name, spec.base_model_name)
+        base = open_base(base_ckpt, hf_model_name, spec.base_model_name, _overrides(adapter_ckpt))
         check_base(spec, base)
         merger = Merger(spec, factors, base.weights, target)
         metadata = {FINGERPRINT: fingerprint_adapter(factors)}

@@ -2,16 +2,18 @@
 
 import contextlib
 import copy
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_lora.conversion.config_overrides import ROPE_DICTS, overridden
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelShapes
 
@@ -28,16 +30,25 @@ SIZES = (
 _WINDOW_EVERYWHERE = ("mistral",)
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 _SOFTCAPPED = ("gemma2", "gemma3_text")
+# What an override may name although no class declares it: older spellings of `rope_parameters`.
+ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 _ACTIVATION_FIELDS = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
 
 
 @dataclass(frozen=True)
 class HFModel:
-    """source: the folder or hub name. content: config.json as it is written. config: transformers' object of it."""
+    """source: the folder or hub name. content: config.json as it is written, with `overrides` in it. config:
+    transformers' object of it. overrides: fields that the recipe replaced."""
 
     source: str
     content: Mapping[str, Any]
     config: Any
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_name(self) -> str:
+        """How messages name what describes the model."""
+        return f"{self.source}/config.json{' with policy.hf_config_overrides' if self.overrides else ''}"
 
     @property
     def family(self) -> str:
@@ -93,10 +104,11 @@ class HFModel:
         return result
 
 
-def read_hf_model(source: str | Path, what: str | None = None) -> HFModel:
+def read_hf_model(source: str | Path, what: str | None = None, overrides: Mapping[str, Any] | None = None) -> HFModel:
     """The model of a local folder (`~` stands for the home folder) or of a hub name, of which config.json is fetched.
 
-    what: how messages name it. Raises UserError where there is no config that transformers takes.
+    what: how messages name it. overrides: fields that replace config.json's (`policy.hf_config_overrides`). Raises
+    UserError where there is no config that transformers takes, and for an override that its class does not know.
     """
     from transformers import CONFIG_MAPPING, PreTrainedConfig  # slow to import
 
@@ -117,6 +129,9 @@ def read_hf_model(source: str | Path, what: str | None = None) -> HFModel:
             f"{what} is no folder or hub model that loads: its config.json {named}{custom}; use a Llama, Mistral, "
             "Qwen2, Qwen3 or Gemma 3 model"
         )
+    if overrides:
+        _check_overrides(overrides, content, CONFIG_MAPPING[family])
+        content = overridden(content, overrides)
     # A known family needs no code from the folder.
     plain = {key: copy.deepcopy(value) for key, value in content.items() if key != "auto_map"}
     try:
@@ -124,10 +139,30 @@ def read_hf_model(source: str | Path, what: str | None = None) -> HFModel:
             config = CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # a field of the user's may raise anything in transformers' own code
         sizes = ", ".join(f"{name}={plain[name]!r}" for name in SIZES if name in plain)
+        with_overrides = f" with policy.hf_config_overrides={dict(overrides)}" if overrides else ""
         raise UserError(
-            f"{what}: transformers does not take its config.json: {one_line(error)} (its sizes: {sizes or 'none'})"
+            f"{what}: transformers does not take its config.json{with_overrides}: {one_line(error)} "
+            f"(its sizes: {sizes or 'none'})"
         ) from error
-    return HFModel(place, content, config)
+    return HFModel(place, content, config, dict(overrides or {}))
+
+
+def _check_overrides(overrides: Mapping[str, Any], content: Mapping[str, Any], family: Any) -> None:
+    known = {entry.name for entry in fields(family)} | set(ROPE_NAMES)
+    for name in overrides:
+        if name == "model_type" and overrides[name] != content["model_type"]:
+            raise UserError(
+                f"policy.hf_config_overrides.model_type={overrides[name]!r}: the model is a {content['model_type']!r} "
+                "model, which no key changes; leave it out, or name another model in policy.model_name"
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            raise UserError(
+                f"policy.hf_config_overrides.{name}: transformers' {family.__name__} has no such field; "
+                + (f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}")
+            )
+    if all(name in overrides for name in ROPE_DICTS):
+        raise UserError("policy.hf_config_overrides has rope_scaling and rope_parameters, two names of one; give one")
 
 
 def build_empty(model: HFModel, **options: Any) -> Any:

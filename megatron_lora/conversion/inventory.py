@@ -3,6 +3,7 @@ the files alone."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.conversion.merge import FLOATS
@@ -33,15 +34,18 @@ def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder:
     problems = list(_problems(expected_tensors(model), weights, model.shapes.tied_embeddings))
     if problems:
         raise UserError(
-            f"{folder} does not hold the tensors of the model that its config describes: {'; '.join(problems)}; is it "
+            f"{folder} does not hold the tensors of the model that its config"
+            f"{' with policy.hf_config_overrides' if model.overrides else ''} describes: {'; '.join(problems)}; is it "
             "complete, and of this model?"
         )
     return weights
 
 
-def open_model(source: str | Path, folder: Path) -> tuple[HFModel, SafetensorsFolder]:
-    """Config and weights of a local folder. source: how the user named it."""
-    model = read_hf_model(folder, f"the model {source}")
+def open_model(
+    source: str | Path, folder: Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[HFModel, SafetensorsFolder]:
+    """Config and weights of a local folder. source: how the user named it. overrides: of config.json's fields."""
+    model = read_hf_model(folder, f"the model {source}", overrides)
     return model, open_weights(model, folder)
 
 

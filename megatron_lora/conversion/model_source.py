@@ -4,16 +4,18 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from megatron_lora.checksums import check_as_written
 from megatron_lora.conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
+from megatron_lora.conversion.config_overrides import overridden
 from megatron_lora.conversion.fingerprint import fingerprint_weights
 from megatron_lora.conversion.hf_model import read_hf_model
 from megatron_lora.conversion.inventory import open_model
@@ -33,22 +35,25 @@ HF_FOLDER = "hf"
 @dataclass(frozen=True)
 class ModelSource:
     """folder: config, generation config, tokenizer. weights: under HF names. tokenizer: a run's own, where there is
-    one."""
+    one. overrides: what a run has in place of fields of the folder's config."""
 
     folder: Path
     weights: WeightSource
     tokenizer: Path | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shapes(self) -> ModelShapes:
-        return read_hf_model(self.folder).shapes
+        return read_hf_model(self.folder, overrides=self.overrides).shapes
 
     def copy_small_files(self, out: Path, dtype: torch.dtype | None = None) -> None:
-        """Config, generation config, tokenizer, license: every file that is no weights. dtype: to name in the config;
-        None for the one that it names."""
+        """Config (with `overrides`), generation config, tokenizer, license: every file that is no weights. dtype: to
+        name in the config; None for the one that it names."""
         for path in sorted(self.folder.iterdir()):
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS):
                 shutil.copyfile(path, out / path.name)
+        if self.overrides:
+            _write_config(out, overridden(read_config(out), self.overrides))
         if dtype is not None:
             write_config_dtype(out, dtype)
         if self.tokenizer is not None:
@@ -59,11 +64,18 @@ class ModelSource:
     @contextmanager
     def as_hf_folder(self, beside: Path) -> Iterator[Path]:
         """A folder that transformers loads: this one, or a temporary one in the folder `beside`."""
-        if isinstance(self.weights, SafetensorsFolder):
+        in_place = isinstance(self.weights, SafetensorsFolder)
+        if in_place and not self.overrides:
             yield self.folder
             return
         with tempfile.TemporaryDirectory(dir=beside, prefix=".base-") as name:
             self.copy_small_files(Path(name))
+            if in_place:
+                for path in self.folder.iterdir():
+                    if path.name.endswith(WEIGHT_ENDINGS):
+                        (Path(name) / path.name).symlink_to(path.resolve())
+                yield Path(name)
+                return
             described = {key: (entry.dtype, entry.shape) for key, entry in self.weights.entries.items()}
             write_shards(Path(name), self.weights.shards, described, self.weights.read, title="base for the check")
             yield Path(name)
@@ -74,18 +86,26 @@ def write_config_dtype(folder: Path, dtype: torch.dtype) -> None:
     config = read_config(folder)
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_config(folder, config)
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def open_base(base_ckpt: str | None, hf_model_name: str | None, trained_on: str) -> ModelSource:
+def open_base(
+    base_ckpt: str | None, hf_model_name: str | None, trained_on: str, overrides: Mapping[str, Any] | None = None
+) -> ModelSource:
     """The base model: base_ckpt (an HF folder or a Megatron checkpoint), else hf_model_name, else trained_on.
 
-    Raises UserError where it cannot be found or read.
+    overrides: of its config's fields (`overrides_of_run`). Raises UserError where it cannot be found or read.
     """
+    given = dict(overrides or {})
     if base_ckpt is not None and _weights_folder(Path(base_ckpt)) is not None:
-        return open_checkpoint(base_ckpt, hf_model_name or trained_on)
+        return replace(open_checkpoint(base_ckpt, hf_model_name or trained_on), overrides=given)
     folder = find_base(base_ckpt, hf_model_name, trained_on)
-    return ModelSource(folder, open_model(hf_model_name or base_ckpt or trained_on, folder)[1])
+    weights = open_model(hf_model_name or base_ckpt or trained_on, folder, given)[1]
+    return ModelSource(folder, weights, overrides=given)
 
 
 def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) -> ModelSource:
@@ -114,8 +134,9 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
             raise UserError(f"{checkpoint} does not say which model it is; name it with --hf-model-name")
         folder = find_base(None, name, name, weights=False)
     tokenizer = top / "policy" / "tokenizer"
-    shapes = read_hf_model(folder).shapes
-    source = ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None)
+    overrides = overrides_of_run(top)
+    shapes = read_hf_model(folder, overrides=overrides).shapes
+    source = ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None, overrides)
     for used in (weights, top / HF_FOLDER, tokenizer):
         if used.is_dir():
             check_as_written(used)
@@ -125,7 +146,7 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
 def check_base(spec: AdapterSpec, base: ModelSource) -> None:
     """Raises UserError where the base has other shapes than the adapter's; warns where its weights are not the ones the
     adapter was trained on."""
-    check_shapes(spec, base.folder)
+    check_shapes(spec, base.folder, base.overrides)
     if spec.base_fingerprint is not None and fingerprint_weights(base.weights) != spec.base_fingerprint:
         logger.warning(
             "the weights in %s are not those that the adapter was trained on (%s); the result may be poor",
@@ -134,9 +155,9 @@ def check_base(spec: AdapterSpec, base: ModelSource) -> None:
         )
 
 
-def check_shapes(spec: AdapterSpec, folder: Path) -> None:
-    """Raises UserError where the config in an HF folder has other shapes than the adapter's."""
-    actual = read_hf_model(folder).shapes
+def check_shapes(spec: AdapterSpec, folder: Path, overrides: Mapping[str, Any] | None = None) -> None:
+    """Raises UserError where the config in an HF folder, with `overrides`, has other shapes than the adapter's."""
+    actual = read_hf_model(folder, overrides=overrides).shapes
     if actual != spec.shapes:
         wanted = asdict(spec.shapes)
         differing = [f"{key}={value} ({wanted[key]})" for key, value in asdict(actual).items() if value != wanted[key]]
@@ -151,12 +172,22 @@ def _weights_folder(checkpoint: Path) -> Path | None:
     return next((folder for folder in folders if (folder / ".metadata").is_file()), None)
 
 
+def overrides_of_run(step: Path) -> dict[str, Any]:
+    """policy.hf_config_overrides of a step folder's resolved recipe; empty where there is none."""
+    return dict(_policy_of_run(step).get("hf_config_overrides") or {})
+
+
 def _model_of_run(step: Path) -> str | None:
     """policy.model_name of a step folder's resolved recipe."""
+    return _policy_of_run(step).get("model_name")
+
+
+def _policy_of_run(step: Path) -> dict[str, Any]:
     recipe = step / "config.yaml"
     if not recipe.is_file():
-        return None
+        return {}
     try:
-        return yaml.safe_load(recipe.read_text())["policy"]["model_name"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        policy = yaml.safe_load(recipe.read_text())["policy"]
+        return dict(policy)
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{recipe} is damaged ({error!r}); name the model with --hf-model-name") from error

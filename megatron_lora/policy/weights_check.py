@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.base_model import cached_folder
-from megatron_lora.conversion.config_gate import check_config
+from megatron_lora.conversion.config_gate import WITHOUT_EFFECT, check_config
 from megatron_lora.conversion.fingerprint import fingerprint_base
-from megatron_lora.conversion.hf_model import HFModel, read_hf_model
+from megatron_lora.conversion.hf_model import ROPE_NAMES, HFModel, read_hf_model
 from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.errors import UserError
 
@@ -17,7 +17,15 @@ MEGATRON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 def read_base(policy: PolicyConfig) -> HFModel:
     """The recipe's model as its config describes it. Raises UserError where there is none."""
-    return read_hf_model(policy.model_name, f"policy.model_name={policy.model_name}")
+    return read_hf_model(policy.model_name, f"policy.model_name={policy.model_name}", policy.hf_config_overrides)
+
+
+def overridden_fields(policy: PolicyConfig, config: Any) -> dict[str, Any]:
+    """Those fields of the base's transformers config that `policy.hf_config_overrides` replaced, for other readers of
+    the model's folder."""
+    names = [name for name in policy.hf_config_overrides if name not in WITHOUT_EFFECT]
+    names = dict.fromkeys("rope_parameters" if name in ROPE_NAMES else name for name in names)
+    return {name: getattr(config, name) for name in names}
 
 
 def check_base(policy: PolicyConfig, model: HFModel) -> list[str]:

@@ -1,11 +1,13 @@
 """Starting vLLM inside a trainer's process: what it is asked for, what is refused, what stays as it was."""
 
+import copy
 import gc
 import importlib.util
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.methods import method_of
-from megatron_lora.policy.weights_check import read_base
+from megatron_lora.policy.weights_check import overridden_fields, read_base
 from megatron_lora.rollout.vllm_worker import ADAPTER_ID
 from megatron_lora.runtime.world import World
 
@@ -185,6 +187,9 @@ def engine_arguments(
     else:
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, max_model_len, dtype)
         arguments["worker_cls"] = CPU_WORKER
+    fields = overridden_fields(policy, model)
+    if fields:
+        arguments["hf_overrides"] = partial(_with_fields, fields)
     if adapter_rank is not None:
         arguments |= {
             "enable_lora": True,
@@ -194,6 +199,12 @@ def engine_arguments(
             "lora_target_modules": adapted,
         }
     return arguments | generation.vllm_kwargs
+
+
+def _with_fields(fields: Mapping[str, Any], config: Any) -> Any:
+    for name, value in fields.items():
+        setattr(config, name, copy.deepcopy(value))  # vLLM writes into what it is given
+    return config
 
 
 def _cpu_cache_bytes(model: Any, max_model_len: int, dtype: str) -> int:

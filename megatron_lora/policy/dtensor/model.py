@@ -45,7 +45,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
     missing, truncated or of other shapes."""
     options = policy.dtensor_cfg
     folder = find_base(None, policy.model_name, policy.model_name)
-    model, weights = open_model(policy.model_name, folder)
+    model, weights = open_model(policy.model_name, folder, policy.hf_config_overrides)
     shapes = model.shapes
     mesh = init_device_mesh(world.device.type, (world.dp, world.tp), mesh_dim_names=("dp", "tp"))
     hf = build_empty(model, dtype=DTYPES[policy.precision], attn_implementation=attention.NAME)

@@ -65,7 +65,7 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
     from megatron.bridge import AutoBridge
 
     folder = find_base(None, policy.model_name, policy.model_name)
-    model, weights = open_model(policy.model_name, folder)
+    model, weights = open_model(policy.model_name, folder, policy.hf_config_overrides)
     with _bridge_errors(policy.model_name):
         provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
     shapes = model.shapes
