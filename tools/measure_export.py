@@ -18,7 +18,7 @@ import torch
 from megatron_lora.conversion.adapter_checkpoint import write_adapter
 from megatron_lora.conversion.model_names import hf_shape, model_parameters
 from megatron_lora.conversion.safetensors_io import write_tensors
-from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,7 +77,7 @@ ROWS = {
 
 def build(folder: Path) -> tuple[int, int]:
     """A base and an adapter checkpoint on all linears, both bf16; returns their bytes."""
-    shapes = ModelShapes.from_hf_config(CONFIG)
+    shapes = ModelSpec.from_hf_config(CONFIG)
     (folder / "base").mkdir()
     (folder / "base" / "config.json").write_text(json.dumps(CONFIG))
     described = {
@@ -88,7 +88,7 @@ def build(folder: Path) -> tuple[int, int]:
     torch.manual_seed(0)
     tensors = ((name, torch.randn(shape, dtype=dtype) * 0.02) for name, (dtype, shape) in described.items())
     base_bytes = write_tensors(folder / "base" / "model.safetensors", described, tensors)
-    names = [module_name(kind, layer) for layer in range(shapes.num_layers) for kind in KINDS[:-1]]
+    names = [module_name(kind, layer) for layer in range(shapes.num_layers) for kind in shapes.kinds[:-1]]
     modules = [build_layout(name, RANK, ALPHA, shapes) for name in names]
     spec = AdapterSpec(str(folder / "base"), shapes, modules)
     factors = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 for name, shape in spec.factor_shapes().items()}

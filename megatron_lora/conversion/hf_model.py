@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import logging
 import os
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_lora.conversion.config_overrides import ROPE_DICTS, overridden
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 
 SIZES = (
     "vocab_size",
@@ -26,6 +27,7 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+BIAS_SWITCHES = {"attention_bias", "mlp_bias"}
 # Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
 _WINDOW_EVERYWHERE = ("mistral",)
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -55,9 +57,14 @@ class HFModel:
         return self.config.model_type
 
     @cached_property
-    def shapes(self) -> ModelShapes:
+    def shapes(self) -> ModelSpec:
         """Raises UserError for a family whose linears are not known here."""
-        return ModelShapes.from_hf_config(self.config.to_dict())
+        content = self.config.to_dict()
+        declared = {item.name for item in dataclasses.fields(self.config)}
+        # transformers keeps these of a family whose class does not have them, and does not apply them.
+        for name in BIAS_SWITCHES - declared:
+            content.pop(name, None)
+        return ModelSpec.from_hf_config(content)
 
     @cached_property
     def empty(self) -> Any:

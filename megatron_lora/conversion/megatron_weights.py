@@ -9,7 +9,7 @@ from megatron_lora.conversion.model_names import ModelParameter, check_names, hf
 from megatron_lora.conversion.safetensors_io import SINGLE_FILE, sample_positions, tensor_bytes
 from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
 HF_EMBEDDING = "model.embed_tokens.weight"
@@ -18,7 +18,7 @@ HF_EMBEDDING = "model.embed_tokens.weight"
 class MegatronWeights:
     """A `WeightSource`. Holds one fused tensor and a part of it at a time."""
 
-    def __init__(self, folder: Path, shapes: ModelShapes):
+    def __init__(self, folder: Path, shapes: ModelSpec):
         """folder: the weights. Raises UserError where they are damaged, or not those of a model of these shapes."""
         self.folder = folder
         self.shapes = shapes

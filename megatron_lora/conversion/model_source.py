@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.shard_writer import write_shards
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class ModelSource:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def shapes(self) -> ModelShapes:
+    def shapes(self) -> ModelSpec:
         return read_hf_model(self.folder, overrides=self.overrides).shapes
 
     def copy_small_files(self, out: Path, dtype: torch.dtype | None = None) -> None:
@@ -159,8 +159,7 @@ def check_shapes(spec: AdapterSpec, folder: Path, overrides: Mapping[str, Any] |
     """Raises UserError where the config in an HF folder, with `overrides`, has other shapes than the adapter's."""
     actual = read_hf_model(folder, overrides=overrides).shapes
     if actual != spec.shapes:
-        wanted = asdict(spec.shapes)
-        differing = [f"{key}={value} ({wanted[key]})" for key, value in asdict(actual).items() if value != wanted[key]]
+        differing = spec.shapes.differences(actual)
         raise UserError(
             f"the adapter is for another base: {folder} has {', '.join(differing)}, in brackets what the adapter has"
         )

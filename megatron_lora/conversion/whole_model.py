@@ -19,7 +19,7 @@ from megatron_lora.conversion.shard_writer import check_shards, progress_bar, wr
 from megatron_lora.conversion.torch_dist import StoredTensor, write_torch_dist
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.sharding import placement
 
 logger = logging.getLogger(__name__)
@@ -76,18 +76,18 @@ def convert_megatron_to_hf(
     return str(hf_ckpt_path)
 
 
-def _check_layout(shapes: ModelShapes, tp: int, pp: int) -> None:
+def _check_layout(shapes: ModelSpec, tp: int, pp: int) -> None:
     if tp < 1 or pp < 1:
         raise UserError(f"--tp {tp} --pp {pp}: both must be at least 1")
-    for kind in KINDS[:-1]:
-        placement("B", kind, shapes, 0, tp)
-        placement("A", kind, shapes, 0, tp)
+    for linear in shapes.linears[:-1]:
+        placement("B", linear.kind, shapes, 0, tp)
+        placement("A", linear.kind, shapes, 0, tp)
     if pp > shapes.num_layers:
         raise UserError(f"--pp {pp} is above the model's {shapes.num_layers} layers; use at most {shapes.num_layers}")
 
 
 def _write_weights(
-    folder: Path, parameters: list[ModelParameter], weights: WeightSource, shapes: ModelShapes, show_progress: bool
+    folder: Path, parameters: list[ModelParameter], weights: WeightSource, shapes: ModelSpec, show_progress: bool
 ) -> None:
     by_name = {parameter.name: parameter for parameter in parameters}
     entries = {}

@@ -12,7 +12,7 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.frozen_linear import FrozenLinear
 from megatron_lora.lora.init import Factors
-from megatron_lora.lora.layout import COLUMN_PARALLEL, AdapterSpec, FactorKey, ModuleLayout
+from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
 from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.sharding import shard
@@ -88,7 +88,7 @@ def _adapt(
     tp: TensorParallel,
 ) -> LoRALinear:
     weight = base_weight_of(base)
-    column = layout.kind in COLUMN_PARALLEL
+    column = spec.shapes.linear(layout.kind).parallel == "column"
     all_to_all = options.all_to_all and not column and tp.sequence_parallel
     padded = weight.shape[0] * tp.size if layout.kind == "output_layer" else None
 

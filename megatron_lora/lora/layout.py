@@ -15,20 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import PATHS, LinearSpec, ModelSpec
 
-Kind = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"]
 Axis = Literal["rank", "in", "out"]
 FactorKey = Literal["A", "B", "magnitude"]
-
-KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
-COLUMN_PARALLEL: frozenset[str] = frozenset({"linear_qkv", "linear_fc1", "output_layer"})
-# Where a kind stands in a Megatron decoder layer.
-PARENTS = {
-    "linear_qkv": "self_attention",
-    "linear_proj": "self_attention",
-    "linear_fc1": "mlp",
-    "linear_fc2": "mlp",
-}
 
 
 @dataclass(frozen=True)
@@ -61,103 +51,33 @@ ADAPTER_FILE = "adapter.json"
 ADAPTER_FORMAT = "megatron-lora-adapter"
 ADAPTER_VERSION = 1
 
-# Families whose HF linears are self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj under model.layers.
-HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 
-# Families whose config can ask for biases; the others ignore such a field.
-ATTENTION_BIAS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text")
-MLP_BIAS = ("llama",)
-
-
-@dataclass(frozen=True)
-class ModelShapes:
-    """The sizes of a decoder that decide every factor's shape, and which parameters it has. vocab_size is the model's
-    own, without padding. attention_bias: q, k, v and o have biases (qwen2's q, k, v always have); mlp_bias: gate, up
-    and down have."""
-
-    model_type: str
-    hidden_size: int
-    ffn_hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    tied_embeddings: bool
-    gated: bool = True
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any]) -> "ModelShapes":
-        """The shapes of an HF `config.json` (its content as a mapping).
-
-        Raises UserError for a family whose linears have other names, or where a size is missing.
-        """
-        model_type = config.get("model_type")
-        if model_type not in HF_MODEL_TYPES:
-            raise UserError(
-                f"model_type={model_type!r} in the base model's config.json is not a family whose linears are known; "
-                f"use one of {', '.join(HF_MODEL_TYPES)}"
-            )
-        try:
-            heads = int(config["num_attention_heads"])
-            hidden = int(config["hidden_size"])
-            # gemma's config classes have tied embeddings by default and leave the key out of config.json.
-            tied = config.get("tie_word_embeddings")
-            return cls(
-                model_type=model_type,
-                hidden_size=hidden,
-                ffn_hidden_size=int(config["intermediate_size"]),
-                num_layers=int(config["num_hidden_layers"]),
-                num_attention_heads=heads,
-                num_query_groups=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                vocab_size=int(config["vocab_size"]),
-                tied_embeddings=model_type.startswith("gemma") if tied is None else bool(tied),
-                attention_bias=model_type in ATTENTION_BIAS and bool(config.get("attention_bias")),
-                mlp_bias=model_type in MLP_BIAS and bool(config.get("mlp_bias")),
-            )
-        except KeyError as error:
-            raise UserError(f"the base model's config.json has no {error.args[0]!r}; is the file complete?") from error
-
-
-def segments_of(kind: str, shapes: ModelShapes) -> tuple[str, ...]:
+def segments_of(kind: str, shapes: ModelSpec) -> tuple[str, ...]:
     """The HF linears that a fused linear covers, in HF order."""
-    if kind == "linear_fc1":
-        return ("gate", "up") if shapes.gated else ("up",)
-    return {
-        "linear_qkv": ("q", "k", "v"),
-        "linear_proj": ("o",),
-        "linear_fc2": ("down",),
-        "output_layer": ("lm_head",),
-    }[kind]
+    return shapes.linear(kind).segments
 
 
-def features(kind: str, shapes: ModelShapes) -> tuple[int, int]:
+def features(kind: str, shapes: ModelSpec) -> tuple[int, int]:
     """(in features, out features) of a whole fused linear (TP=1, no vocabulary padding)."""
-    query = shapes.num_attention_heads * shapes.head_dim
-    return {
-        "linear_qkv": (shapes.hidden_size, query + 2 * shapes.num_query_groups * shapes.head_dim),
-        "linear_proj": (query, shapes.hidden_size),
-        "linear_fc1": (shapes.hidden_size, shapes.ffn_hidden_size * (2 if shapes.gated else 1)),
-        "linear_fc2": (shapes.ffn_hidden_size, shapes.hidden_size),
-        "output_layer": (shapes.hidden_size, shapes.vocab_size),
-    }[kind]
+    linear = shapes.linear(kind)
+    return linear.in_features, linear.out_features
 
 
-def segment_rows(kind: str, shapes: ModelShapes, segment: str) -> Tensor:
+def segment_rows(kind: str, shapes: ModelSpec, segment: str) -> Tensor:
     """[rows] int64: the rows of B (global order) that belong to one HF linear, in that linear's own row order."""
-    out = features(kind, shapes)[1]
-    if kind == "linear_qkv":
-        per_group = shapes.num_attention_heads // shapes.num_query_groups
-        grid = torch.arange(out).view(shapes.num_query_groups, per_group + 2, shapes.head_dim)
-        part = {"q": grid[:, :per_group], "k": grid[:, per_group], "v": grid[:, per_group + 1]}[segment]
-        return part.reshape(-1)
-    names = segments_of(kind, shapes)
-    size = out // len(names)
-    start = names.index(segment) * size
-    return torch.arange(start, start + size)
+    return rows_of_part(shapes.linear(kind), segment)
+
+
+def rows_of_part(linear: LinearSpec, segment: str) -> Tensor:
+    """`segment_rows` of a linear, or of the part of one that a rank holds."""
+    grid = torch.arange(linear.out_features).view(linear.groups, -1)
+    start = 0
+    for part in linear.parts:
+        stop = start + part.rows // linear.groups
+        if part.segment == segment:
+            return grid[:, start:stop].reshape(-1)
+        start = stop
+    raise KeyError(segment)
 
 
 @dataclass(frozen=True)
@@ -195,7 +115,7 @@ class ModuleLayout:
     `decoder.layers.3.self_attention.linear_qkv`, or `output_layer`."""
 
     name: str
-    kind: Kind
+    kind: str
     blocks: tuple[Block, ...]
 
     @property
@@ -204,37 +124,33 @@ class ModuleLayout:
         return self.blocks[-1].stop
 
     @property
-    def parallel(self) -> Literal["column", "row"]:
-        return "column" if self.kind in COLUMN_PARALLEL else "row"
-
-    @property
     def layer(self) -> int | None:
         """The global layer number; None for the output layer."""
         return None if self.kind == "output_layer" else int(self.name.split(".")[2])
 
-    def in_features(self, shapes: ModelShapes) -> int:
+    def in_features(self, shapes: ModelSpec) -> int:
         return features(self.kind, shapes)[0]
 
-    def out_features(self, shapes: ModelShapes) -> int:
+    def out_features(self, shapes: ModelSpec) -> int:
         return features(self.kind, shapes)[1]
 
     def scales(self) -> Tensor:
         """[R] fp32: the scale of each rank row of A."""
         return torch.cat([torch.full((block.rank,), block.scale, dtype=torch.float32) for block in self.blocks])
 
-    def factor_shape(self, factor: Factor, shapes: ModelShapes) -> tuple[int, ...]:
+    def factor_shape(self, factor: Factor, shapes: ModelSpec) -> tuple[int, ...]:
         """The shape of the whole factor (TP=1, no vocabulary padding)."""
         sizes = {"rank": self.rank, "in": self.in_features(shapes), "out": self.out_features(shapes)}
         return tuple(sizes[axis] for axis in factor.axes)
 
-    def num_trained(self, factor: Factor, shapes: ModelShapes) -> int:
+    def num_trained(self, factor: Factor, shapes: ModelSpec) -> int:
         """Entries of one factor that train: all, but for output rows (of a block's ranks) that no block serves."""
         mask = self.b_mask(shapes) if "out" in factor.axes else None
         if mask is None:
             return math.prod(self.factor_shape(factor, shapes))
         return int(mask.sum()) if "rank" in factor.axes else int(mask.any(1).sum())
 
-    def b_mask(self, shapes: ModelShapes) -> Tensor | None:
+    def b_mask(self, shapes: ModelSpec) -> Tensor | None:
         """[out, R] bool: the entries of B that may be non-zero; None where all may."""
         names = set(segments_of(self.kind, shapes))
         if all(set(block.segments) == names for block in self.blocks):
@@ -248,16 +164,17 @@ class ModuleLayout:
 
 def module_name(kind: str, layer: int | None) -> str:
     """The full Megatron name of a linear; layer is None for the output layer."""
-    return kind if layer is None else f"decoder.layers.{layer}.{PARENTS[kind]}.{kind}"
+    return kind if layer is None else f"decoder.layers.{layer}.{PATHS[kind]}"
 
 
 def build_layout(
-    name: str, rank: int, alpha: float, shapes: ModelShapes, segments: Sequence[str] | None = None
+    name: str, rank: int, alpha: float, shapes: ModelSpec, segments: Sequence[str] | None = None
 ) -> ModuleLayout:
     """The layout of a new adapter on the linear `name`: one block, A shared among its segments (None: all of them)."""
-    kind = name.rsplit(".", 1)[-1]
-    if kind not in KINDS:
-        raise UserError(f"{name} is not a linear that can carry an adapter; their names end in {', '.join(KINDS)}")
+    kind = next((linear.kind for linear in shapes.linears if f".{name}".endswith(f".{linear.kind}")), None)
+    if kind is None:
+        kinds = ", ".join(linear.kind for linear in shapes.linears)
+        raise UserError(f"{name} is not a linear that can carry an adapter; their names end in {kinds}")
     covered = [name for name in segments_of(kind, shapes) if segments is None or name in segments]
     block = Block.build(covered, 0, rank, alpha)
     return ModuleLayout(name=name, kind=kind, blocks=(block,))
@@ -272,7 +189,7 @@ class AdapterSpec:
     """
 
     base_model_name: str
-    shapes: ModelShapes
+    shapes: ModelSpec
     modules: list[ModuleLayout]
     base_fingerprint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -325,9 +242,14 @@ class AdapterSpec:
                 )
                 for module in content["modules"]
             ]
+            shapes = ModelSpec.from_json(content["shapes"])
+            for module in modules:
+                known = shapes.linear(module.kind).segments
+                if any(segment not in known for block in module.blocks for segment in block.segments):
+                    raise KeyError(module.name)
             return cls(
                 base_model_name=content["base_model_name"],
-                shapes=ModelShapes(**content["shapes"]),
+                shapes=shapes,
                 modules=modules,
                 base_fingerprint=content["base_fingerprint"],
                 settings=dict(content["settings"]),

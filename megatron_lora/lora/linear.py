@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.frozen_linear import FrozenColumnParallelLinear, FrozenLinear, FrozenRowParallelLinear
-from megatron_lora.lora.layout import Factor, FactorKey, ModelShapes, ModuleLayout
+from megatron_lora.lora.layout import Factor, FactorKey, ModelSpec, ModuleLayout
 from megatron_lora.lora.methods import AdapterMethod
 from megatron_lora.lora.sharding import split_axis
 
@@ -42,7 +42,7 @@ class LoRALinear(FrozenLinear):
         self,
         base: torch.nn.Module,
         layout: ModuleLayout,
-        shapes: ModelShapes,
+        shapes: ModelSpec,
         config: TransformerConfig,
         tp: TensorParallel,
         *,

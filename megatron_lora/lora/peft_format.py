@@ -16,8 +16,7 @@ from megatron_lora.lora.layout import (
     Block,
     Factor,
     FactorKey,
-    Kind,
-    ModelShapes,
+    ModelSpec,
     ModuleLayout,
     features,
     module_name,
@@ -27,20 +26,9 @@ from megatron_lora.lora.layout import (
 from megatron_lora.lora.peft_config import PeftPatterns, build_config, read_patterns
 
 Values = Mapping[FactorKey, Tensor]
-LAYER_KINDS: tuple[Kind, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 PREFIX = "base_model.model."
 # peft adds this copy of the frozen base where lm_head is a target. It is no part of the adapter.
 BASE_HEAD = f"{PREFIX}lm_head.base_layer.weight"
-HF_LEAVES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-    "lm_head": "lm_head",
-}
 
 
 @dataclass(frozen=True)
@@ -48,34 +36,33 @@ class HFLinear:
     """One HF linear: its module name in the HF model, and the fused linear and segment that it is."""
 
     name: str
-    kind: Kind
+    kind: str
     segment: str
     layer: int | None
 
 
-def hf_name(segment: str, layer: int | None) -> str:
+def hf_name(module: ModuleLayout, segment: str, shapes: ModelSpec) -> str:
     """The HF module name of a segment, e.g. `model.layers.3.self_attn.q_proj`, or `lm_head`."""
-    return HF_LEAVES[segment] if layer is None else f"model.layers.{layer}.{HF_LEAVES[segment]}"
+    return shapes.linear(module.kind).hf_name(segment, module.layer)
 
 
-def hf_linears(shapes: ModelShapes) -> dict[str, HFLinear]:
+def hf_linears(shapes: ModelSpec) -> dict[str, HFLinear]:
     """Every HF linear of the model that can carry an adapter, by name, layer by layer in the forward's order."""
     result: dict[str, HFLinear] = {}
-    for layer in range(shapes.num_layers):
-        for kind in LAYER_KINDS:
-            for segment in segments_of(kind, shapes):
-                name = hf_name(segment, layer)
-                result[name] = HFLinear(name, kind, segment, layer)
-    result["lm_head"] = HFLinear("lm_head", "output_layer", "lm_head", None)
+    for layer in [*range(shapes.num_layers), None]:
+        for linear in shapes.adaptable(layer):
+            for segment in linear.segments:
+                name = linear.hf_name(segment, layer)
+                result[name] = HFLinear(name, linear.kind, segment, layer)
     return result
 
 
-def segment_features(linear: HFLinear, shapes: ModelShapes) -> tuple[int, int]:
+def segment_features(linear: HFLinear, shapes: ModelSpec) -> tuple[int, int]:
     """(in features, out features) of one HF linear."""
     return features(linear.kind, shapes)[0], segment_rows(linear.kind, shapes, linear.segment).numel()
 
 
-def segment_part(factor: Factor, module: ModuleLayout, segment: str, whole: Tensor, shapes: ModelShapes) -> Tensor:
+def segment_part(factor: Factor, module: ModuleLayout, segment: str, whole: Tensor, shapes: ModelSpec) -> Tensor:
     """The part of a fused factor that belongs to one HF linear, in memory of its own. A block serves the segment."""
     block = block_of(module, segment)
     assert block is not None
@@ -89,7 +76,7 @@ def segment_part(factor: Factor, module: ModuleLayout, segment: str, whole: Tens
 
 
 def put_segment_part(
-    factor: Factor, module: ModuleLayout, segment: str, part: Tensor, whole: Tensor, shapes: ModelShapes
+    factor: Factor, module: ModuleLayout, segment: str, part: Tensor, whole: Tensor, shapes: ModelSpec
 ) -> None:
     """The inverse of `segment_part`: write one HF linear's part into the fused factor."""
     block = block_of(module, segment)
@@ -127,7 +114,7 @@ def to_hf(
             block = block_of(module, segment)
             if block is None:
                 continue
-            name = hf_name(segment, module.layer)
+            name = hf_name(module, segment, spec.shapes)
             patterns[name] = (block.rank, block.alpha)
             scales[name] = block.scale
             for factor in spec.factors:
@@ -163,7 +150,7 @@ def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
     for module in spec.modules:
         for factor in spec.factors:
             parts = {
-                segment: tensors[peft_name(hf_name(segment, module.layer), factor)]
+                segment: tensors[peft_name(hf_name(module, segment, spec.shapes), factor)]
                 for segment in _written(factor, module)
             }
             fused[f"{module.name}.{factor.name}"] = _fuse(factor, module, parts, spec.shapes)
@@ -184,7 +171,7 @@ def _written(factor: Factor, module: ModuleLayout) -> list[str]:
 def from_hf(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     base_model_name: str | None = None,
     base_fingerprint: str | None = None,
 ) -> tuple[AdapterSpec, dict[str, Tensor]]:
@@ -200,12 +187,13 @@ def from_hf(
     fused: dict[str, Tensor] = {}
     modules: list[ModuleLayout] = []
     for layer in [*range(shapes.num_layers), None]:
-        for kind in ("output_layer",) if layer is None else LAYER_KINDS:
-            present = {s: found[hf_name(s, layer)] for s in segments_of(kind, shapes) if hf_name(s, layer) in found}
+        for linear in shapes.adaptable(layer):
+            names = {segment: linear.hf_name(segment, layer) for segment in linear.segments}
+            present = {segment: found[hf] for segment, hf in names.items() if hf in found}
             if not present:
                 continue
-            name = module_name(kind, layer)
-            module = ModuleLayout(name, kind, _group_segments(present, layer, patterns))
+            name = module_name(linear.kind, layer)
+            module = ModuleLayout(name, linear.kind, _group_segments(present, names, patterns))
             modules.append(module)
             dtype = _widest(part for parts in present.values() for part in parts.values())
             for factor in table:
@@ -216,7 +204,7 @@ def from_hf(
     return AdapterSpec(name, shapes, modules, base_fingerprint, settings, patterns.type), fused
 
 
-def _fuse(factor: Factor, module: ModuleLayout, parts: Mapping[str, Tensor], shapes: ModelShapes) -> Tensor:
+def _fuse(factor: Factor, module: ModuleLayout, parts: Mapping[str, Tensor], shapes: ModelSpec) -> Tensor:
     """One fused factor from its segments' parts; rows that no block serves are zero."""
     whole = torch.zeros(module.factor_shape(factor, shapes), dtype=_widest(parts.values()))
     for segment in _written(factor, module):
@@ -228,12 +216,14 @@ def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _group_segments(factors: Mapping[str, Values], layer: int | None, patterns: PeftPatterns) -> tuple[Block, ...]:
+def _group_segments(
+    factors: Mapping[str, Values], hf_names: Mapping[str, str], patterns: PeftPatterns
+) -> tuple[Block, ...]:
     """The blocks of one fused linear: segments with the same A, rank and alpha go together."""
     groups: list[tuple[list[str], Tensor, int, float]] = []
     for segment, own in factors.items():
         a = own["A"]
-        rank, alpha = patterns.rank_and_alpha(hf_name(segment, layer))
+        rank, alpha = patterns.rank_and_alpha(hf_names[segment])
         for names, other, other_rank, other_alpha in groups:
             if (rank, alpha) == (other_rank, other_alpha) and _same_bits(a, other):
                 names.append(segment)
@@ -249,7 +239,7 @@ def _group_segments(factors: Mapping[str, Values], layer: int | None, patterns: 
 
 
 def _collect_factors(
-    tensors: Mapping[str, Tensor], table: Sequence[Factor], patterns: PeftPatterns, shapes: ModelShapes
+    tensors: Mapping[str, Tensor], table: Sequence[Factor], patterns: PeftPatterns, shapes: ModelSpec
 ) -> dict[str, Values]:
     """HF linear -> its factors, after every name and shape was checked against config and model."""
     linears = hf_linears(shapes)
@@ -285,7 +275,7 @@ def _collect_factors(
     return result
 
 
-def _check_shape(key: str, tensor: Tensor, factor: Factor, linear: HFLinear, rank: int, shapes: ModelShapes) -> None:
+def _check_shape(key: str, tensor: Tensor, factor: Factor, linear: HFLinear, rank: int, shapes: ModelSpec) -> None:
     inputs, outputs = segment_features(linear, shapes)
     sizes = {"in": inputs, "out": outputs, "rank": rank}
     wanted = tuple(sizes[axis] for axis in factor.axes)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import COLUMN_PARALLEL, FACTORS, FactorKey, ModelShapes, features, segments_of
+from megatron_lora.lora.layout import FACTORS, FactorKey, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Placement:
 def placement(
     factor: FactorKey,
     kind: str,
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     tp_rank: int,
     tp_size: int,
     *,
@@ -50,19 +50,21 @@ def placement(
 ) -> Placement:
     """Where the slice of `tp_rank` lies. a2a: row-parallel B is split too. padded_vocab_size: rows of the output layer
     over all ranks, by default the vocabulary itself. Raises UserError where the TP size does not divide."""
-    axis = split_axis(factor, kind in COLUMN_PARALLEL, a2a=a2a)
+    linear = shapes.linear(kind)
+    axis = split_axis(factor, linear.parallel == "column", a2a=a2a)
     if axis is None:
         return Placement(None, 0, ())
-    inputs, outputs = features(kind, shapes)
-    if kind not in COLUMN_PARALLEL:
-        size = inputs if FACTORS[factor].axes[axis] == "in" else outputs
+    if linear.parallel == "row":
+        size = linear.in_features if FACTORS[factor].axes[axis] == "in" else linear.out_features
         return _even_placement(axis, size, 1, tp_rank, tp_size)
     if kind == "output_layer":
-        return _vocabulary_placement(axis, shapes.vocab_size, padded_vocab_size or outputs, tp_rank, tp_size)
-    if kind == "linear_qkv":
-        _divide("query groups", shapes.num_query_groups, tp_size)
-    parts = len(segments_of(kind, shapes)) if kind == "linear_fc1" else 1
-    return _even_placement(axis, outputs, parts, tp_rank, tp_size)
+        return _vocabulary_placement(
+            axis, shapes.vocab_size, padded_vocab_size or linear.out_features, tp_rank, tp_size
+        )
+    if linear.interleaved:
+        _divide("query groups", linear.groups, tp_size)
+    parts = 1 if linear.interleaved else len(linear.parts)
+    return _even_placement(axis, linear.out_features, parts, tp_rank, tp_size)
 
 
 def split_axis(factor: FactorKey, column: bool, *, a2a: bool = False) -> int | None:
@@ -79,7 +81,7 @@ def shard(
     kind: str,
     tp_rank: int,
     tp_size: int,
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     a2a: bool = False,
     padded_vocab_size: int | None = None,
 ) -> Tensor:
@@ -100,7 +102,7 @@ def unshard(
     shards: Sequence[Tensor],
     factor: FactorKey,
     kind: str,
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     a2a: bool = False,
 ) -> Tensor:
     """The full factor from all ranks' slices, in rank order; vocabulary padding is cut off."""

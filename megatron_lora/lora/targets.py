@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, Block, ModelShapes, ModuleLayout, module_name
+from megatron_lora.lora.layout import Block, ModelSpec, ModuleLayout, module_name
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
 Naming = Literal["megatron", "hf"]
@@ -22,7 +22,7 @@ class Selection:
 
 
 def select_linears(
-    shapes: ModelShapes, target_modules: Sequence[str], exclude_modules: Sequence[str], *, key: str, naming: Naming
+    shapes: ModelSpec, target_modules: Sequence[str], exclude_modules: Sequence[str], *, key: str, naming: Naming
 ) -> Selection:
     """The linears that a recipe's section `key` adapts.
 
@@ -60,7 +60,7 @@ def build_modules(
     linears: Sequence[HFLinear],
     rank: int,
     alpha: float,
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     *,
     ranks: Mapping[str, int] | None = None,
     alphas: Mapping[str, float] | None = None,
@@ -89,7 +89,7 @@ def build_modules(
 
 
 def match_patterns[Value: (int, float)](
-    shapes: ModelShapes, adapted: Sequence[HFLinear], patterns: Mapping[str, Value], *, key: str, naming: Naming
+    shapes: ModelSpec, adapted: Sequence[HFLinear], patterns: Mapping[str, Value], *, key: str, naming: Naming
 ) -> dict[str, Value]:
     """HF linear -> its value in the recipe's `key`, for the adapted linears that a pattern names (in the forms of
     `select_linears`); the first pattern that names a linear counts. Raises UserError for one that names none."""
@@ -139,7 +139,10 @@ class _Matcher:
 
     def _no_match(self, pattern: str) -> UserError:
         hf_paths, fused_paths = ([linear.name for linear in self.linears], list(map(_fused_name, self.linears)))
-        hf_leaves, fused_leaves = list(dict.fromkeys(map(_leaf, hf_paths))), list(KINDS)
+        hf_leaves, fused_leaves = (
+            list(dict.fromkeys(map(_leaf, hf_paths))),
+            list(dict.fromkeys(linear.kind for linear in self.linears)),
+        )
         own = [*fused_leaves, *fused_paths] if self.naming == "megatron" else [*hf_leaves, *hf_paths]
         other = [*hf_leaves, *hf_paths] if self.naming == "megatron" else [*fused_leaves, *fused_paths]
         near = difflib.get_close_matches(pattern, dict.fromkeys([*own, *other]), n=3, cutoff=0.3)

@@ -1,7 +1,7 @@
 """The adapter a run starts with: drawn from a seed, or read from an HF PEFT folder."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.export import read_peft_folder
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelShapes, ModuleLayout, segments_of
+from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelSpec, ModuleLayout, segments_of
 from megatron_lora.lora.methods import ReadWeight, method_of
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
@@ -29,7 +29,7 @@ class StartingAdapter:
     notices: list[str] = field(default_factory=list)
 
 
-def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model_name: str) -> StartingAdapter:
+def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_name: str) -> StartingAdapter:
     """The recipe's adapter. Raises UserError for a pattern that fits nothing, or a folder that does not fit."""
     fingerprint = local_fingerprint(model_name)
     settings = config.model_dump(mode="json", exclude={"enabled"})
@@ -50,7 +50,7 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelShapes, model
     return StartingAdapter(spec, None, chosen.notices)
 
 
-def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes: ModelShapes) -> list[ModuleLayout]:
+def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes: ModelSpec) -> list[ModuleLayout]:
     """What the recipe's keys describe, on the linears that were chosen."""
     naming = _naming(config)
     values = {
@@ -86,7 +86,7 @@ def _naming(config: PeftConfig | LoraConfig) -> Naming:
     return "megatron" if isinstance(config, PeftConfig) else "hf"
 
 
-def _unused_settings(config: PeftConfig | LoraConfig, spec: AdapterSpec, shapes: ModelShapes) -> list[str]:
+def _unused_settings(config: PeftConfig | LoraConfig, spec: AdapterSpec, shapes: ModelSpec) -> list[str]:
     """A notice where the folder of `init_adapter` is another adapter than the recipe's keys describe."""
     wanted = _linears(_modules_of_keys(config, _select(config, shapes), shapes))
     found = _linears(spec.modules)
@@ -119,7 +119,7 @@ def _describe_linears(linears: Mapping[str, tuple[int, float, float]]) -> str:
     return f"{len(linears)} linears ({', '.join(kinds)}), {', '.join(sizes)}"
 
 
-def _select(config: PeftConfig | LoraConfig, shapes: ModelShapes) -> Selection:
+def _select(config: PeftConfig | LoraConfig, shapes: ModelSpec) -> Selection:
     targets, exclusions = config.target_modules, config.exclude_modules
     key, naming = _section(config), _naming(config)
     if isinstance(config, PeftConfig) or not (config.match_all_linear and targets):
@@ -139,10 +139,7 @@ def planned_adapter(policy: PolicyConfig) -> StartingAdapter | None:
 def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
     """Raise UserError where a checkpoint's adapter (`found`, in `folder`) is not of this run's shapes."""
     if wanted.shapes != found.shapes:
-        sizes = asdict(wanted.shapes)
-        differing = [
-            f"{key}={value} (here {sizes[key]})" for key, value in asdict(found.shapes).items() if value != sizes[key]
-        ]
+        differing = wanted.shapes.differences(found.shapes, "here ")
         raise UserError(
             f"{folder} was trained on another model ({found.base_model_name}), with {', '.join(differing)}; set "
             "policy.model_name to that model or choose another checkpointing.checkpoint_dir"
@@ -190,7 +187,7 @@ def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
     ]
 
 
-def _linear_label(module: ModuleLayout, shapes: ModelShapes) -> str:
+def _linear_label(module: ModuleLayout, shapes: ModelSpec) -> str:
     """The fused linear, and where only some of the linears that it covers are adapted, which."""
     served = {segment for block in module.blocks for segment in block.segments}
     order = segments_of(module.kind, shapes)

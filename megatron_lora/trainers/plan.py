@@ -1,8 +1,10 @@
 """What a run will do, told by --dry-run before any weight is loaded."""
 
+import math
+
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
-from megatron_lora.lora.layout import KINDS, ModelShapes, features
+from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.trainers.setup import count_steps, count_updates
 
@@ -77,9 +79,12 @@ def _memory(recipe: Recipe, base: int, trainable: int, num_ranks: int) -> str:
     )
 
 
-def count_parameters(shapes: ModelShapes) -> int:
+def count_parameters(shapes: ModelSpec) -> int:
     """Parameters of the base's linears, norms and embeddings, without biases."""
-    linears = sum(features(kind, shapes)[0] * features(kind, shapes)[1] for kind in KINDS if kind != "output_layer")
+    linears = sum(
+        linear.in_features * linear.out_features * shapes.num_copies(linear.layers) * max(1, linear.experts)
+        for linear in shapes.linears[:-1]
+    )
+    rest = sum(math.prod(other.shape) * shapes.num_copies(other.layers) for other in shapes.layer_others)
     embeddings = shapes.vocab_size * shapes.hidden_size * (1 if shapes.tied_embeddings else 2)
-    norms = (2 * shapes.num_layers + 1) * shapes.hidden_size
-    return shapes.num_layers * linears + embeddings + norms
+    return linears + rest + embeddings + shapes.hidden_size

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lora.config.layout_checks import check_layout, model_shape
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import prepare_data
 from megatron_lora.errors import UserError
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
+from megatron_lora.policy.layout_checks import check_layout
 from megatron_lora.policy.weights_check import check_base, check_token_ids, read_base
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.dpo import check_dpo
@@ -40,7 +40,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     """Check layout, weights' files and data, and tokenize. Raises UserError."""
     model = read_base(recipe.policy)
     notices = check_base(recipe.policy, model)
-    check_layout(recipe.policy, model_shape(model.config), world.size)
+    check_layout(recipe.policy, model.shapes, world.size)
     planned_adapter(recipe.policy)
     validates = recipe.data.validation is not None or bool(recipe.data.train.split_validation_size)
     notices += check_metric_name(recipe, has_validation=validates)

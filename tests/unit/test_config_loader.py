@@ -241,6 +241,6 @@ def test_a_missing_file_and_a_folder(tmp_path: Path):
 def test_loading_imports_no_torch():
     code = (
         "import sys; from megatron_lora.config import load_recipe; load_recipe(sys.argv[1]); "
-        "import megatron_lora.config.layout_checks; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        "import megatron_lora.policy.layout_checks; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(ROOT / "configs/sft.yaml")], check=True, cwd=ROOT)

@@ -23,7 +23,7 @@ from megatron_lora.conversion.export import (
     read_peft_folder,
 )
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
 from tests.support.launch import ROOT
 
 CONFIG = {
@@ -38,8 +38,8 @@ def step(tmp_path: Path) -> Path:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(CONFIG))
-    shapes = ModelShapes.from_hf_config(CONFIG)
-    names = [module_name(kind, layer) for layer in range(2) for kind in KINDS[:-1]]
+    shapes = ModelSpec.from_hf_config(CONFIG)
+    names = [module_name(kind, layer) for layer in range(2) for kind in shapes.kinds[:-1]]
     spec = AdapterSpec(str(base), shapes, [build_layout(name, 3, 6, shapes) for name in names])
     torch.manual_seed(0)
     tensors = {name: torch.randn(shape) for name, shape in spec.factor_shapes().items()}

@@ -12,15 +12,15 @@ import torch
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, write_adapter
 from megatron_lora.conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import KINDS, AdapterSpec, ModelShapes, build_layout, module_name
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
 from tests.support.launch import ROOT
 
-SHAPES = ModelShapes("llama", 8, 12, 2, 4, 2, 2, 13, False)
+SHAPES = ModelSpec("llama", 8, 12, 2, 4, 2, 2, 13, False)
 
 
 def make_adapter() -> tuple[AdapterSpec, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    names = [module_name(kind, layer) for layer in range(2) for kind in KINDS[:-1]] + ["output_layer"]
+    names = [module_name(kind, layer) for layer in range(2) for kind in SHAPES.kinds[:-1]] + ["output_layer"]
     spec = AdapterSpec("base", SHAPES, [build_layout(name, 3, 6, SHAPES) for name in names])
     return spec, {name: torch.randn(shape) for name, shape in spec.factor_shapes().items()}
 

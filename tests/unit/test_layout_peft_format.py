@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes, build_layout
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.peft_config import read_patterns, shortest_targets
 from megatron_lora.lora.peft_format import from_hf, hf_linears, segment_features, to_hf
@@ -39,7 +39,7 @@ def tiny_model(family: str, tied: bool = False, layers: int = 3) -> torch.nn.Mod
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def random_adapter(config: dict, shapes: ModelShapes, shared_a: bool) -> dict[str, torch.Tensor]:
+def random_adapter(config: dict, shapes: ModelSpec, shared_a: bool) -> dict[str, torch.Tensor]:
     """PEFT tensors for every linear that `config` targets; with shared_a, q, k, v and gate, up get one A."""
     patterns = read_patterns(config)
     tensors: dict[str, torch.Tensor] = {}
@@ -58,9 +58,9 @@ def random_adapter(config: dict, shapes: ModelShapes, shared_a: bool) -> dict[st
 
 
 @st.composite
-def adapters(draw) -> tuple[dict, ModelShapes, bool]:
+def adapters(draw) -> tuple[dict, ModelSpec, bool]:
     groups = draw(st.integers(1, 3))
-    shapes = ModelShapes(
+    shapes = ModelSpec(
         "llama",
         draw(st.integers(1, 6)),
         draw(st.integers(1, 6)),
@@ -139,7 +139,7 @@ def test_any_peft_adapter_comes_back_and_loads(family, case, tmp_path, recwarn):
     model.save_pretrained(tmp_path / "before")
     config = json.loads((tmp_path / "before" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "before" / "adapter_model.safetensors")
-    shapes = ModelShapes.from_hf_config(model.base_model.model.config.to_dict())
+    shapes = ModelSpec.from_hf_config(model.base_model.model.config.to_dict())
 
     spec, fused = from_hf(config, tensors, shapes, "base")
     written, again = to_hf(spec, fused)
@@ -165,7 +165,7 @@ def test_any_peft_adapter_comes_back_and_loads(family, case, tmp_path, recwarn):
     assert torch.allclose(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-SHAPES = ModelShapes("qwen3", 16, 24, 40, 4, 2, 4, 10, False)
+SHAPES = ModelSpec("qwen3", 16, 24, 40, 4, 2, 4, 10, False)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_what_is_not_a_plain_matching_lora_is_refused_by_name(changes, message):
 
 def test_an_adapter_of_a_deeper_model_or_on_a_tied_head_is_refused():
     tensors = random_adapter(config_with(), SHAPES, False)
-    shallow = ModelShapes("qwen3", 16, 24, 2, 4, 2, 4, 10, True)
+    shallow = ModelSpec("qwen3", 16, 24, 2, 4, 2, 4, 10, True)
     with pytest.raises(UserError, match="no linear of this qwen3 model .2 layers.: .* and 73 more"):
         from_hf(config_with(), tensors, shallow, "base")
     with pytest.raises(UserError, match="ties it to the input embeddings"):

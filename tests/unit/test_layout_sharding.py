@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import (
-    KINDS,
     AdapterSpec,
     Block,
-    ModelShapes,
+    ModelSpec,
     ModuleLayout,
     build_layout,
     features,
@@ -22,11 +21,11 @@ from megatron_lora.lora.sharding import shard, unshard
 
 
 @st.composite
-def model_shapes(draw) -> tuple[ModelShapes, int]:
+def model_shapes(draw) -> tuple[ModelSpec, int]:
     """Random GQA shapes and a TP size that divides them."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = tp_size * draw(st.integers(1, 3))
-    shapes = ModelShapes(
+    shapes = ModelSpec(
         model_type="llama",
         hidden_size=tp_size * draw(st.integers(1, 4)),
         ffn_hidden_size=tp_size * draw(st.integers(1, 5)),
@@ -41,7 +40,7 @@ def model_shapes(draw) -> tuple[ModelShapes, int]:
     return shapes, tp_size
 
 
-SHAPES = ModelShapes("llama", 8, 6, 2, 4, 2, 3, 7, False)
+SHAPES = ModelSpec("llama", 8, 6, 2, 4, 2, 3, 7, False)
 
 
 def test_qkv_rows_are_interleaved_by_query_group():
@@ -69,7 +68,7 @@ def test_output_layer_slices_hold_the_padding_as_zeros():
 @given(drawn=model_shapes(), rank=st.integers(1, 5), a2a=st.booleans(), padding=st.integers(0, 9))
 def test_unshard_of_shard_is_the_identity(drawn, rank, a2a, padding):
     shapes, tp_size = drawn
-    for kind in KINDS:
+    for kind in shapes.kinds:
         inputs, outputs = features(kind, shapes)
         padded = -(-(shapes.vocab_size + padding) // tp_size) * tp_size
         for factor, size in (("A", (rank, inputs)), ("B", (outputs, rank))):
@@ -82,7 +81,7 @@ def test_unshard_of_shard_is_the_identity(drawn, rank, a2a, padding):
 @given(drawn=model_shapes())
 def test_segments_partition_the_rows(drawn):
     shapes, _ = drawn
-    for kind in KINDS:
+    for kind in shapes.kinds:
         rows = torch.cat([segment_rows(kind, shapes, segment) for segment in segments_of(kind, shapes)])
         assert torch.equal(rows.sort().values, torch.arange(features(kind, shapes)[1]))
 
@@ -90,7 +89,7 @@ def test_segments_partition_the_rows(drawn):
 def test_sharded_product_equals_the_full_one_for_every_linear():
     """The split must be W's own: slices of W and of s B A, taken alike, still add up to one merged matrix."""
     torch.manual_seed(0)
-    for kind in KINDS:
+    for kind in SHAPES.kinds:
         inputs, outputs = features(kind, SHAPES)
         a, b = torch.randn(3, inputs), torch.randn(outputs, 3)
         parts = [
@@ -111,7 +110,7 @@ def test_a_tp_size_that_does_not_divide_is_refused_with_what_would():
 def test_blocks_give_scales_and_mask():
     blocks = (Block.build(("q",), 0, 2, 4), Block.build(("v",), 2, 1, 3, use_rslora=True))
     module = ModuleLayout("decoder.layers.0.self_attention.linear_qkv", "linear_qkv", blocks)
-    assert module.rank == 3 and module.layer == 0 and module.parallel == "column"
+    assert module.rank == 3 and module.layer == 0
     assert module.scales().tolist() == [2.0, 2.0, 3.0]
     mask = module.b_mask(SHAPES)
     assert mask is not None
@@ -127,7 +126,9 @@ def test_a_block_that_could_not_act_is_refused(rank, alpha):
 
 
 def test_spec_survives_its_file(tmp_path):
-    modules = [build_layout(module_name(kind, None if kind == "output_layer" else 1), 4, 6, SHAPES) for kind in KINDS]
+    modules = [
+        build_layout(module_name(kind, None if kind == "output_layer" else 1), 4, 6, SHAPES) for kind in SHAPES.kinds
+    ]
     spec = AdapterSpec("some/model", SHAPES, modules, "abc", {"dim": 4, "alpha": 6})
     spec.save(tmp_path / "adapter.json")
     assert AdapterSpec.load(tmp_path / "adapter.json") == spec
@@ -152,9 +153,9 @@ def test_a_spec_of_another_kind_is_refused(edit, message):
 
 def test_shapes_from_a_config_of_another_family_are_refused():
     with pytest.raises(UserError, match="model_type='phi3'"):
-        ModelShapes.from_hf_config({"model_type": "phi3"})
+        ModelSpec.from_hf_config({"model_type": "phi3"})
     with pytest.raises(UserError, match="no 'vocab_size'"):
-        ModelShapes.from_hf_config(
+        ModelSpec.from_hf_config(
             {
                 "model_type": "llama",
                 "num_attention_heads": 2,

@@ -7,17 +7,17 @@ import pytest
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.init import initial_factors
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec
 from megatron_lora.lora.targets import Naming, Selection, build_modules, select_linears
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
 
-SHAPES = ModelShapes("llama", 64, 96, 12, 4, 2, 16, 101, tied_embeddings=False)
+SHAPES = ModelSpec("llama", 64, 96, 12, 4, 2, 16, 101, tied_embeddings=False)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LEAVES = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NAMINGS: tuple[Naming, ...] = ("megatron", "hf")
 
 
-def select(targets=(), exclusions=(), naming: Naming = "megatron", shapes: ModelShapes = SHAPES) -> Selection:
+def select(targets=(), exclusions=(), naming: Naming = "megatron", shapes: ModelSpec = SHAPES) -> Selection:
     return select_linears(shapes, targets, exclusions, key="the.section", naming=naming)
 
 

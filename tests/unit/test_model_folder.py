@@ -266,5 +266,5 @@ def test_the_table_of_names_is_the_models_own(family: str, changes: dict, tmp_pa
     for parameter in model_parameters(shapes):
         whole = torch.randn(parameter.shape)
         rows = -(-parameter.shape[0] // 2)
-        parts = [shard_parameter(parameter, whole, rank, 2, rows) for rank in range(2)]
+        parts = [shard_parameter(parameter, whole, rank, 2, rows, shapes) for rank in range(2)]
         assert torch.equal(unshard_parameter(parameter, parts, shapes), whole), parameter.name

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, column_parallel, row_parallel
 from megatron_lora.lora.base_weight import BaseWeight
-from megatron_lora.lora.layout import A, B, Factor, ModelShapes, ModuleLayout
+from megatron_lora.lora.layout import A, B, Factor, ModelSpec, ModuleLayout
 from megatron_lora.lora.methods.base import AdapterMethod, ReadWeight, Values
 
 
@@ -16,7 +16,7 @@ class Lora(AdapterMethod):
     vanishing = ("A", "B")
 
     def draw(
-        self, module: ModuleLayout, shapes: ModelShapes, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
+        self, module: ModuleLayout, shapes: ModelSpec, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
     ) -> dict[str, Tensor]:
         a, b, mask = fresh(A), fresh(B), module.b_mask(shapes)
         return {A.name: a, B.name: b if mask is None else b * mask}

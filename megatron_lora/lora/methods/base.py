@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight
-from megatron_lora.lora.layout import FACTORS_OF_TYPE, Factor, FactorKey, ModelShapes, ModuleLayout
+from megatron_lora.lora.layout import FACTORS_OF_TYPE, Factor, FactorKey, ModelSpec, ModuleLayout
 
 # The tensors of one linear by what they are in the arithmetic: whole, a rank's part, or an HF linear's part.
 Values = Mapping[FactorKey, Tensor]
@@ -37,7 +37,7 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def draw(
-        self, module: ModuleLayout, shapes: ModelShapes, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
+        self, module: ModuleLayout, shapes: ModelSpec, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
     ) -> dict[str, Tensor]:
         """The starting factors of a module, whole, by factor name. fresh: drawn values of a factor. read: the base."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
-from megatron_lora.lora.layout import MAGNITUDE, A, B, Factor, ModelShapes, ModuleLayout
+from megatron_lora.lora.layout import MAGNITUDE, A, B, Factor, ModelSpec, ModuleLayout
 from megatron_lora.lora.methods.additive import Lora
 from megatron_lora.lora.methods.base import ReadWeight, Values
 from megatron_lora.lora.peft_format import hf_name, put_segment_part, segment_part
@@ -26,7 +26,7 @@ class Dora(Lora):
     vanishing = ()
 
     def draw(
-        self, module: ModuleLayout, shapes: ModelShapes, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
+        self, module: ModuleLayout, shapes: ModelSpec, fresh: Callable[[Factor], Tensor], read: ReadWeight | None
     ) -> dict[str, Tensor]:
         """The magnitude starts as the norm: the run starts at the base where B is zero."""
         assert read is not None, "DoRA starts from the base's own norms"
@@ -35,7 +35,7 @@ class Dora(Lora):
         for block in module.blocks:
             for segment in block.segments:
                 a, b = (segment_part(factor, module, segment, factors[factor.name], shapes) for factor in (A, B))
-                weight = read(f"{hf_name(segment, module.layer)}.weight")
+                weight = read(f"{hf_name(module, segment, shapes)}.weight")
                 norm = row_norms(DenseWeight(weight), a, b * block.scale)
                 put_segment_part(MAGNITUDE, module, segment, norm, magnitude, shapes)
         return {**factors, MAGNITUDE.name: magnitude}

@@ -20,7 +20,7 @@ from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import DenseWeight
 from megatron_lora.lora.init import initial_factors
-from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelShapes
+from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelSpec
 from megatron_lora.lora.methods import AdapterMethod, method_of
 from megatron_lora.lora.peft_config import FLAG_OF_TYPE
 from megatron_lora.lora.peft_format import hf_name, peft_name, to_hf
@@ -41,7 +41,7 @@ class Start:
     notices: list[str]
 
 
-def start(config: LoraConfig, shapes: ModelShapes, model_name: str, seed: int) -> Start:
+def start(config: LoraConfig, shapes: ModelSpec, model_name: str, seed: int) -> Start:
     """The recipe's adapter, read from `init_adapter` or drawn from the seed as the Megatron backend draws it.
 
     Raises UserError for a pattern that fits nothing, or a folder that does not fit the base.
@@ -202,7 +202,7 @@ def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
     shared = [factor.peft_name.partition(".")[0] for factor in spec.factors if "out" not in factor.axes]
     for module in spec.modules:
         for block in module.blocks:
-            first, *others = (model.get_submodule(hf_name(segment, module.layer)) for segment in block.segments)
+            first, *others = (model.get_submodule(hf_name(module, segment, spec.shapes)) for segment in block.segments)
             for linear in others:
                 for name in shared:
                     getattr(linear, name)[ADAPTER_NAME].weight = getattr(first, name)[ADAPTER_NAME].weight

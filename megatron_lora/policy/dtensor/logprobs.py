@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
-from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.dtensor.adapter import AdaptedLinear
 from megatron_lora.policy.dtensor.attention import Packing
 from megatron_lora.policy.megatron.logprobs import HeadOptions, _FrozenHead
@@ -26,9 +26,7 @@ from megatron_lora.policy.megatron.logprobs import HeadOptions, _FrozenHead
 class PolicyModule(nn.Module):
     """A transformers causal language model called for the log-probabilities of a micro-batch's targets."""
 
-    def __init__(
-        self, model: Any, policy: PolicyConfig, tp_mesh: DeviceMesh, shapes: ModelShapes, softcap: float | None
-    ):
+    def __init__(self, model: Any, policy: PolicyConfig, tp_mesh: DeviceMesh, shapes: ModelSpec, softcap: float | None):
         super().__init__()
         self.model = model
         self.tp_mesh = tp_mesh

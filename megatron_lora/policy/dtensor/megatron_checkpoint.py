@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.model_names import EMBEDDING, model_parameters, unfuse
 from megatron_lora.conversion.torch_dist import COMMON_STATE, TorchDistFolder
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.policy.dtensor.checkpoint import load_state, put
 from megatron_lora.policy.dtensor.optim import Schedule
@@ -32,7 +32,7 @@ def is_optimizer(optimizer: Path) -> bool:
     return COMMON_STATE in _keys(optimizer)
 
 
-def load_whole_model(parameters: Mapping[str, nn.Parameter], shapes: ModelShapes, folder: Path) -> None:
+def load_whole_model(parameters: Mapping[str, nn.Parameter], shapes: ModelSpec, folder: Path) -> None:
     """Fill a transformers model's parameters (by HF name). Raises UserError where the folder does not fit."""
     source = MegatronWeights(folder, shapes)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def load_optimizer(
     schedule: Schedule,
     parameters: Mapping[str, nn.Parameter],
     spec: AdapterSpec | None,
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     folder: Path,
 ) -> None:
     """Put Megatron's Adam moments, step and schedule into this backend's optimizer of the same parameters.
@@ -76,7 +76,7 @@ def load_optimizer(
     optimizer.load_state_dict(content)
 
 
-def _moment(folder: Path, moment: str, spec: AdapterSpec | None, shapes: ModelShapes) -> Iterator[tuple[str, Tensor]]:
+def _moment(folder: Path, moment: str, spec: AdapterSpec | None, shapes: ModelSpec) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of one moment of everything that trains."""
     stored = TorchDistFolder(folder)
     prefix = f"optimizer.{moment}."

@@ -16,7 +16,7 @@ from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.hf_model import build_empty
 from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
-from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.dtensor import adapter, attention
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
@@ -33,7 +33,7 @@ class BaseModel:
 
     root: PolicyModule
     hf: Any
-    shapes: ModelShapes
+    shapes: ModelSpec
     mesh: DeviceMesh
     start: adapter.Start | None
     summed: list[nn.Parameter]

@@ -16,7 +16,6 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_lora.conversion.hf_model import HFModel, activation
-from megatron_lora.conversion.model_names import QK_NORM, QKV_BIAS
 
 GEMMA = "gemma3_text"
 _ACTIVATIONS = {"silu": F.silu, "swish": F.silu}
@@ -57,8 +56,8 @@ def apply_config(provider: Any, model: HFModel) -> None:
     provider.layernorm_epsilon = config.rms_norm_eps
     provider.gated_linear_unit = True
     provider.activation_func = _activation(model.activation_name)
-    provider.qk_layernorm = model.family in QK_NORM
-    provider.add_qkv_bias = model.family in QKV_BIAS or shapes.attention_bias
+    provider.qk_layernorm = any(other.name.endswith("q_layernorm.weight") for other in shapes.others)
+    provider.add_qkv_bias = shapes.linear("linear_qkv").bias
     # Those of the other linears: `_change_layers`.
     provider.add_bias_linear = False
     provider.position_embedding_type = "rope"
@@ -101,7 +100,7 @@ def _change_layers(provider: Any, model: HFModel) -> None:
         if model.family == GEMMA:
             attention.module = LayeredRopeAttention
             attention.submodules.core_attention = transformer_engine.TEDotProductAttention
-        if model.shapes.attention_bias:
+        if model.shapes.linear("linear_proj").bias:
             # Added within the linear: Gemma's norm behind it sees the sum.
             attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj, skip_bias_add=False)
         if model.shapes.mlp_bias:

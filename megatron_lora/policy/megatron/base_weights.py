@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_lora.conversion.model_names import EMBEDDING, ModelParameter, fuse, model_parameters, shard_parameter
 from megatron_lora.conversion.weight_source import WeightSource
-from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.runtime.world import World
 
 
@@ -27,7 +27,7 @@ def global_names(chunk: GPTModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_base_weights(chunks: Sequence[GPTModel], weights: WeightSource, shapes: ModelShapes, world: World) -> None:
+def load_base_weights(chunks: Sequence[GPTModel], weights: WeightSource, shapes: ModelSpec, world: World) -> None:
     """Fill every parameter of the chunks, a fused tensor at a time. No communication: each rank reads what it needs."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
     for chunk in chunks:
@@ -42,8 +42,8 @@ def load_base_weights(chunks: Sequence[GPTModel], weights: WeightSource, shapes:
             value.copy_(_local(entry, value, weights, shapes, world))
 
 
-def _local(entry: ModelParameter, value: Tensor, weights: WeightSource, shapes: ModelShapes, world: World) -> Tensor:
+def _local(entry: ModelParameter, value: Tensor, weights: WeightSource, shapes: ModelSpec, world: World) -> Tensor:
     parts = [weights.read(name).to(value.dtype) for name in entry.hf_names]
-    local = shard_parameter(entry, fuse(entry, parts, shapes), world.tp_rank, world.tp, value.shape[0])
+    local = shard_parameter(entry, fuse(entry, parts, shapes), world.tp_rank, world.tp, value.shape[0], shapes)
     assert local.shape == value.shape, f"{entry.name}: {tuple(local.shape)} for {tuple(value.shape)}"
     return local

@@ -66,7 +66,7 @@ def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
             state[key] = make_tp_sharded_tensor_for_checkpoint(
                 held.parameter, key, held.axis, allow_shape_mismatch=mismatch, **groups
             )
-            if linear.layout.kind == "linear_fc1" and linear.shapes.gated:
+            if linear.shapes.linear(linear.layout.kind).stacked:
                 # A rank holds [gate shard; up shard]; the whole is [gate; up].
                 state[key] = apply_swiglu_sharded_factory(state[key], ())
     return state

@@ -18,7 +18,7 @@ from megatron_lora.conversion.megatron_weights import HF_EMBEDDING
 from megatron_lora.conversion.model_names import fuse, model_parameters
 from megatron_lora.conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.lora.peft_format import fuse as fuse_adapter
 from megatron_lora.policy.megatron.optimizer_state import MOMENTS, load_optimizer_state, sharded_optimizer_state
@@ -40,7 +40,7 @@ def is_optimizer(optimizer: Path) -> bool:
     return _COMMON in _stored(optimizer)
 
 
-def load_whole_model(state: Mapping[str, Any], shapes: ModelShapes, folder: Path) -> dict[str, Any]:
+def load_whole_model(state: Mapping[str, Any], shapes: ModelSpec, folder: Path) -> dict[str, Any]:
     """Fill the model's sharded tensors. Raises UserError where the folder is of another model."""
     return _fill(state, _fused_reader(TorchDistFolder(folder), shapes, "{}"))
 
@@ -49,7 +49,7 @@ def load_optimizer(
     optimizer: Any,
     scheduler: Any,
     weights_state: Mapping[str, Any],
-    shapes: ModelShapes,
+    shapes: ModelSpec,
     spec: AdapterSpec | None,
     weights: Path,
     folder: Path,
@@ -113,7 +113,7 @@ def _part(whole: Tensor, sharded: ShardedTensor) -> Tensor:
     return result.to(sharded.data.device)
 
 
-def _fused_reader(stored: TorchDistFolder, shapes: ModelShapes, pattern: str) -> Read:
+def _fused_reader(stored: TorchDistFolder, shapes: ModelSpec, pattern: str) -> Read:
     """Megatron's whole tensors by name, from tensors stored as `pattern` of HF names. The last one is kept: gate and up
     are asked for one after the other."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_lora.conversion.model_names import ModelParameter, model_parameters, unfuse, unshard_parameter
-from megatron_lora.lora.layout import AdapterSpec, ModelShapes
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.policy.megatron.base_weights import global_names
 from megatron_lora.policy.megatron.model import BaseModel
@@ -61,7 +61,7 @@ def _whole(
     dtype: torch.dtype,
     stage: int,
     world: World,
-    shapes: ModelShapes,
+    shapes: ModelSpec,
 ) -> Tensor:
     """The whole parameter, from the stage that holds it to every rank."""
     if world.pp_rank == stage:

@@ -16,7 +16,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.inventory import open_model
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ModelShapes
+from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
@@ -46,7 +46,7 @@ class BaseModel:
     c tanh(x / c). unshared_reason: why its attention takes no rows that share prefixes; None where it does."""
 
     chunks: list[GPTModel]
-    shapes: ModelShapes
+    shapes: ModelSpec
     config: Any
     softcap: float | None
     unshared_reason: str | None

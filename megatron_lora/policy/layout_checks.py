@@ -1,61 +1,16 @@
 """Whether a parallel layout fits a model's shapes and the number of ranks, before any weight is loaded."""
 
-from dataclasses import dataclass
 from math import lcm
-from typing import Any
 
 from megatron_lora.config.schema_megatron import MegatronConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import ModelSpec
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that a layout has to fit. num_experts: 0 for a dense model."""
-
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    tied_embeddings: bool
-    model_type: str
-    num_experts: int = 0
-
-
-def model_shape(config: Any) -> ModelShape:
-    """The shapes of a transformers config. Raises UserError where it is not of a decoder of Llama's form."""
-    try:
-        return _shape_of(config)
-    except AttributeError as error:
-        raise UserError(
-            f"policy.model_name is a {config.model_type!r} model, whose config has no {error.name}; use a decoder of "
-            "Llama's form (llama, mistral, qwen2, qwen3 or gemma3_text)"
-        ) from error
-
-
-def _shape_of(config: Any) -> ModelShape:
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    return ModelShape(
-        hidden_size=text.hidden_size,
-        num_layers=text.num_hidden_layers,
-        num_attention_heads=heads,
-        num_query_groups=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        ffn_hidden_size=text.intermediate_size,
-        vocab_size=text.vocab_size,
-        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
-        model_type=config.model_type,
-        num_experts=getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 0,
-    )
-
-
-def check_layout(policy: PolicyConfig, shape: ModelShape, world_size: int) -> None:
+def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> None:
     """Refuse a layout of the active backend that the model or `world_size` ranks do not allow. Raises UserError."""
     if policy.backend == "megatron":
         megatron = policy.megatron_cfg
@@ -96,7 +51,7 @@ def sequence_multiple(policy: PolicyConfig) -> int:
     return lcm(multiple, tensor * (2 * context if context > 1 else 1))
 
 
-def _check_tensor_parallel(key: str, size: int, shape: ModelShape) -> None:
+def _check_tensor_parallel(key: str, size: int, shape: ModelSpec) -> None:
     # Each rank holds whole query groups with their query heads, and an equal part of the MLP.
     fits = [
         candidate
@@ -154,7 +109,7 @@ def _check_virtual_stages(megatron: MegatronConfig, layers_of_stages: list[int])
         raise UserError(f"{key} does not divide the {counts} layers of a pipeline stage; use {_choices(fits)}")
 
 
-def _check_experts(megatron: MegatronConfig, shape: ModelShape, world_size: int) -> None:
+def _check_experts(megatron: MegatronConfig, shape: ModelSpec, world_size: int) -> None:
     experts, tensor = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
     if not shape.num_experts:
         for name, size in (("expert_model_parallel_size", experts), ("expert_tensor_parallel_size", tensor)):
@@ -191,7 +146,7 @@ def _check_shared_prefix(policy: PolicyConfig) -> None:
         )
 
 
-def _check_adapters(megatron: MegatronConfig, shape: ModelShape) -> None:
+def _check_adapters(megatron: MegatronConfig, shape: ModelSpec) -> None:
     peft = megatron.peft
     if not peft.enabled:
         return

@@ -4,23 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen3Config, T5Config
 
 from megatron_lora.config import load_recipe
-from megatron_lora.config.layout_checks import (
-    ModelShape,
-    check_layout,
-    model_shape,
-    sequence_multiple,
-)
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import ModelSpec
+from megatron_lora.policy.layout_checks import check_layout, sequence_multiple
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA_8B = ModelShape(4096, 32, 32, 8, 128, 14336, 128256, False, "llama")
-LLAMA_1B = ModelShape(2048, 16, 32, 8, 64, 8192, 128256, True, "llama")
-LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False, "llama")
-MIXTURE = ModelShape(4096, 32, 32, 8, 128, 14336, 32000, False, "mixtral", num_experts=8)
+LLAMA_8B = ModelSpec("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
+LLAMA_1B = ModelSpec("llama", 2048, 8192, 16, 32, 8, 64, 128256, True)
+LLAMA_70B = ModelSpec("llama", 8192, 28672, 80, 64, 8, 128, 128256, False)
+MIXTURE = ModelSpec("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, num_experts=8)
 
 TP, PP, VPP, CP, EP = (
     "tensor_model_parallel_size",
@@ -42,7 +37,7 @@ def policy(max_length: int = 4096, **megatron: Any) -> PolicyConfig:
     )
 
 
-def refusal(configured: PolicyConfig, shape: ModelShape, world_size: int) -> str:
+def refusal(configured: PolicyConfig, shape: ModelSpec, world_size: int) -> str:
     with pytest.raises(UserError) as error:
         check_layout(configured, shape, world_size)
     return str(error.value)
@@ -64,7 +59,7 @@ def refusal(configured: PolicyConfig, shape: ModelShape, world_size: int) -> str
         ({"peft": {"enabled": True, "target_modules": ["output_layer"]}}, LLAMA_8B, 1),
     ],
 )
-def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelShape, world_size: int):
+def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelSpec, world_size: int):
     check_layout(policy(**megatron), shape, world_size)
 
 
@@ -112,7 +107,7 @@ def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelShape, world_siz
         ),
     ],
 )
-def test_layouts_that_do_not(megatron: dict[str, Any], shape: ModelShape, world_size: int, wanted: str):
+def test_layouts_that_do_not(megatron: dict[str, Any], shape: ModelSpec, world_size: int, wanted: str):
     assert wanted in refusal(policy(**megatron), shape, world_size)
 
 
@@ -153,23 +148,7 @@ def test_shared_prefixes_and_context_parallelism():
         ("sft-llama3.1-70b-megatron.yaml", LLAMA_70B, 64),
     ],
 )
-def test_recipes_fit_the_models_they_name(recipe: str, shape: ModelShape, world_size: int):
+def test_recipes_fit_the_models_they_name(recipe: str, shape: ModelSpec, world_size: int):
     for enabled in ("true", "false"):
         loaded = load_recipe(ROOT / "recipes" / recipe, [f"policy.megatron_cfg.enabled={enabled}"])
         check_layout(loaded.recipe.policy, shape, world_size)
-
-
-def test_shape_of_a_config():
-    config = Qwen3Config(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=96,
-        vocab_size=50,
-        tie_word_embeddings=True,
-    )
-    assert model_shape(config) == ModelShape(64, 4, 4, 2, 32, 96, 50, True, "qwen3")
-    with pytest.raises(UserError, match="'t5' model, whose config has no intermediate_size"):
-        model_shape(T5Config())

@@ -1,0 +1,81 @@
+"""The one description of a model: what it says of each family, and what older files that lack it are read as."""
+
+from dataclasses import asdict
+
+import pytest
+
+from megatron_lora.conversion.model_names import model_parameters
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import AdapterSpec, build_layout
+from megatron_lora.lora.model_spec import ModelSpec, families, known_families
+
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 13,
+}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
+
+
+def describe(family: str, **changes: object) -> ModelSpec:
+    return ModelSpec.from_hf_config({"model_type": family, **SIZES, **changes})
+
+
+def test_an_adapter_of_an_older_release_still_loads():
+    """Version 1 files held the sizes alone, and no biases for Qwen2, which always has them."""
+    for family in ("llama", "qwen2", "gemma3_text"):
+        now = describe(family)
+        spec = AdapterSpec("base", now, [build_layout("decoder.layers.1.mlp.linear_fc1", 2, 4, now)])
+        content = spec.to_json()
+        content["shapes"] = {
+            key: value
+            for key, value in asdict(now).items()
+            if key not in ("linears", "others", "num_experts", "num_experts_per_token")
+            and key not in ("moe_ffn_hidden_size", "dense_layers")
+        } | {"attention_bias": False}
+        assert AdapterSpec.from_json(content) == spec
+
+
+def test_the_description_in_a_file_counts_not_this_releases_table():
+    """What a newer release calls otherwise is exported under the names that the file has."""
+    now = describe("llama")
+    content = AdapterSpec("base", now, []).to_json()
+    assert content["shapes"]["linears"][0]["parts"][0]["name"] == "model.layers.*.self_attn.q_proj"
+    content["shapes"]["linears"][0]["parts"][0]["name"] = "model.layers.*.attention.wq"
+    read = AdapterSpec.from_json(content).shapes
+    assert read.linear("linear_qkv").hf_name("q", 2) == "model.layers.2.attention.wq"
+    assert now.differences(read) == ["linears of other names"]
+
+
+def test_every_expert_is_a_tensor_of_its_own():
+    spec = describe("qwen3_moe", **EXPERTS)
+    names = {parameter.name: parameter for parameter in model_parameters(spec)}
+    expert = names["decoder.layers.2.mlp.experts.linear_fc1.1.weight"]
+    assert expert.hf_names == tuple(f"model.layers.2.mlp.experts.1.{end}_proj.weight" for end in ("gate", "up"))
+    assert expert.shape == (12, 8) and names["decoder.layers.2.mlp.router.weight"].shape == (3, 8)
+    assert [linear.kind for linear in spec.adaptable(2)] == ["linear_qkv", "linear_proj"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "qwen3_moe", **SIZES, **EXPERTS, "mlp_only_layers": [1]}, "layers 1 of the model have no"),
+        ({"model_type": "phi3"}, "model_type='phi3' .* maps no such family"),
+        ({"model_type": "deepseek_v3"}, "nothing here knows .*linear_kv_down_proj"),
+        ({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4}, "no 'num_hidden_layers'"),
+    ],
+)
+def test_what_cannot_be_described_is_refused(config: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        ModelSpec.from_hf_config(config)
+
+
+def test_every_known_family_has_both_linears_of_attention():
+    assert set(known_families()) < set(families())
+    for family in known_families():
+        kinds = describe(family, **EXPERTS).kinds
+        assert {"linear_qkv", "linear_proj", "output_layer"} <= set(kinds)
+        assert len(kinds) == 5, (family, kinds)
