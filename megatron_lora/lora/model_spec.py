@@ -434,7 +434,10 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": int(config.get("head_dim") or hidden // heads),
         "vocab_size": int(config["vocab_size"]),
         "tied_embeddings": OUTPUT_LAYER not in _mapping(family) if tied is None else bool(tied),
-        "gated": isinstance(_linear_names(family).get(LAYER + _LINEARS["linear_fc1"].path), dict),
+        "gated": any(
+            isinstance(_linear_names(family).get(LAYER + PATHS[kind]), dict)
+            for kind in ("linear_fc1", "experts.linear_fc1")
+        ),
         "attention_bias": bool(config.get("attention_bias", _BIASES[0] in _mapping(family))),
         "mlp_bias": bool(config.get("mlp_bias")),
     }
