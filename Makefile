@@ -4,6 +4,7 @@ EXTRAS ?=
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
 SITE_PACKAGES := $(CURDIR)/.venv/lib/python3.12/site-packages
+PARALLEL := --numprocesses 2 --dist loadgroup
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help install quickstart quickstart-grpo compare test test-long lint format clean
@@ -50,8 +51,9 @@ quickstart-grpo: .venv/.installed-rollout-cpu
 compare: .venv/.installed
 	$(PYTHON) -m tools.compare
 
+# Two at a time: half of the suite is one process's work, and a group of ranks waits for its reference.
 test: .venv/.installed-rollout-cpu
-	$(PYTHON) -m pytest -m "not gpu and not long"
+	$(PYTHON) -m pytest -m "not gpu and not long" $(PARALLEL)
 
 test-long: .venv/.installed-rollout-cpu
 	$(PYTHON) -m pytest -m "long and not gpu"

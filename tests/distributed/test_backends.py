@@ -12,7 +12,7 @@ from tests.support.launch import run_ranks
 from tests.support.models import save_model
 from tests.support.reference import save_adapter
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(1800)
 
 TOLERANCE = 1e-4
 # Two ranks take two minutes of two cores, four take three.

@@ -47,7 +47,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=880,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     print(result.stdout)
@@ -164,7 +164,7 @@ def test_vllm_gives_pefts_log_probabilities(base: str, folder: Path, found: Any)
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=880,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     actual = json.loads((folder / f"vllm_{base}.json").read_text())

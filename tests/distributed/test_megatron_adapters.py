@@ -17,7 +17,7 @@ from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.reference import Training, token_logps
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 ALL_TO_ALL = SP | {"peft": {"a2a_experimental": True}}
 METHODS = [("xavier", "zero"), ("uniform", "normal"), ("normal", "uniform"), ("zero", "xavier")]

@@ -9,7 +9,7 @@ import torch
 from tests.distributed.megatron_case import CP, PP, SP, TP, VPP, Case
 from tests.support.compare import largest_difference, relative_differences
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 TOLERANCE = 1e-5
 WHOLE_OPTIMIZER = {"optimizer": {"use_distributed_optimizer": False}}

@@ -11,7 +11,7 @@ from tests.distributed.megatron_case import CP, PP, SP, TP, VOCAB_SIZE, Case, sc
 from tests.support.models import FAMILIES, UNUSUAL
 from tests.support.reference import cut_logits, of_targets
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 TOLERANCE = 1e-4
 LAYOUTS = {"tp1": (1, {}), "tp": (2, TP), "sp": (2, SP), "pp": (2, PP), "cp": (2, CP), "tp_pp": (4, TP | PP)}

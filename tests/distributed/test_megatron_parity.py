@@ -9,7 +9,7 @@ from tests.distributed.megatron_case import CP, FULL_RECOMPUTE, PLAIN_LOGPROBS, 
 from tests.support.compare import assert_same_training, largest_difference, relative_differences
 from tests.support.reference import Training
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 TOLERANCE = 1e-4
 PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64}}

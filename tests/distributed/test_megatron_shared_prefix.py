@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.megatron_case import FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, TP, VPP, Case
 from tests.support.grouped import assert_same_numbers
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 96}}
 DYNAMIC = {"dynamic_batching": {"enabled": True, "train_mb_tokens": 128}}

@@ -17,7 +17,7 @@ from tests.support.models import save_model
 from tests.support.reference import TARGETS, save_adapter
 
 # The first test of a world size waits for all of its cases.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(2700)
 
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
 ONE = {

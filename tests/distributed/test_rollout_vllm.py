@@ -24,7 +24,7 @@ def start(script: str, folder: Path, processes: int) -> subprocess.CompletedProc
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=570,
+        timeout=880,
     )
 
 

@@ -185,7 +185,7 @@ def test_one_process_in_bfloat16(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "2"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=880,
     )
     assert result.returncode == 0, result.stderr[-5000:]
     found = json.loads((tmp_path / "found.json").read_text())

@@ -13,7 +13,7 @@ class RanksFailed(AssertionError):
     """A rank ended badly; the message holds the first traceback and the end of what all of them wrote to stderr."""
 
 
-def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 1500.0) -> str:
+def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 2400.0) -> str:
     """Run `python -m module arguments` on so many processes, one thread each, and return their stdout.
 
     Raises RanksFailed where one of them exits with another status than 0, or all have not ended in `timeout` seconds.
