@@ -56,6 +56,19 @@ def is_conversation(value: Any) -> bool:
     return isinstance(value, list | Mapping)
 
 
+def decode_messages(value: Any) -> Any:
+    """Messages that a text column holds as JSON text, decoded (columns of tables hold them so); else as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        messages = json.loads(value)
+    except ValueError:
+        return value
+    parts = messages if isinstance(messages, list) else [messages]
+    written = all(isinstance(part, Mapping) and not {"role", "from"}.isdisjoint(part) for part in parts)
+    return messages if parts and written else value
+
+
 def read_messages(value: Any, name: str) -> Turns:
     """The messages of field `name` (a list, one message, or either as JSON text), without nulls. Raises RowError."""
     value = from_json_text(value, f"field {name!r}")
@@ -76,6 +89,8 @@ def read_messages(value: Any, name: str) -> Turns:
 def read_history(value: Any, name: str) -> Turns:
     """Earlier rounds: LLaMA-Factory's and ms-swift's pairs [question, answer], or messages. Raises RowError."""
     value = from_json_text(value, f"field {name!r}")
+    if value is None:
+        return Turns()
     if not isinstance(value, list):
         raise RowError(f"field {name!r} is {type(value).__name__}; wanted pairs [question, answer]")
     if value and isinstance(value[0], Mapping):
@@ -93,6 +108,8 @@ def read_tools(value: Any, name: str) -> list[dict[str, Any]]:
     RowError."""
     value = from_json_text(value, f"field {name!r}")
     value = [value] if isinstance(value, Mapping) else value
+    if value is None:
+        return []
     if not isinstance(value, list):
         raise RowError(f"field {name!r} is {type(value).__name__}; wanted a list of tools")
     tools = []
@@ -166,6 +183,8 @@ def _read_content(content: Any, role: str, what: str) -> tuple[str, str | None]:
 
 def _read_calls(calls: Any, what: str) -> list[dict[str, Any]]:
     calls = from_json_text(calls, f"the tool call of {what}")
+    if calls is None:
+        return []
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
         raise RowError(f"'tool_calls' of {what} is {type(calls).__name__}; wanted a list")

@@ -1,7 +1,7 @@
 """Rows become examples: a row's form says where prompt and answer stand."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_lora.data.examples import ChatExample, Example, Instructions, PromptExample, TextExample
@@ -10,6 +10,7 @@ from megatron_lora.data.loss_keys import row_switches
 from megatron_lora.data.messages import (
     Turns,
     is_conversation,
+    decode_messages,
     read_history,
     read_messages,
     read_tools,
@@ -41,7 +42,9 @@ class RowReader:
         """One training row. Raises RowError."""
         fields = Fields(row)
         form = choose_form(fields, self.keys, "sft")
-        if form.plain and not any(is_conversation(fields.take(column)) for column in form.columns):
+        if not form.question and form.answer and is_conversation(decode_messages(fields.take(form.answer))):
+            form = replace(form, conversation=form.answer, answer=None)
+        if form.plain and not any(is_conversation(decode_messages(fields.take(column))) for column in form.columns):
             example: Example = self._sft_text(fields, form)
         else:
             example = self._sft_chat(fields, form)
@@ -54,7 +57,8 @@ class RowReader:
         form = choose_form(fields, self.keys, "dpo")
         if row_switches(fields, None) is False:
             raise RowError("the row's own weight is 0, but every pair counts in DPO; take the row out of the file")
-        answers = _ranked(fields, form) if form.rank else [fields.take(c) for c in (form.chosen, form.rejected) if c]
+        columns = [column for column in (form.chosen, form.rejected) if column]
+        answers = _ranked(fields, form) if form.rank else [decode_messages(fields.take(column)) for column in columns]
         if form.plain and all(isinstance(value, str) for value in self._texts_of_pair(fields, form, answers)):
             pair: tuple[Example, Example] = self._text_pair(fields, form, answers)
         else:
@@ -103,7 +107,7 @@ class RowReader:
         first = 0
         if form.answer is not None:
             first = len(turns)
-            turns = turns + _as_turns(fields.take(form.answer), form.answer)
+            turns = turns + _as_turns(decode_messages(fields.take(form.answer)), form.answer)
         loss = self._loss(turns, row_switches(fields, len(turns)), first)
         if not any(message["role"] == "assistant" for message in turns.messages[first:]):
             column = form.answer or form.conversation
@@ -132,7 +136,7 @@ class RowReader:
     # --- pairs
 
     def _texts_of_pair(self, fields: Fields, form: Form, answers: list[Any]) -> list[Any]:
-        return [*answers, *(fields.take(column) for column in form.question[:1])]
+        return [*answers, *(decode_messages(fields.take(column)) for column in form.question[:1])]
 
     def _text_pair(self, fields: Fields, form: Form, answers: list[str]) -> tuple[TextExample, TextExample]:
         if form.question:
@@ -177,7 +181,7 @@ class RowReader:
         """The conversation or prompt of a row; text only where it goes without the template."""
         if form.conversation is not None:
             return read_messages(fields.take(form.conversation), form.conversation)
-        first = fields.take(form.question[0])
+        first = decode_messages(fields.take(form.question[0]))
         if is_conversation(first):
             return read_messages(first, form.question[0])
         texts = [first, *(fields.take(column) for column in form.optional if fields.has(column))]
@@ -210,6 +214,8 @@ class RowReader:
         if not fields.has("chat_template_kwargs"):
             return {}
         kwargs = from_json_text(fields.take("chat_template_kwargs"), "field 'chat_template_kwargs'")
+        if kwargs is None:
+            return {}
         if not isinstance(kwargs, dict):
             raise RowError(f"field 'chat_template_kwargs' is {type(kwargs).__name__}; wanted an object")
         if taken := sorted(RESERVED_KWARGS & set(kwargs)):

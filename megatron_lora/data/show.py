@@ -58,7 +58,8 @@ def _show(recipe: Recipe, num_rows: int, as_json: bool) -> int:
         print(line, file=sys.stderr)
     for name, source, dataset in data.sets:
         for shown in show_rows(recipe.algorithm, name, source, dataset, data.tokenizer, num_rows):
-            text = json.dumps(shown, ensure_ascii=False) if as_json else _readable(shown, data.tokenizer)
+            # In ASCII: some characters of a text end a line for those who read these lines.
+            text = json.dumps(shown) if as_json else _readable(shown, data.tokenizer)
             print(text, flush=True)
     return 0
 

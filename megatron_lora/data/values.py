@@ -74,7 +74,8 @@ def without_nulls(value: Any, path: str) -> Any:
 
 
 def from_json_text(value: Any, what: str) -> Any:
-    """A list or object that a column holds as JSON text, decoded; anything else as it is. Raises RowError."""
+    """A list or object that a column holds as JSON text, decoded; anything else as it is. None: the text says null,
+    the field is absent. Raises RowError."""
     if not isinstance(value, str):
         return value
     try:

@@ -145,3 +145,9 @@ def test_the_table_in_the_docs_is_the_codes() -> None:
     for algorithm, forms in FORMS.items():
         rows = [line for line in page.splitlines() if line.startswith(f"| {algorithm} | ")]
         assert rows == [form.doc_row(algorithm) for form in forms], f"the rows of {algorithm} differ from forms.py"
+
+
+def test_each_json_object_is_one_line_whatever_its_text_holds(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\x85d"
+    shown = run_show(tmp_path, "sft", [{"prompt": text, "completion": "A"}])
+    assert shown.part("row")["text"].startswith(text)

@@ -275,3 +275,31 @@ def test_one_end_token_where_the_model_stops_at_several(ends: tuple[int, ...], t
 )
 def test_an_answer_that_ends_with_its_end_token_has_one(row: dict) -> None:
     assert encode_rows("sft", [row]).trained("row") == ["fox<|im_end|>"]
+
+
+def test_messages_as_json_text_are_messages_in_every_column() -> None:
+    ask, good, bad = (json.dumps([turn]) for turn in (user("1?"), assistant("GOOD"), assistant("BAD")))
+    assert encode_rows("sft", [{"prompt": ask, "completion": good}]).trained("row") == ["GOOD<|im_end|>"]
+    assert encode_rows("sft", [{"text": json.dumps([user("1?"), assistant("GOOD")])}]).trained("row") == [
+        "GOOD<|im_end|>"
+    ]
+    pair = encode_rows("dpo", [{"prompt": ask, "chosen": good, "rejected": bad}])
+    assert (pair.trained("chosen"), pair.trained("rejected")) == (["GOOD<|im_end|>"], ["BAD<|im_end|>"])
+    assert "role" not in encode_rows("grpo", [{"prompt": ask, "answer": "1"}]).part("prompt")["text"]
+
+
+@pytest.mark.parametrize("answer", ['{"city": "Rome"}', '[{"city": "Rome"}]', "[1, 2]", "[]"])
+def test_json_that_is_an_answer_stays_text(answer: str) -> None:
+    assert encode_rows("sft", [{"question": "As JSON?", "answer": answer}]).trained("row") == [f"{answer}<|im_end|>"]
+
+
+@pytest.mark.parametrize("column", ["tools", "history", "chat_template_kwargs"])
+def test_a_column_whose_json_text_is_null_is_absent(column: str) -> None:
+    rows = [{"messages": [user("1?"), assistant("GOOD")], column: "null"}]
+    shown = encode_rows("sft", rows)
+    assert shown.status == 0 and shown.trained("row") == ["GOOD<|im_end|>"], shown.said
+
+
+def test_text_that_is_no_text_and_no_messages_is_refused() -> None:
+    shown = encode_rows("sft", [{"text": ["all of it"]}])
+    assert shown.status == 2 and "message 1 of 'text' is str" in shown.said
