@@ -9,8 +9,8 @@ from megatron_lora.data.forms import SYSTEM_COLUMNS, TOOL_COLUMNS, Form, Keys, c
 from megatron_lora.data.loss_keys import row_switches
 from megatron_lora.data.messages import (
     Turns,
-    is_conversation,
     decode_messages,
+    is_conversation,
     read_history,
     read_messages,
     read_tools,
