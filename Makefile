@@ -7,7 +7,7 @@ SITE_PACKAGES := $(CURDIR)/.venv/lib/python3.12/site-packages
 PARALLEL := --numprocesses 2 --dist loadgroup
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install quickstart quickstart-grpo compare test test-long lint format clean
+.PHONY: help install quickstart quickstart-grpo compare test test-fast test-long lint format clean
 
 help:
 	@echo "make install [EXTRAS=\"rollout-cpu\"]  .venv with everything (extras: rollout-cpu, rollout-gpu, gpu)"
@@ -15,6 +15,7 @@ help:
 	@echo "make quickstart-grpo                 the same with GRPO and vLLM rollouts"
 	@echo "make compare                         one recipe on both backends, side by side"
 	@echo "make test                            the test suite (CPU)"
+	@echo "make test-fast                       unit tests and some cases of two ranks, under three minutes"
 	@echo "make test-long                       whole DPO and GRPO runs, cases of more ranks"
 	@echo "make lint, make format               ruff and pyright; ruff's formatter"
 	@echo "make clean                           remove caches and quickstart-output/"
@@ -54,6 +55,9 @@ compare: .venv/.installed
 # Two at a time: half of the suite is one process's work, and a group of ranks waits for its reference.
 test: .venv/.installed-rollout-cpu
 	$(PYTHON) -m pytest -m "not gpu and not long" $(PARALLEL)
+
+test-fast: .venv/.installed
+	$(PYTHON) -m pytest -m "fast and not gpu and not long" $(PARALLEL) --ignore tests/end_to_end --ignore tests/gpu
 
 test-long: .venv/.installed-rollout-cpu
 	$(PYTHON) -m pytest -m "long and not gpu"

@@ -18,6 +18,7 @@ from tests.distributed.dtensor_worker import OTHERS, TRAIN, base_of, learning_ra
 from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.grouped import assert_same_numbers
+from tests.support.launch import chosen
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, cut_logits, make_rows, of_targets, save_adapter, token_logps, train
 
@@ -70,10 +71,11 @@ def _save_unlike_adapter(base: Path, folder: Path) -> None:
 
 
 class Runs:
-    """The workers' results; each world size runs its cases once, when first asked for one, and the slow ones apart."""
+    """The workers' results; a world size runs its chosen cases once, when first asked for one, the slow ones apart."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, chosen: set[str]):
         self.folder = folder
+        self.chosen = chosen
         self.logs: dict[tuple[int, bool], str] = {}
         self.references: dict[tuple[str, bool], Any] = {}
 
@@ -93,7 +95,7 @@ class Runs:
         return (TRAIN.get(name) or OTHERS[name])[0]
 
     def _run(self, size: int, slow: bool) -> str:
-        names = [name for name in [*TRAIN, *OTHERS] if self._size(name) == size and (name in SLOW) == slow]
+        names = [name for name in self.chosen if self._size(name) == size and (name in SLOW) == slow]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
         command += ["-m", "tests.distributed.dtensor_worker", str(self.folder), *names]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -109,8 +111,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> Runs:
-    return Runs(folder)
+def runs(folder: Path, request: pytest.FixtureRequest) -> Runs:
+    return Runs(folder, chosen(request, [*TRAIN, *OTHERS]))
 
 
 @pytest.mark.parametrize("name", named(OTHERS, "shared_"))
@@ -149,8 +151,9 @@ def test_checkpoint_goes_on_in_another_layout(runs: Runs, name: str, saved: str)
         assert max(relative_differences(got["grad_norms"], wanted["grad_norms"][3:])) < TOLERANCE
 
 
-def test_adapter_checkpoint_has_the_shared_format(runs: Runs, folder: Path) -> None:
-    saved = runs["resume_tp"][0]["saved"]
+@pytest.mark.parametrize("name", ["resume_tp"])
+def test_adapter_checkpoint_has_the_shared_format(runs: Runs, folder: Path, name: str) -> None:
+    saved = runs[name][0]["saved"]
     _, tensors = to_hf(*read_adapter(folder / "saved" / "tp" / "weights"))
     assert set(tensors) == set(saved)
     assert all(torch.equal(tensors[name], value) for name, value in saved.items())
@@ -215,9 +218,10 @@ def test_ranks_agree_on_the_gradient_under_dropout(runs: Runs) -> None:
             assert torch.equal(second["kept"]["weights"][key], value), (name, key)
 
 
-def test_compiled_layers_give_the_same_numbers(runs: Runs) -> None:
+@pytest.mark.parametrize("name", ["compiled"])
+def test_compiled_layers_give_the_same_numbers(runs: Runs, name: str) -> None:
     wanted = runs.reference("qwen3", False)
-    [got] = runs["compiled"]
+    [got] = runs[name]
     assert max(relative_differences(got["losses"], wanted.losses[:3])) < TOLERANCE
     assert max(relative_differences(got["grad_norms"], wanted.grad_norms[:3])) < TOLERANCE
 
@@ -231,8 +235,9 @@ def test_bfloat16_trains_fp32_weights(runs: Runs, name: str, full: bool) -> None
         assert max(relative_differences(got["grad_norms"], wanted.grad_norms)) < 1e-1
 
 
-def test_torch_optimizer_and_schedulers(runs: Runs, folder: Path) -> None:
-    [got] = runs["named_optimizer"]
+@pytest.mark.parametrize("name", ["named_optimizer"])
+def test_torch_optimizer_and_schedulers(runs: Runs, folder: Path, name: str) -> None:
+    [got] = runs[name]
     assert got["learning_rates"] == pytest.approx([1e-3, 3.25e-3, 5.5e-3, 7.75e-3, 1e-2, 1e-2])
     base, adapter = folder / "llama3", folder / "llama3_adapter"
     first = train(base, adapter, steps()[:2], lr=1e-3)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_lora.rollout.generator import Sample
 from tests.distributed.native_worker import generator_samples, prompts, stop_options, tokenizer
-from tests.support.launch import run_ranks
+from tests.support.launch import chosen, run_ranks
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, save_adapter
 
@@ -73,16 +73,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pa
 
 
 class Results:
-    """What each rank of a case saved; the processes of a world size are started once, when first asked for."""
+    """What each rank of a case saved; a world size runs its chosen cases in one start, when first asked for one."""
 
-    def __init__(self, models: dict[str, tuple[Path, Path]], folder: Path):
+    def __init__(self, models: dict[str, tuple[Path, Path]], folder: Path, chosen: set[str]):
         self.models, self.folder = models, folder
+        self.chosen = chosen | {"one"}  # the others are compared with it
 
     def __getitem__(self, name: str) -> list[dict[str, Any]]:
         size, _ = CASES[name]
         request = self.folder / f"{size}.json"
         if not request.exists():
-            request.write_text(json.dumps({name: self._filled(case) for name, (s, case) in CASES.items() if s == size}))
+            cases = {name: CASES[name][1] for name in sorted(self.chosen) if CASES[name][0] == size}
+            request.write_text(json.dumps({name: self._filled(case) for name, case in cases.items()}))
             run_ranks("tests.distributed.native_worker", size, request, self.folder)
         return [torch.load(self.folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(size)]
 
@@ -92,8 +94,10 @@ class Results:
 
 
 @pytest.fixture(scope="module")
-def results(models: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(models, tmp_path_factory.mktemp("results"))
+def results(
+    models: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Results:
+    return Results(models, tmp_path_factory.mktemp("results"), chosen(request, CASES))
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_megatron_reads_ours_and_we_read_megatrons(tmp_path):
     spec, tensors = make_adapter()
@@ -159,6 +160,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(step, damage, message):
         read_adapter(step)
 
 
+@pytest.mark.slow
 def test_writing_holds_a_few_tensors_not_the_checkpoint(tmp_path: Path) -> None:
     """Twelve tensors of 64 MB, in a process of its own whose peak memory is read."""
     code = """

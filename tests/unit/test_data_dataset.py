@@ -116,6 +116,7 @@ def test_prompts(tmp_path: Path) -> None:
     assert len(dataset) == 1 and dataset.stats.dropped_long == 1
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_rows(monkeypatch) -> None:
     monkeypatch.setattr(workers, "ROWS_WORTH_A_WORKER", 10)
     source = load_source(SourceSpec("arithmetic", split="validation")).select(range(600))

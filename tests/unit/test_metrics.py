@@ -135,6 +135,7 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path):
     assert set(events.Tags()["scalars"]) == {"train/loss", "validation/loss"}
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     section = logger_section(tmp_path / "logs", wandb=True)

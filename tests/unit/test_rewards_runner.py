@@ -110,6 +110,7 @@ def test_math_in_workers():
         assert [outcome.total for outcome in runner(batch)] == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_hard_mathematics_times_out():
     # math-verify expands this power tower; its own alarm is off, so only the runner can stop it.
     spec = RewardSpec("math", timeout_seconds=2.0)

@@ -95,6 +95,7 @@ def test_the_folder_loads_in_transformers_and_is_kept(base_dir: Path):
     assert [path.name for path in base_dir.parent.iterdir()] == [base_dir.name]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_repeats_exactly(base_dir: Path, tmp_path: Path):
     again = build_base(tmp_path / "again", seed=3, steps=STEPS)
     first, second = (load_file(folder / "model.safetensors") for folder in (base_dir, again))

@@ -37,6 +37,7 @@ with watch.watched(world, TimeoutsConfig(training_seconds=2.0, slow_seconds=60.0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["sleeps", "stops"])
 def test_the_rank_that_hangs_is_named_and_the_run_ends(
     how: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
