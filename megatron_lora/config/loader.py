@@ -12,6 +12,7 @@ from megatron_lora.config.interpolation import resolve
 from megatron_lora.config.messages import describe_errors, one_message
 from megatron_lora.config.overrides import apply_override, merge
 from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_data import as_one_block
 from megatron_lora.config.schema_tree import walk_fields
 from megatron_lora.config.show import show
 from megatron_lora.config.without_effect import notice, take_out
@@ -47,6 +48,7 @@ def check_recipe(resolved: dict[str, Any], written: dict[str, Any] | None = None
     """Check a recipe given as nested dicts without interpolations. written: the same before they were resolved, so that
     a mistake is told once, where it stands. Raises UserError."""
     schema_paths = {known for known, _ in walk_fields(Recipe)}
+    resolved = _with_lists_of_data(resolved)
     found = take_out(resolved, schema_paths)
     mistakes, recipe = found.refused, None
     try:
@@ -57,7 +59,30 @@ def check_recipe(resolved: dict[str, Any], written: dict[str, Any] | None = None
         raise one_message(mistakes)
     found.paths += _unread(recipe, resolved)
     notices = [notice(found.paths)] if found.paths else []
+    notices += _runs_otherwise(resolved)
     return LoadedRecipe(recipe, to_dict(recipe), notices)
+
+
+def _with_lists_of_data(resolved: dict[str, Any]) -> dict[str, Any]:
+    data = resolved.get("data")
+    if not isinstance(data, dict):
+        return resolved
+    parts = {part: as_one_block(data[part]) for part in ("train", "validation") if part in data}
+    return resolved | {"data": data | parts}
+
+
+def _runs_otherwise(resolved: dict[str, Any]) -> list[str]:
+    """Of the keys without effect those that ask for another run than the user gets."""
+    for path in ("grpo.async_grpo.enabled", "async_rl.enabled"):
+        value: Any = resolved
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is True and isinstance(resolved.get("grpo"), dict):
+            return [
+                f"{path}=true does not run asynchronously here: rollouts and training alternate, every answer comes "
+                "from the newest weights (age 0), and a step takes the time of both"
+            ]
+    return []
 
 
 def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
@@ -68,12 +93,14 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
         unread.append("data.max_input_seq_length")
     if recipe.data.validation is not None:
         # Both are about holding rows of data.train out.
-        validation = resolved["data"]["validation"]
-        unread += [f"data.validation.{name}" for name in ("seed", "split_validation_size") if validation.get(name)]
-        recipe.data.validation.seed, recipe.data.validation.split_validation_size = None, 0.0
-        if recipe.grpo is None and recipe.data.validation.repeat > 1:
-            unread.append("data.validation.repeat")  # a mean over rows stays the same
-            recipe.data.validation.repeat = 1
+        written = resolved["data"]["validation"]
+        blocks = [block for name, block in recipe.data.blocks() if name.startswith("validation")]
+        for block, keys in zip(blocks, [written, *written.get("also", [])], strict=True):
+            unread += [f"data.validation.{name}" for name in ("seed", "split_validation_size") if keys.get(name)]
+            block.seed, block.split_validation_size = None, 0.0
+            if recipe.grpo is None and block.repeat > 1:
+                unread.append("data.validation.repeat")  # a mean over rows stays the same
+                block.repeat = 1
     if recipe.policy.scheduler is not None and recipe.policy.optimizer is None:
         unread.append("policy.scheduler")  # only where Megatron trains: the other backend refuses it
         recipe.policy.scheduler = None

@@ -69,6 +69,9 @@ def _section_tables(section: type[Section], path: str) -> str:
     for name, field in section.model_fields.items():
         here = f"{path}.{name}" if path else name
         child = section_of(field.annotation)
+        if child is section:
+            rows.append(f"| `{name}` | list of this section | {_default(field)} | {_cell(field.description)} |")
+            continue
         if child is None:
             rows.append(f"| `{name}` | {_type(field)} | {_default(field)} | {_cell(field.description)} |")
             continue

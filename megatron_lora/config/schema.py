@@ -86,3 +86,15 @@ class Recipe(Section):
         section = self.sft or self.dpo or self.grpo
         assert section is not None
         return section.seed
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective reads a reference policy."""
+        return self.dpo is not None or (self.grpo is not None and self.loss_fn.reference_policy_kl_penalty > 0)
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether full fine-tuning has to keep the weights that it started from: they are the reference, and it is
+        asked after the first update."""
+        ahead = self.dpo is not None and self.dpo.precompute_reference_logprobs
+        return self.has_reference and not self.policy.adapter.enabled and not ahead

@@ -155,12 +155,36 @@ class GrpoConfig(_Algorithm):
     )
     max_val_samples: PositiveInt = Field(default=256, description="Prompts a validation, at most.")
     val_batch_size: PositiveInt = Field(default=256, description="Prompts generated at once at validation.")
+    val_num_generations_per_prompt: PositiveInt = Field(
+        default=1,
+        description="Answers a prompt at validation; above 1 it logs `pass_k`, the share of prompts with a right one.",
+    )
+    val_start_at: Int = Field(default=-1, description="First step at which `val_period` applies; -1: from the first.")
+    stop_at_validation_metric: str | None = Field(
+        default=None, description="Metric of validation, such as `accuracy`, that ends the run; null: none does."
+    )
+    stop_at_validation_threshold: Float | None = Field(
+        default=None, description="It ends where the metric is at least this."
+    )
+    skip_reference_policy_logprobs_calculation: bool = Field(
+        default=False,
+        description="On: refuse a KL penalty, which needs the reference's log-probabilities; without one they are "
+        "never computed, whatever this says.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         low, high = self.advantage_clip_low, self.advantage_clip_high
         if low is not None and high is not None and low > high:
             raise ValueError(f"advantage_clip_low={low} is above advantage_clip_high={high}; swap them")
+        if (self.stop_at_validation_metric is None) != (self.stop_at_validation_threshold is None):
+            raise ValueError(
+                "stop_at_validation_metric and stop_at_validation_threshold belong together; set both or neither"
+            )
+        if self.stop_at_validation_metric == "pass_k" and self.val_num_generations_per_prompt == 1:
+            raise ValueError(
+                "stop_at_validation_metric=pass_k needs several answers a prompt; set val_num_generations_per_prompt"
+            )
         estimator = self.adv_estimator
         if estimator.normalize_rewards is None:
             estimator.normalize_rewards = self.normalize_rewards

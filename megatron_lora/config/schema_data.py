@@ -1,5 +1,6 @@
 """What is trained on: `data`."""
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -34,12 +35,17 @@ class DatasetConfig(Section):
     )
     system_prompt_file: Place | None = Field(default=None, description="File with a system message for every row.")
     split_validation_size: Fraction = Field(
-        default=0.0, description="Part of the training rows held out where `data.validation` is null."
+        default=0.0, description="`data.train`: part of the rows held out; they join those of `data.validation`."
     )
     repeat: PositiveInt = Field(
         default=1, description="`data.validation` of GRPO: its prompts so many times over, each with draws of its own."
     )
     seed: Int | None = Field(default=None, description="Seed of that split; null: the algorithm's.")
+    also: "list[DatasetConfig]" = Field(
+        default_factory=list,
+        description="Further data sets, whose rows follow; a list in place of this section is read as its first entry "
+        "and the others here. Each is held out of and repeated by its own keys.",
+    )
 
 
 class DataConfig(Section):
@@ -70,30 +76,56 @@ class DataConfig(Section):
         filled = dict(data)
         for part in ("train", "validation"):
             if isinstance(data.get(part), dict):
-                given = {key: value for key, value in data[part].items() if value is not None}
-                filled[part] = {**data["default"], **given}
+                filled[part] = _filled(data[part], data["default"])
         return filled
 
     @model_validator(mode="after")
     def _only_validation_repeats(self) -> Self:
-        if self.train.repeat > 1:
-            raise ValueError(f"train.repeat={self.train.repeat}: training repeats by max_num_epochs; set it to 1")
+        for where, block in self.blocks():
+            if where.startswith("train") and block.repeat > 1:
+                raise ValueError(f"{where}.repeat={block.repeat}: training repeats by max_num_epochs; set it to 1")
+            if block is not self.train and block is not self.validation and block.also:
+                raise ValueError(f"{where}.also: a further data set has no others beside it; put them into one list")
         return self
 
     @model_validator(mode="after")
     def _one_prompt_key(self) -> Self:
-        for part in ("train", "validation"):
-            block = getattr(self, part)
-            if block is not None and None not in (block.input_key, block.prompt_key):
+        for part, block in self.blocks():
+            if None not in (block.input_key, block.prompt_key):
                 raise ValueError(f"{part} has both input_key and prompt_key, which mean the same; keep one")
-            if block is not None and block.form is not None and (block.input_key or block.chat_key):
+            if block.form is not None and (block.input_key or block.chat_key):
                 raise ValueError(f"{part} has both form and a column's name (input_key or chat_key); keep one")
         return self
 
     @model_validator(mode="after")
     def _sources(self) -> Self:
-        for part in ("train", "validation"):
-            dataset = getattr(self, part)
-            if dataset is not None and dataset.dataset_name is None and dataset.data_path is None:
+        for part, dataset in self.blocks():
+            if dataset.dataset_name is None and dataset.data_path is None:
                 raise ValueError(f"{part} names no rows; set {part}.dataset_name or {part}.data_path")
         return self
+
+    def blocks(self) -> Iterator[tuple[str, DatasetConfig]]:
+        """(name, section) of every data set."""
+        for name, first in (("train", self.train), ("validation", self.validation)):
+            if first is not None:
+                yield name, first
+                yield from ((f"{name}.also[{number}]", block) for number, block in enumerate(first.also))
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation rows: of their own, or held out of the training rows."""
+        return self.validation is not None or any(block.split_validation_size for _, block in self.blocks())
+
+
+def _filled(block: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """A block, and those beside it, with what they lack."""
+    given = {key: value for key, value in block.items() if value is not None}
+    others = [_filled(item, default) if isinstance(item, dict) else item for item in given.get("also", [])]
+    return {**default, **given, **({"also": others} if others else {})}
+
+
+def as_one_block(blocks: Any) -> Any:
+    """A list of data sets (NeMo RL's shape) as its first entry with the others beside it; anything else as it is."""
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(item, dict) for item in blocks):
+        return blocks
+    return blocks[0] | {"also": blocks[1:]} if len(blocks) > 1 else blocks[0]

@@ -100,6 +100,11 @@ class PolicyConfig(Section):
         description="Whether rows that begin alike (the answers of a GRPO group, a DPO pair) send what they share "
         "through the model once; `auto`: where the layout and the model allow it.",
     )
+    reference_weights: Literal["cpu", "device"] = Field(
+        default="cpu",
+        description="Full fine-tuning with a reference (DPO, GRPO with a KL penalty): where its starting weights lie; "
+        "`cpu`: swapped with the model's whenever the reference is asked; `device`: likewise, a second copy beside it.",
+    )
     megatron_cfg: MegatronConfig = Field(default_factory=MegatronConfig, description="Megatron-Core backend.")
     dtensor_cfg: DTensorConfig = Field(default_factory=DTensorConfig, description="DTensor backend.")
     optimizer: TorchOptimizerConfig | None = Field(

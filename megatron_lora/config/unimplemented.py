@@ -113,7 +113,7 @@ TABLE: tuple[Group, ...] = (
     ),
     Group("sft", "validation packs its rows as training does", _any("val_micro_batch_size")),
     Group("dpo", "validation packs its pairs as training does", _any("val_micro_batch_size")),
-    Group("data", "data.train is one data set", {"use_multiple_dataloader": (False,)}),
+    Group("data", "data sets in a list are shuffled as one", {"use_multiple_dataloader": (False,)}),
     *(
         Group(
             f"data.{part}",
@@ -143,25 +143,10 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         "grpo",
-        "the reference is asked only where loss_fn.reference_policy_kl_penalty is above 0",
-        _any("skip_reference_policy_logprobs_calculation"),
-    ),
-    Group(
-        "grpo",
         "answers are rewarded by env.reward_functions",
         {
             "invalid_tool_call_advantage": (None,),
             "malformed_thinking_advantage": (None,),
-        },
-    ),
-    Group(
-        "grpo",
-        "validation follows grpo.val_period and the run ends at grpo.max_num_steps or max_num_epochs",
-        {
-            "stop_at_validation_metric": (None,),
-            "stop_at_validation_threshold": (None,),
-            "val_num_generations_per_prompt": (1,),
-            "val_start_at": (-1,),
         },
     ),
     # Model and batches

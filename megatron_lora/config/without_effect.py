@@ -65,6 +65,11 @@ def _take_out(
             found.paths.append(path)
         elif below and isinstance(value, dict):
             inner = _take_out(value, f"{path}.", root, schema_paths, found)
+            if isinstance(inner.get("also"), list):  # further data sets have the keys of the one they stand beside
+                inner["also"] = [
+                    _take_out(item, f"{path}.", root, schema_paths, found) if isinstance(item, dict) else item
+                    for item in inner["also"]
+                ]
             if path in schema_paths:
                 left[name] = inner
             else:
@@ -116,7 +121,7 @@ def _value_at(root: dict[str, Any], path: str) -> Any:
 def notice(taken: list[str]) -> str:
     """One line that lists what was accepted without effect, names of one section in braces."""
     by_section: dict[str, list[str]] = {}
-    for path in taken:
+    for path in dict.fromkeys(taken):
         parent, _, name = path.rpartition(".")
         by_section.setdefault(parent, []).append(name)
     return "NeMo RL keys accepted without effect: " + ", ".join(_braced(by_section))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_lora.conversion.config_overrides import ROPE_DICTS, overridden
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, first_line
 from megatron_lora.lora.layout import ModelSpec
 
 SIZES = (
@@ -226,10 +226,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         hf_logging.set_verbosity(before)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def one_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, first_line
 
 BACKEND_FILE = "metadata.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -63,7 +63,7 @@ class TorchDistFolder:
                 dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
         except (dcp.CheckpointException, RuntimeError, OSError, *_DAMAGED) as error:
             raise UserError(
-                f"{self.folder} could not be read; a file of it is damaged ({_first_line(error)})"
+                f"{self.folder} could not be read; a file of it is damaged ({first_line(error)})"
             ) from error
         return tensors
 
@@ -140,9 +140,7 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         return dcp.FileSystemReader(folder).read_metadata()
     except _DAMAGED as error:
-        raise UserError(
-            f"{folder}/.metadata is damaged ({_first_line(error)}); the checkpoint was cut short"
-        ) from error
+        raise UserError(f"{folder}/.metadata is damaged ({first_line(error)}); the checkpoint was cut short") from error
 
 
 def _check_files(folder: Path, metadata: Metadata) -> None:
@@ -156,7 +154,3 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise UserError(f"{folder} lacks its shard {name}; the checkpoint is incomplete")
         if path.stat().st_size < size:
             raise UserError(f"{path} is truncated: {path.stat().st_size} bytes of {size}; the checkpoint is incomplete")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,7 +13,7 @@ from megatron_lora.data.examples import Instructions
 from megatron_lora.data.forms import Keys
 from megatron_lora.data.parse import RowReader
 from megatron_lora.data.sources import Source
-from megatron_lora.data.stats import LengthStats
+from megatron_lora.data.stats import LengthStats, joined_stats
 from megatron_lora.data.tokenize import Encoded, Encoder, EncodingOptions
 from megatron_lora.data.values import RowError
 from megatron_lora.data.workers import EncodeRow, encode_rows
@@ -55,6 +55,10 @@ class TokenizedDataset(Sequence["list[Row]"]):
     def __getitem__(self, position):  # type: ignore[override]  # no slices
         return [encoded.to_row() for encoded in self._groups[position]]
 
+    @property
+    def items(self) -> Sequence[Sequence[Encoded]]:
+        return self._groups
+
     def encoded(self, position: int) -> Sequence[Encoded]:
         """A group as token ids and masks, without making its tensors."""
         return self._groups[position]
@@ -89,6 +93,10 @@ class PromptDataset(Sequence[Prompt]):
     def __getitem__(self, position):  # type: ignore[override]  # no slices
         return self._prompts[position]
 
+    @property
+    def items(self) -> Sequence[Prompt]:
+        return self._prompts
+
     def first_id_from(self, limit: int) -> tuple[int, int] | None:
         """As `TokenizedDataset.first_id_from`."""
         for prompt in self._prompts:
@@ -96,6 +104,16 @@ class PromptDataset(Sequence[Prompt]):
             if beyond.numel():
                 return prompt.index, int(beyond[0])
         return None
+
+
+def join(parts: Sequence[tuple[Any, int]]) -> Any:
+    """One data set of several of a kind, each so many times over, in their order; None of none."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    if not parts:
+        return None
+    items = [item for dataset, times in parts for _ in range(times) for item in dataset.items]
+    return type(parts[0][0])(items, joined_stats([dataset.stats for dataset, _ in parts]))
 
 
 @dataclass(frozen=True)

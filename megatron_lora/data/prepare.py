@@ -1,5 +1,6 @@
 """From a recipe's `data` to tokenized rows: what a run and `data.show` read alike."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,67 +11,71 @@ from megatron_lora.config.schema_data import DatasetConfig
 from megatron_lora.data.dataset import (
     Preparation,
     PromptDataset,
-    TokenizedDataset,
     build_preference_dataset,
     build_prompt_dataset,
     build_sft_dataset,
+    join,
 )
 from megatron_lora.data.examples import load_instructions
 from megatron_lora.data.forms import named_form
 from megatron_lora.data.references import rows_without_reference
-from megatron_lora.data.sources import Source, SourceSpec, load_sources
+from megatron_lora.data.sources import Source, SourceSpec, hold_out, load_source
 from megatron_lora.data.tokenize import EncodingOptions
 from megatron_lora.data.tokenizer import end_tokens, load_tokenizer
 from megatron_lora.data.values import RowError
 from megatron_lora.errors import UserError
 
 BUILDERS: dict[str, Any] = {"sft": build_sft_dataset, "dpo": build_preference_dataset, "grpo": build_prompt_dataset}
-Dataset = TokenizedDataset | PromptDataset
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one block of `data.train` or `data.validation`. set: `train` or `validation`, whose rows they join.
+    section: the block, which says how they are read. repeat: how often a set holds them."""
+
+    set: str
+    section: DatasetConfig
+    source: Source
+    repeat: int = 1
 
 
 @dataclass
 class PreparedData:
-    """Tokenized rows, and the sources they came from."""
+    """Tokenized rows, and the sources they came from. sets: (name, source, data set) of each block. train, validation:
+    all blocks of a kind together."""
 
     tokenizer: PreTrainedTokenizerBase
-    train_source: Source
-    validation_source: Source | None
+    sets: list[tuple[str, Source, Any]]
     train: Any
     validation: Any | None
 
     def lines(self) -> list[str]:
         """What the log and --dry-run say of the rows: counts, drops and why, what is not honoured."""
         lines = []
+        blocks = Counter(name for name, _, _ in self.sets)
         for name, source, dataset in self.sets:
-            lines += [f"{name}: {line}" for line in (*dataset.stats.lines(), *source.notices)]
+            label = name if blocks[name] == 1 else f"{name}, {source.name}"
+            lines += [f"{label}: {line}" for line in (*dataset.stats.lines(), *source.notices)]
         return lines
-
-    @property
-    def sets(self) -> list[tuple[str, Source, Any]]:
-        """(name, source, data set) of each."""
-        sets = [("train", self.train_source, self.train)]
-        if self.validation_source is not None:
-            sets.append(("validation", self.validation_source, self.validation))
-        return sets
 
 
 def prepare_data(recipe: Recipe, show_progress: bool = False) -> PreparedData:
     """Load the tokenizer and the rows, and tokenize them. Raises UserError."""
     chosen = recipe.policy.tokenizer
     tokenizer = load_tokenizer(chosen.name or recipe.policy.model_name, chosen.chat_template)
-    train_source, validation_source = sources(recipe)
     build = BUILDERS[recipe.algorithm]
     options = encoding_options(recipe, tokenizer)
-    train = build(train_source, tokenizer, preparation(recipe, recipe.data.train, options, show_progress))
-    validation = None
-    if validation_source is not None:
-        section = recipe.data.validation or recipe.data.train
-        validation = build(validation_source, tokenizer, preparation(recipe, section, options, show_progress))
-    data = PreparedData(tokenizer, train_source, validation_source, train, validation)
+    parts = load_parts(recipe)
+    built = [build(part.source, tokenizer, preparation(recipe, part.section, options, show_progress)) for part in parts]
     if recipe.grpo is not None:
-        for _, source, prompts in data.sets:
-            _check_references(recipe, source, prompts)
-    return data
+        for part, prompts in zip(parts, built, strict=True):
+            _check_references(recipe, part.source, prompts)
+    joined = {
+        name: join([(rows, part.repeat) for part, rows in zip(parts, built, strict=True) if part.set == name])
+        for name in ("train", "validation")
+    }
+    sets = [(part.set, part.source, rows) for part, rows in zip(parts, built, strict=True)]
+    return PreparedData(tokenizer, sets, joined["train"], joined["validation"])
 
 
 def _check_references(recipe: Recipe, source: Source, prompts: PromptDataset) -> None:
@@ -84,23 +89,37 @@ def _check_references(recipe: Recipe, source: Source, prompts: PromptDataset) ->
         )
 
 
-def sources(recipe: Recipe) -> tuple[Source, Source | None]:
-    """The rows of `data.train` and `data.validation`. Raises UserError."""
-    train, validation = recipe.data.train, recipe.data.validation
-    specs = [None if section is None else _source_spec(section) for section in (train, validation)]
-    for part, spec in zip(("train", "validation"), specs, strict=True):
-        try:
-            if spec is not None:
-                named_form(spec.keys, recipe.algorithm)
-        except RowError as error:
-            raise UserError(f"data.{part}.{error}") from error
-    assert specs[0] is not None
-    return load_sources(
-        specs[0],
-        specs[1],
-        split_validation_size=train.split_validation_size or 0.0,
-        seed=train.seed if train.seed is not None else recipe.seed,
-    )
+def load_parts(recipe: Recipe) -> list[Part]:
+    """The rows of `data.train`, what is held out of them, and those of `data.validation`. Raises UserError."""
+    data = recipe.data
+    train, held_out = [], []
+    for where, section in _blocks("data.train", data.train):
+        source = _load(recipe, section, where)
+        if section.split_validation_size:
+            seed = section.seed if section.seed is not None else recipe.seed
+            source, rows = hold_out(source, section.split_validation_size, seed, where)
+            held_out.append(Part("validation", section, rows))
+        train.append(Part("train", section, source))
+    given = [
+        Part("validation", section, _load(recipe, section, where), section.repeat)
+        for where, section in ([] if data.validation is None else _blocks("data.validation", data.validation))
+    ]
+    return train + held_out + given
+
+
+def _blocks(where: str, first: DatasetConfig) -> list[tuple[str, DatasetConfig]]:
+    """A block and those that stand beside it, with their paths for messages."""
+    others = [(f"{where}.also[{number}]", section) for number, section in enumerate(first.also)]
+    return [(where, first), *others]
+
+
+def _load(recipe: Recipe, section: DatasetConfig, where: str) -> Source:
+    spec = _source_spec(section)
+    try:
+        named_form(spec.keys, recipe.algorithm)
+    except RowError as error:
+        raise UserError(f"{where}.{error}") from error
+    return load_source(spec, where)
 
 
 def _source_spec(section: DatasetConfig) -> SourceSpec:

@@ -114,23 +114,15 @@ def load_source(spec: SourceSpec, where: str = "data.train") -> Source:
     return source
 
 
-def load_sources(
-    train: SourceSpec, validation: SourceSpec | None, split_validation_size: float = 0.0, seed: int = 42
-) -> tuple[Source, Source | None]:
-    """Training and validation rows.
+def hold_out(source: Source, size: float, seed: int, where: str = "data.train") -> tuple[Source, Source]:
+    """(the rest in its order, rows cut off at random with `seed`).
 
-    Without a validation block, `split_validation_size` (a share below 1, or a number of rows) is cut off the training
-    rows at random with `seed`; the rest keeps its order. Raises UserError as `load_source` does.
+    size: `split_validation_size`, a share below 1 or a number of rows. Raises UserError where a side would be empty.
     """
-    source = load_source(train, "data.train")
-    if validation is not None:
-        return source, load_source(validation, "data.validation")
-    if not split_validation_size:
-        return source, None
-    count = round(len(source) * split_validation_size) if split_validation_size < 1 else int(split_validation_size)
+    count = round(len(source) * size) if size < 1 else int(size)
     if not 0 < count < len(source):
         raise UserError(
-            f"data.train.split_validation_size={split_validation_size} takes {count} of {source.name}'s {len(source)} "
+            f"{where}.split_validation_size={size} takes {count} of {source.name}'s {len(source)} "
             f"rows; it must leave at least one row on both sides"
         )
     import torch

@@ -1,29 +1,64 @@
-"""The adapter as it was when the run began: put back for as long as a reference policy is asked for, and compared."""
+"""The trained tensors as they were when the run began: put back for as long as a reference policy is asked for, and
+compared. An adapter's copy is small; in full fine-tuning it is another whole model, in CPU memory unless asked
+otherwise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The parameters' present values, in memory of their own."""
-    return [parameter.detach().clone() for parameter in parameters]
+class FrozenStart:
+    """A copy of tensors in memory of its own, which changes places with them.
+
+    tensors: what this rank holds; each call gets the same ones, whose values may have changed. on_cpu: where the copies
+    lie; else beside the tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, on_cpu: bool = False):
+        self._copies = [_copy(tensor, on_cpu=on_cpu) for tensor in tensors]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(copy.numel() * copy.element_size() for copy in self._copies)
+
+    @contextmanager
+    def put_back(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Within it the tensors have their starting values; bit for bit as before afterwards, also on an exception.
+
+        In place, one tensor at a time: the copies hold the present values meanwhile, so that no third model is needed.
+        """
+        swapped: list[tuple[Tensor, Tensor]] = []
+        try:
+            for tensor, copy in zip(tensors, self._copies, strict=True):
+                _swap(tensor, copy)
+                swapped.append((tensor, copy))
+            yield
+        finally:
+            for tensor, copy in swapped:
+                _swap(tensor, copy)
+
+    def equals(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether every tensor has its starting value."""
+        return all(
+            torch.equal(tensor.detach().to(copy.device), copy)
+            for tensor, copy in zip(tensors, self._copies, strict=True)
+        )
 
 
-@contextmanager
-def holding(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Within it the parameters have `values` (equal shapes); bit for bit as before afterwards, also on an exception."""
-    before = copies(parameters)
-    try:
-        _put(parameters, values)
-        yield
-    finally:
-        _put(parameters, before)
+def _copy(tensor: Tensor, *, on_cpu: bool) -> Tensor:
+    if not on_cpu:
+        return tensor.detach().clone()
+    # Pinned, so that a GPU reads and writes it at full speed.
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor.detach())
 
 
 @torch.no_grad()
-def _put(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def _swap(tensor: Tensor, copy: Tensor) -> None:
+    if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
+        raise ValueError(f"{tuple(tensor.shape)} {tensor.dtype} is not the {tuple(copy.shape)} {copy.dtype} it was")
+    present = tensor.detach().clone()
+    tensor.detach().copy_(copy)
+    copy.copy_(present)

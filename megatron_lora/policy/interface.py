@@ -82,14 +82,14 @@ class Policy(ABC):
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model is the reference policy of DPO and GRPO: the frozen base, or for a run that started from
-        `init_adapter` the base with that adapter as it was. Restored also on an exception. Raises ValueError for full
-        fine-tuning, which keeps no copy of where it started."""
+        `init_adapter` the base with that adapter as it was, or in full fine-tuning the whole model as it was. Restored
+        also on an exception. Raises ValueError for full fine-tuning that was not asked to keep where it started."""
 
     @abstractmethod
     def at_reference(self) -> bool:
         """Whether the policy's weights are its reference's (the adapter's product is zero, or its factors are those of
-        `init_adapter`), so that a KL divergence between them is zero whatever kernels compute it. On every rank the
-        same. Raises ValueError for full fine-tuning."""
+        `init_adapter`, or the whole model is as it began), so that a KL divergence between them is zero whatever
+        kernels compute it. On every rank the same. Raises ValueError as `reference` does."""
 
     @abstractmethod
     def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> AbstractContextManager[None]:

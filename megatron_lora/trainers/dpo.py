@@ -1,7 +1,6 @@
 """Direct preference optimization: the loop (Rafailov et al. 2023, section 4).
 
-The reference is the same model with its adapter off, or as it was at the start (`Policy.reference`): never a second
-model.
+The reference is the same model with its adapter off, or as it was at the start (`Policy.reference`).
 """
 
 import time
@@ -13,7 +12,6 @@ from torch import Tensor
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.batch import Row
 from megatron_lora.data.loader import GroupLoader, Indexed
-from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
 from megatron_lora.objectives.dpo import DPOConfig, DPOObjective
 from megatron_lora.policy.interface import Policy
@@ -29,12 +27,6 @@ def check_dpo(recipe: Recipe) -> None:
     """Raise UserError for what cannot be run, before any weight is loaded."""
     assert recipe.dpo is not None
     DPOConfig.from_config(recipe.dpo)
-    if not recipe.policy.adapter.enabled and not recipe.dpo.precompute_reference_logprobs:
-        raise UserError(
-            "dpo with full fine-tuning changes the model that the reference would be; set "
-            "dpo.precompute_reference_logprobs=true to score all pairs before training, or train an adapter "
-            "(policy.megatron_cfg.peft.enabled=true), whose base stays"
-        )
 
 
 def train_dpo(session: Session, loader: GroupLoader[list[Row]], validation: GroupLoader[list[Row]] | None) -> None:

@@ -26,7 +26,7 @@ from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
-from megatron_lora.trainers.grpo_validation import show_samples, validate_answers
+from megatron_lora.trainers.grpo_validation import show_samples, stop_reason, validate_answers
 from megatron_lora.trainers.loop import DataSpent, run_steps
 from megatron_lora.trainers.reward_watch import RewardWatch
 from megatron_lora.trainers.rollout_batch import (
@@ -57,7 +57,14 @@ def train_grpo(session: Session, loader: GroupLoader[Prompt], validation: GroupL
             if validation is not None:
                 validate_answers(session, engine, runner, validation)
 
-        run_steps(session, options, trainer.step, validate)
+        run_steps(
+            session,
+            options,
+            trainer.step,
+            validate,
+            first_validation=options.val_start_at,
+            stop_reason=lambda: stop_reason(session, options),
+        )
         engine.close()
 
 

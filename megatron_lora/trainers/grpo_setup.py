@@ -24,17 +24,18 @@ def check_grpo(recipe: Recipe, world: World) -> None:
     assert grpo is not None
     check_group_size(grpo.num_generations_per_prompt, bool(grpo.adv_estimator.use_leave_one_out_baseline))
     loss = loss_config(recipe)
+    if grpo.skip_reference_policy_logprobs_calculation and loss.reference_policy_kl_penalty > 0:
+        raise UserError(
+            "grpo.skip_reference_policy_logprobs_calculation=true, but loss_fn.reference_policy_kl_penalty="
+            f"{loss.reference_policy_kl_penalty} needs the reference's log-probabilities; set one to false or the "
+            "other to 0"
+        )
     RewardRunner(reward_specs(recipe), recipe.env.math.num_workers).close()
     _check_shaping(recipe)
     if generation.temperature == 0:
         raise UserError(
             "policy.generation.temperature=0 draws the same answer every time, so no group has an advantage; set it "
             "above 0 (1.0 is usual; val_temperature=0 is for validation)"
-        )
-    if loss.reference_policy_kl_penalty > 0 and not recipe.policy.adapter.enabled:
-        raise UserError(
-            f"loss_fn.reference_policy_kl_penalty={loss.reference_policy_kl_penalty} needs a reference, which full "
-            "fine-tuning changes; set it to 0, or train an adapter, whose base stays"
         )
     if generation.backend == "megatron":
         _check_native(recipe.policy)
@@ -79,8 +80,7 @@ def fewest_batches(grpo: GrpoConfig) -> int:
 def build_prompt_loaders(
     recipe: Recipe, train: PromptDataset, validation: PromptDataset | None
 ) -> tuple[GroupLoader[Prompt], GroupLoader[Prompt] | None]:
-    """Batches of prompts; validation reads the first `grpo.max_val_samples` prompts, in order, of its data set
-    `data.validation.repeat` times over."""
+    """Batches of prompts; validation reads the first `grpo.max_val_samples` prompts, in order."""
     grpo = recipe.grpo
     assert grpo is not None
     loader = GroupLoader(
@@ -92,8 +92,7 @@ def build_prompt_loaders(
     )
     if validation is None:
         return loader, None
-    number = len(validation) * (recipe.data.validation.repeat if recipe.data.validation is not None else 1)
-    first = [validation[position % len(validation)] for position in range(min(grpo.max_val_samples, number))]
+    first = [validation[position] for position in range(min(grpo.max_val_samples, len(validation)))]
     size = min(grpo.val_batch_size, len(first))
     return loader, GroupLoader(first, size, shuffle=False, drop_last=False, size_key="grpo.val_batch_size")
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
@@ -12,19 +13,22 @@ from megatron_lora.trainers.session import Session
 
 # Rewards that say whether an answer is right, rather than how it looks.
 CORRECTNESS = ("exact", "math", "dapo_math_verify", "gsm8k")
+STOP = "stop_at_validation"
 COLUMNS = ("prompt", "answer", "reference", "reward", "tokens")
 
 
 def validate_answers(
     session: Session, engine: RolloutEngine, runner: RewardRunner, loader: GroupLoader[Prompt]
 ) -> None:
-    """One answer to each prompt, drawn with the `val_*` keys; logs accuracy and reward, shows answers. Collective."""
+    """Answers to each prompt, drawn with the `val_*` keys; logs accuracy and reward, shows answers. Collective."""
+    assert session.recipe.grpo is not None
+    count = session.recipe.grpo.val_num_generations_per_prompt
     start = time.perf_counter()
     groups: list[Group] = []
     generation_seconds = 0.0
     loader.epoch = loader.position = 0
     for number, prompts in enumerate(loader):
-        answers, seconds = engine.generate(prompts, 1, purpose=VALIDATION, batch=number)
+        answers, seconds = engine.generate(prompts, count, purpose=VALIDATION, batch=number)
         generation_seconds += seconds
         groups += reward_answers(runner, prompts, answers, session.world)
     engine.sleep()
@@ -33,8 +37,9 @@ def validate_answers(
         describe_groups(groups)
         | {
             "accuracy": accuracy(groups, runner.specs),
+            **({"pass_k": pass_k(groups, runner.specs)} if count > 1 else {}),
             "adapter_version": engine.version,
-            "num_samples": len(groups),
+            "num_samples": len(groups) * count,
             "num_tokens": tokens,
             "generation_seconds": generation_seconds,
             "generation_tokens_per_second": tokens / generation_seconds,
@@ -48,11 +53,33 @@ def validate_answers(
 def accuracy(groups: Sequence[Group], specs: Sequence[RewardSpec]) -> float:
     """Mean of the first reward that says whether an answer is right; of the weighted sum where there is none. Answers
     on which it abstained do not count."""
-    outcomes = [outcome for group in groups for outcome in group.outcomes]
-    name = next((spec.name for spec in specs if spec.kind in CORRECTNESS), None)
-    found = [outcome.total if name is None else outcome.values[name] for outcome in outcomes]
-    values = [value for value in found if value is not None]
+    values = [value for group in groups for value in _marks(group, specs) if value is not None]
     return sum(values) / len(values) if values else 0.0
+
+
+def pass_k(groups: Sequence[Group], specs: Sequence[RewardSpec]) -> float:
+    """Share of prompts with an answer that `accuracy` gives something for."""
+    return sum(any((value or 0.0) > 0 for value in _marks(group, specs)) for group in groups) / len(groups)
+
+
+def _marks(group: Group, specs: Sequence[RewardSpec]) -> list[float | None]:
+    name = next((spec.name for spec in specs if spec.kind in CORRECTNESS), None)
+    return [outcome.total if name is None else outcome.values[name] for outcome in group.outcomes]
+
+
+def stop_reason(session: Session, options: GrpoConfig) -> str:
+    """Why the last validation ends the run (`grpo.stop_at_validation_*`); "" where it does not. What it found is kept
+    with the checkpoint, so that the same command does not train on."""
+    name, threshold = options.stop_at_validation_metric, options.stop_at_validation_threshold
+    if name is None or threshold is None:
+        return ""
+    value = session.metrics.get(("validation", name))
+    found = session.state.setdefault(STOP, {})
+    if value is not None:
+        found[name] = value
+    if found.get(name, float("-inf")) < threshold:
+        return ""
+    return f"validation's {name} is {found[name]:.4g}, at least grpo.stop_at_validation_threshold={threshold:g}"
 
 
 def show_samples(session: Session, groups: Sequence[Group], title: str) -> None:

@@ -55,8 +55,7 @@ class RunIdentity:
             tokenizer=fingerprint_tokenizer(tokenizer),
             base=local_fingerprint(recipe.policy.model_name),
             init_adapter=None if init_adapter is None else fingerprint_adapter(read_peft_folder(Path(init_adapter))[1]),
-            has_reference=recipe.dpo is not None
-            or (recipe.grpo is not None and recipe.loss_fn.reference_policy_kl_penalty > 0),
+            has_reference=recipe.has_reference,
             # As it comes back from a file.
             model_config=json.loads(json.dumps(kept, default=str)),
         )

@@ -20,17 +20,27 @@ class LoopOptions(Protocol):
 
 
 def run_steps(
-    session: Session, options: LoopOptions, take_step: Callable[[], None], validate: Callable[[], None]
+    session: Session,
+    options: LoopOptions,
+    take_step: Callable[[], None],
+    validate: Callable[[], None],
+    *,
+    first_validation: int = -1,
+    stop_reason: Callable[[], str] = lambda: "",
 ) -> None:
     """Take steps until the run's last, validating and saving when due.
 
     take_step: does one step, raises `session.step` and logs. Both are collective. A step that raises leaves the last
     checkpoint as it is; one that a signal made it abandon is taken again, from the same data, by the run that goes on;
-    one for which the data does not suffice ends the run.
+    one for which the data does not suffice ends the run. first_validation: the first step at which the period applies.
+    stop_reason: why the last validation ends the run, "" where it does not; on every rank the same.
     """
     if options.val_at_start and session.step == 0:
         begin("validating before the first step", is_slow=True)
         validate()
+    if reason := stop_reason():
+        session.reporter.message(f"nothing to do: {reason}")
+        return
     if session.step >= session.total_steps:
         session.reporter.message(f"nothing to do: the run is at step {session.step} of {session.total_steps}")
         return
@@ -51,10 +61,13 @@ def run_steps(
                 validate()
             break
         last = session.step >= session.total_steps
-        due = options.val_period > 0 and session.step % options.val_period == 0
+        due = options.val_period > 0 and session.step % options.val_period == 0 and session.step >= first_validation
         if due or (last and options.val_at_end):
             begin(f"validating at step {session.step}", is_slow=True)
             validate()
+            if reason := stop_reason():
+                session.reporter.message(f"the run ends after step {session.step}: {reason}")
+                last = True
         stopping = session.should_stop()
         begin(f"saving step {session.step}", is_slow=True)
         session.save_if_due(force=last or stopping)

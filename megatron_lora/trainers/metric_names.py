@@ -11,7 +11,7 @@ TRAIN = ("loss", "grad_norm", "lr", "num_tokens", "peak_memory_gib", *COUNTS)
 DPO = ("preference_loss", "sft_loss", "accuracy", "rewards_chosen", "rewards_rejected", "reward_margin")
 ANSWERS = ("reward", "reward_std", "reward_errors", "unrewarded", "response_length", "truncated_share", "num_samples")
 GENERATION = ("adapter_version", "generation_seconds", "generation_tokens_per_second")
-GRPO_VALIDATION = ("accuracy", "num_tokens", "step_time_seconds", "tokens_per_second", *ANSWERS, *GENERATION)
+GRPO_VALIDATION = ("accuracy", "pass_k", "num_tokens", "step_time_seconds", "tokens_per_second", *ANSWERS, *GENERATION)
 # Some of these are logged under some settings only.
 GRPO_TRAIN = (
     *TRAIN, *ANSWERS, *GENERATION, "generation_batches", "dropped_groups", "num_updates", "zero_variance_groups",
@@ -65,6 +65,23 @@ def check_metric_name(recipe: Recipe, *, has_validation: bool) -> list[str]:
             "checkpoints are kept"
         ]
     return []
+
+
+def check_stop_metric(recipe: Recipe, *, has_validation: bool) -> None:
+    """Raises UserError for a `grpo.stop_at_validation_metric` that no validation of this run logs."""
+    name = recipe.grpo.stop_at_validation_metric if recipe.grpo is not None else None
+    if name is None:
+        return
+    if not _validates(recipe, has_validation):
+        raise UserError(
+            f"grpo.stop_at_validation_metric={name!r}, but this run has no validation; set data.validation (or "
+            "data.train.split_validation_size) and grpo.val_period"
+        )
+    names = metric_names(recipe, "validation")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+        raise UserError(f"grpo.stop_at_validation_metric={name!r}: validation does not log it; {advice}")
 
 
 def _validates(recipe: Recipe, has_validation: bool) -> bool:

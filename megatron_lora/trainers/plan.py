@@ -6,6 +6,7 @@ from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.adapter_start import planned_adapter
+from megatron_lora.policy.weights_check import read_base
 from megatron_lora.trainers.setup import count_steps, count_updates
 
 GIB = 2**30
@@ -18,7 +19,7 @@ def describe_plan(recipe: Recipe, loader: GroupLoader, num_ranks: int) -> list[s
     lines = [_layout(recipe, num_ranks)]
     planned = planned_adapter(recipe.policy)
     if planned is None:
-        lines.append("full fine-tuning: every parameter trains")
+        lines += _full(recipe, count_parameters(read_base(recipe.policy).shapes), num_ranks)
     else:
         spec = planned.spec
         trainable = sum(map(spec.num_parameters, spec.modules))
@@ -62,6 +63,31 @@ def _steps(recipe: Recipe, loader: GroupLoader) -> str:
     what = "pairs" if recipe.dpo is not None else "rows"
     longest = batch * recipe.policy.max_total_sequence_length * (2 if recipe.dpo is not None else 1)
     return f"steps: {steps} of {batch} {what}, {len(loader)} an epoch; at most {longest:,} tokens a step"
+
+
+def _full(recipe: Recipe, parameters: int, num_ranks: int) -> list[str]:
+    """Of full fine-tuning, whose start is the reference where there is one."""
+    policy = recipe.policy
+    if policy.backend == "megatron":
+        shares = policy.megatron_cfg.tensor_model_parallel_size * policy.megatron_cfg.pipeline_model_parallel_size
+        copies = num_ranks // shares if policy.megatron_cfg.optimizer.use_distributed_optimizer else 1
+        width = BYTES[policy.precision]
+        # Weights and fp32 gradients on every rank of a data-parallel group, masters and moments divided among them.
+        each = width + 4 + ((4 if width < 4 else 0) + 8) / copies
+    else:
+        shares, width, each = num_ranks, 4, 16.0
+    lines = [
+        f"full fine-tuning: every parameter trains, about {parameters:,}",
+        f"memory a rank, as far as it is known: weights, gradients and optimizer "
+        f"{parameters * each / shares / GIB:.2f} GiB; activations, logits and a rollout engine come on top",
+    ]
+    if recipe.keeps_start:
+        where = "CPU memory" if policy.reference_weights == "cpu" else "the device's memory"
+        lines.append(
+            f"reference: the starting weights, {parameters * width / shares / GIB:.2f} GiB a rank in {where} "
+            f"(policy.reference_weights={policy.reference_weights})"
+        )
+    return lines
 
 
 def _memory(recipe: Recipe, base: int, trainable: int, num_ranks: int) -> str:

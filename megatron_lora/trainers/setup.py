@@ -19,7 +19,7 @@ from megatron_lora.trainers.grpo_setup import (
     check_reward_columns,
     fewest_batches,
 )
-from megatron_lora.trainers.metric_names import check_metric_name
+from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric
 
 
 @dataclass
@@ -42,8 +42,9 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     notices = check_base(recipe.policy, model)
     check_layout(recipe.policy, model.shapes, world.size)
     planned_adapter(recipe.policy)
-    validates = recipe.data.validation is not None or bool(recipe.data.train.split_validation_size)
+    validates = recipe.data.has_validation
     notices += check_metric_name(recipe, has_validation=validates)
+    check_stop_metric(recipe, has_validation=validates)
     if recipe.algorithm == "dpo":
         check_dpo(recipe)
     elif recipe.algorithm == "grpo":
@@ -128,4 +129,11 @@ def build_policy(recipe: Recipe, world: World, tokenizer: Any, num_updates: int)
         from megatron_lora.policy.megatron.policy import MegatronPolicy as Backend
     else:
         from megatron_lora.policy.dtensor.policy import DTensorPolicy as Backend
-    return Backend(recipe.policy, world, pad_token_id=tokenizer.pad_token_id, seed=recipe.seed, num_steps=num_updates)
+    return Backend(
+        recipe.policy,
+        world,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=recipe.seed,
+        num_steps=num_updates,
+        keeps_start=recipe.keeps_start,
+    )

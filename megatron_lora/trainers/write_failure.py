@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, first_line
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -44,7 +44,7 @@ def describe_failure(error: BaseException, folder: Path, needed_bytes: int | Non
         # An error that another process met arrives without the system's error behind it.
         reason = os.strerror(errno.ENOSPC)
     else:
-        reason = _first_line(error)
+        reason = _reason(error)
     if system is not None and system.errno not in NO_SPACE:
         return reason
     room = [f"{show_bytes(free)} are free there"] if free is not None else []
@@ -77,8 +77,7 @@ def show_bytes(number: int) -> str:
     return f"{number} bytes"
 
 
-def _first_line(error: BaseException) -> str:
-    """Of what a rank met, where the error is a table of that."""
+def _reason(error: BaseException) -> str:
+    """What a rank met, where the error is a table of that."""
     failures = getattr(error, "failures", None) or {}
-    error = next((wrapped[0] for wrapped in failures.values()), error)
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return first_line(next((wrapped[0] for wrapped in failures.values()), error))

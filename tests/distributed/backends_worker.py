@@ -30,6 +30,11 @@ from tests.support.models import SIZES
 from tests.support.reference import make_rows
 
 NUM_STEPS, HALF, ROWS_A_STEP = 20, 10, 8
+DPO_BETA = 0.1
+YARN = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 16, "rope_theta": 1000},
+    "max_position_embeddings": 64,
+}
 TP2 = {"tensor_parallel_size": 2}
 MEGATRON_TP2 = {"tensor_model_parallel_size": 2}
 # World size -> (dtensor_cfg, megatron_cfg): one of each backend's ways to spread over that many ranks.
@@ -44,7 +49,8 @@ LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
 class Algorithm:
     """run: takes a policy and a step's number, and trains that step. full: the whole model trains. drawn: the adapter
     starts from the seed instead of a folder. adapter: more of both backends' adapter section. exchanged: its
-    checkpoints are taken over."""
+    checkpoints are taken over. reference_weights: where full fine-tuning keeps its start; "": it keeps none. overrides:
+    of the base's config.json."""
 
     run: Callable[[Policy, int], StepResult]
     family: str = "qwen3"
@@ -52,6 +58,12 @@ class Algorithm:
     drawn: bool = False
     adapter: dict[str, Any] = field(default_factory=dict)
     exchanged: bool = False
+    reference_weights: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_reference(self) -> bool:
+        return not self.full or bool(self.reference_weights)
 
 
 def rows_of(step: int, count: int = ROWS_A_STEP) -> list[Row]:
@@ -62,10 +74,20 @@ def sft_step(policy: Policy, step: int) -> StepResult:
     return policy.train_step([[row] for row in rows_of(step)], SFTObjective())
 
 
-def dpo_step(policy: Policy, step: int) -> StepResult:
+def pairs_of(step: int) -> list[list[Row]]:
     rows = rows_of(step, 2 * ROWS_A_STEP)
-    pairs = [list(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
-    return policy.train_step(with_reference(policy, pairs), DPOObjective(DPOConfig(sft_loss_weight=0.1)))
+    return [list(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def dpo_step(policy: Policy, step: int) -> StepResult:
+    objective = DPOObjective(DPOConfig(sft_loss_weight=0.1))
+    return policy.train_step(with_reference(policy, pairs_of(step)), objective)
+
+
+def plain_dpo_step(policy: Policy, step: int) -> StepResult:
+    """DPO's own loss alone, as transformers is asked for it."""
+    objective = DPOObjective(DPOConfig(reference_policy_kl_penalty=DPO_BETA))
+    return policy.train_step(with_reference(policy, pairs_of(step)), objective)
 
 
 def grpo_step(policy: Policy, step: int) -> StepResult:
@@ -103,6 +125,8 @@ ALGORITHMS = {
     "grpo": Algorithm(grpo_step),
     "dora": Algorithm(sft_step, "qwen2", drawn=True, adapter={"type": "dora", "lora_plus_ratio": 2.0}, exchanged=True),
     "full": Algorithm(sft_step, family="qwen2", full=True, exchanged=True),
+    "full_dpo": Algorithm(plain_dpo_step, family="qwen2", full=True, exchanged=True, reference_weights="cpu"),
+    "full_grpo": Algorithm(grpo_step, full=True, reference_weights="device", overrides=YARN),
 }
 
 
@@ -119,6 +143,8 @@ def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron:
             "train_global_batch_size": ROWS_A_STEP,
             "train_micro_batch_size": 2,
             "max_total_sequence_length": 64,
+            "reference_weights": algorithm.reference_weights or "cpu",
+            "hf_config_overrides": algorithm.overrides,
             "dtensor_cfg": dtensor_cfg | {"lora_cfg": lora_cfg},
             "megatron_cfg": megatron_cfg
             | {
@@ -132,7 +158,7 @@ def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron:
 
 
 @contextmanager
-def built_policy(config: PolicyConfig) -> Iterator[Policy]:
+def built_policy(config: PolicyConfig, *, keeps_start: bool = False) -> Iterator[Policy]:
     """A policy of the backend that the recipe selects, in process groups of its own."""
     backend, join = (
         (MegatronPolicy, init_megatron_world) if config.backend == "megatron" else (DTensorPolicy, init_dtensor_world)
@@ -140,7 +166,7 @@ def built_policy(config: PolicyConfig) -> Iterator[Policy]:
     world = join(config, 0)
     # Tensors this small only wait for more threads.
     torch.set_num_threads(1)
-    yield backend(config, world, pad_token_id=0, seed=0, num_steps=NUM_STEPS)
+    yield backend(config, world, pad_token_id=0, seed=0, num_steps=NUM_STEPS, keeps_start=keeps_start)
     if config.backend == "megatron":
         forget_kernels()
         # DTensor keeps its meshes' groups for operations that it has planned before; Megatron's are made anew.
@@ -154,7 +180,7 @@ def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> di
         policy.load(saved / "weights", saved / "optimizer")
     found: dict[str, Any] = {"losses": [], "grad_norms": [], "learning_rates": [], "metrics": [], "at_reference": []}
     for step in range(HALF if resumes else 0, NUM_STEPS):
-        if not algorithm.full and step == 0:
+        if algorithm.has_reference and step == 0:
             found["at_reference"].append(policy.at_reference())
         if step == HALF and saved is not None and not resumes:
             policy.save(saved / "weights", saved / "optimizer")
@@ -163,8 +189,14 @@ def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> di
         found["grad_norms"].append(result.grad_norm)
         found["learning_rates"].append(result.learning_rate)
         found["metrics"].append(result.metrics)
-    if not algorithm.full:
+    if algorithm.has_reference:
         found["at_reference"].append(policy.at_reference())
+        before = policy.score(rows_of(0))
+        with policy.reference():
+            found["reference"] = policy.score(rows_of(0))
+        found["moved_by_reference"] = max(
+            float((one - other).abs().max()) for one, other in zip(before, policy.score(rows_of(0)), strict=True)
+        )
     return found
 
 
@@ -174,7 +206,8 @@ def main(folder: Path) -> None:
     # Megatron first: its groups are ended, which DTensor's plans would not survive.
     for backend in ("megatron", "dtensor"):
         for name, algorithm in ALGORITHMS.items():
-            with built_policy(policy_config(folder, algorithm, size, backend == "megatron")) as policy:
+            config = policy_config(folder, algorithm, size, backend == "megatron")
+            with built_policy(config, keeps_start=bool(algorithm.reference_weights)) as policy:
                 if algorithm.drawn:
                     found[f"{name}_{backend}_start"] = policy.adapter()
                 saved = folder / f"saved_{size}" / f"{name}_{backend}"
@@ -182,7 +215,8 @@ def main(folder: Path) -> None:
     for backend, other in (("dtensor", "megatron"), ("megatron", "dtensor")):
         for name, algorithm in ALGORITHMS.items():
             if algorithm.exchanged:
-                with built_policy(policy_config(folder, algorithm, size, backend == "megatron")) as policy:
+                config = policy_config(folder, algorithm, size, backend == "megatron")
+                with built_policy(config, keeps_start=bool(algorithm.reference_weights)) as policy:
                     saved = folder / f"saved_{size}" / f"{name}_{other}"
                     found[f"{name}_{backend}_resumed"] = train(policy, algorithm, saved)
     torch.save(found, folder / f"backends_{size}.{dist.get_rank()}.pt")

@@ -1,16 +1,30 @@
-"""One recipe and starting adapter on both backends, world sizes 1, 2 and 4: SFT, DPO, GRPO and full fine-tuning."""
+"""One recipe and starting adapter on both backends, world sizes 1, 2 and 4: SFT, DPO, GRPO and full fine-tuning, also
+with its start as the reference and with a config.json that the recipe changes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.distributed.backends_worker import ALGORITHMS, HALF, LAYOUTS, NUM_STEPS
+from megatron_lora.data.batch import Row
+from tests.distributed.backends_worker import (
+    ALGORITHMS,
+    DPO_BETA,
+    HALF,
+    LAYOUTS,
+    NUM_STEPS,
+    YARN,
+    Algorithm,
+    pairs_of,
+    rows_of,
+)
 from tests.support.compare import relative_differences
 from tests.support.launch import run_ranks
 from tests.support.models import save_model
-from tests.support.reference import save_adapter
+from tests.support.reference import save_adapter, token_logps
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -21,11 +35,18 @@ Found = Callable[[int], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each rank of a world size found; the processes are started when first asked for."""
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of bases and adapters."""
     folder = tmp_path_factory.mktemp("backends")
     for family in {algorithm.family for algorithm in ALGORITHMS.values()}:
         save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(bases: Path) -> Found:
+    """What each rank of a world size found; the processes are started when first asked for."""
+    folder = bases
     started: set[int] = set()
 
     def results(size: int) -> list[dict[str, Any]]:
@@ -73,11 +94,77 @@ def test_both_backends_draw_the_same_adapter(name: str, size: int, found: Found)
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", ["megatron", "dtensor"])
-@pytest.mark.parametrize("name", ["sft", "grpo"])
+@pytest.mark.parametrize("name", ["sft", "grpo", "full_dpo", "full_grpo"])
 def test_a_policy_is_its_reference_before_it_trains(name: str, backend: str, size: int, found: Found) -> None:
-    """B at zero, and an adapter from a folder."""
+    """B at zero, an adapter from a folder, and a whole model whose start is kept."""
     for rank in found(size):
         assert rank[f"{name}_{backend}"]["at_reference"] == [True, False]
+        assert rank[f"{name}_{backend}"]["moved_by_reference"] == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", ["megatron", "dtensor"])
+@pytest.mark.parametrize("name", ["full_dpo", "full_grpo"])
+def test_the_reference_of_full_fine_tuning_is_transformers_base(
+    name: str, backend: str, size: int, found: Found, bases: Path
+) -> None:
+    """After all steps, and after a resume."""
+    algorithm = ALGORITHMS[name]
+    model = transformers_model(bases, algorithm)
+    with torch.no_grad():
+        wanted = [token_logps(model, row) for row in rows_of(0)]
+    for rank in found(size):
+        for run in (f"{name}_{backend}", *([f"{name}_{backend}_resumed"] if algorithm.exchanged else [])):
+            for row, logps, base in zip(rows_of(0), rank[run]["reference"], wanted, strict=True):
+                assert ((logps[1:] - base) * row.target_mask[1:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["megatron", "dtensor"])
+def test_dpo_of_the_whole_model_equals_transformers(backend: str, found: Found, bases: Path) -> None:
+    run = found(1)[0][f"full_dpo_{backend}"]
+    losses, norms = transformers_dpo(bases, run["learning_rates"])
+    assert max(relative_differences(run["losses"], losses)) < TOLERANCE
+    assert max(relative_differences(run["grad_norms"], norms)) < TOLERANCE
+
+
+def transformers_model(bases: Path, algorithm: Algorithm) -> Any:
+    """The base with the algorithm's changes of config.json, made without this project's code."""
+    config = AutoConfig.from_pretrained(bases / algorithm.family)
+    if algorithm.overrides:
+        config.rope_parameters = dict(YARN["rope_scaling"])
+        config.max_position_embeddings = YARN["max_position_embeddings"]
+    return AutoModelForCausalLM.from_pretrained(bases / algorithm.family, config=config, attn_implementation="eager")
+
+
+def transformers_dpo(bases: Path, rates: list[float]) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of full DPO with a frozen second model (Rafailov et al. 2023, eq. 7)."""
+    model, frozen = (transformers_model(bases, ALGORITHMS["full_dpo"]) for _ in range(2))
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
+    losses, norms = [], []
+
+    def answer(network: Any, row: Row) -> torch.Tensor:
+        return (token_logps(network, row) * row.target_mask[1:]).sum()
+
+    for step, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        margins = []
+        for chosen, rejected in pairs_of(step):
+            with torch.no_grad():
+                base = answer(frozen, chosen) - answer(frozen, rejected)
+            margins.append(answer(model, chosen) - answer(model, rejected) - base)
+        loss = -torch.nn.functional.logsigmoid(DPO_BETA * torch.stack(margins)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
+        optimizer.step()
+    return losses, norms
 
 
 @pytest.mark.parametrize("size", SIZES[1:])

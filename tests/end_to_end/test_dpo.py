@@ -149,6 +149,18 @@ def test_ten_steps_of_a_new_adapter_equal_trl(room: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.long
+def test_a_resumed_run_of_the_whole_model_keeps_its_reference(room: Path, tmp_path: Path) -> None:
+    values = recipe(room, init=False)
+    values["policy"]["megatron_cfg"]["peft"]["enabled"] = False
+    whole = run(tmp_path / "whole", values, 2)
+    run(tmp_path / "halves", values | {"dpo": values["dpo"] | {"max_num_steps": 4}}, 2)
+    resumed = run(tmp_path / "halves", values, 2)
+    names = ("step", "loss", "grad_norm", "reward_margin", "accuracy")
+    found, wanted = ([[line[name] for name in names] for line in metrics(folder)] for folder in (resumed, whole))
+    assert found == wanted and wanted[-1][3] > 0
+
+
+@pytest.mark.long
 def test_precomputed_reference_is_the_same_run(room: Path, tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", recipe(room), 1)
     ahead = run(tmp_path / "ahead", recipe(room, precompute_reference_logprobs=True), 1)
@@ -189,10 +201,7 @@ def test_accuracy_rises(room: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_refusals(room: Path, tmp_path: Path) -> None:
-    full = recipe(room, init=False)
-    full["policy"]["megatron_cfg"]["peft"]["enabled"] = False
     cases = {
-        "precompute_reference_logprobs=true": (full, {}),
         "'rejected' is missing": (recipe(room), {"prompt": "1+1=", "chosen": "2"}),
         "no row is left": (recipe(room), {"prompt": "1+1=", "chosen": "2", "rejected": "2"}),
     }

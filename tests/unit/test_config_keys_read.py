@@ -57,7 +57,7 @@ def _keys(section: type[Section], prefix: str, called: str) -> Iterator[tuple[st
     """(path, name, section's class, what the section may be called) of every key that is no section."""
     for name, field in section.model_fields.items():
         child = section_of(field.annotation)
-        if child is not None:
+        if child is not None and child is not section:
             yield from _keys(child, f"{prefix}{name}.", name)
         elif not (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1):
             yield prefix + name, name, section.__name__, {called} | CALLED.get(section.__name__, set())

@@ -153,7 +153,7 @@ def test_overrides_take_yaml_values(minimal: Path):
         ("policy.megatron_cfg.peft.rank=4", "did you mean policy.megatron_cfg.peft.dim?"),
         ("policy.megatron_cfg.peft.lora_alpha=4", "did you mean policy.megatron_cfg.peft.alpha?"),
         ("quux=1", "unknown key quux; the recipe has the keys async_rl, checkpointing, "),
-        ("data.train=[{data_path: x}]", "data.train=[{'data_path': 'x'}]: wanted a section"),
+        ("data.train=[x]", "data.train=['x']: wanted a section"),
         ("polcy.precision=float32", "did you mean policy?"),
         ("policy.generation.vllm_cfg.use_tqmd=true", "did you mean policy.generation.vllm_cfg.use_tqdm?"),
         ("grpo.async_grpo.enabld=false", "did you mean grpo.async_grpo.enabled?"),

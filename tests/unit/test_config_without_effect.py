@@ -174,6 +174,26 @@ def test_validation_repeats_and_training_does_not():
         check_recipe(recipe(**grpo, data__train={"data_path": "x", "repeat": 2}))
 
 
+def test_what_does_not_run_as_written_is_said():
+    grpo = {"sft": None, "policy__train_global_batch_size": 512}
+    loaded = check_recipe(recipe(**grpo, grpo={"async_grpo": {"enabled": True, "max_trajectory_age_steps": 1}}))
+    assert len(loaded.notices) == 2 and "grpo.async_grpo.enabled=true does not run asynchronously" in loaded.notices[1]
+    assert len(check_recipe(recipe(**grpo, grpo={"async_grpo": {"enabled": False}})).notices) == 1
+
+
+@pytest.mark.parametrize(
+    ("grpo", "message"),
+    [
+        ({"stop_at_validation_metric": "accuracy"}, "belong together"),
+        ({"stop_at_validation_threshold": 0.5}, "belong together"),
+        ({"stop_at_validation_metric": "pass_k", "stop_at_validation_threshold": 1}, "set val_num_generations_per_"),
+    ],
+)
+def test_keys_that_end_a_run_belong_together(grpo: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        check_recipe(recipe(grpo=grpo, sft=None, policy__train_global_batch_size=512))
+
+
 def test_environment_variables_of_the_backend_that_trains():
     content = recipe(
         policy__megatron_cfg={"enabled": True, "env_vars": {"A": 1, "B": True}},

@@ -19,7 +19,7 @@ from megatron_lora.data.examples import (
 from megatron_lora.data.forms import Keys
 from megatron_lora.data.hub import HUB_DATASETS
 from megatron_lora.data.parse import RowReader
-from megatron_lora.data.sources import GSM8K_VARIABLE, Source, SourceSpec, load_source, load_sources
+from megatron_lora.data.sources import GSM8K_VARIABLE, Source, SourceSpec, hold_out, load_source
 from megatron_lora.data.values import RowError
 from megatron_lora.errors import UserError
 
@@ -215,18 +215,16 @@ def test_gsm8k_from_a_local_copy(tmp_path: Path, monkeypatch) -> None:
 def test_validation_rows_split_off_training_rows(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "completion": "x"} for i in range(20)]
     spec = SourceSpec(data_path=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
-    train, validation = load_sources(spec, None, split_validation_size=0.25, seed=1)
-    assert validation is not None and (len(train), len(validation)) == (15, 5)
-    numbers = [[source[i][0] for i in range(len(source))] for source in (train, validation)]
+    source = load_source(spec)
+    train, validation = hold_out(source, 0.25, seed=1)
+    assert (len(train), len(validation)) == (15, 5)
+    numbers = [[part[i][0] for i in range(len(part))] for part in (train, validation)]
     assert sorted(numbers[0] + numbers[1]) == list(range(1, 21))
     assert numbers[0] == sorted(numbers[0])
     assert raw(train, 3)["prompt"] == str(numbers[0][3] - 1)
-    again = load_sources(spec, None, split_validation_size=0.25, seed=1)[1]
-    assert again is not None and again.order == validation.order
-    assert load_sources(spec, None)[1] is None
-    assert len(load_sources(spec, spec, split_validation_size=0.25)[0]) == 20
+    assert hold_out(source, 0.25, seed=1)[1].order == validation.order != hold_out(source, 0.25, seed=2)[1].order
     with pytest.raises(UserError, match="split_validation_size=20 takes 20 of"):
-        load_sources(spec, None, split_validation_size=20)
+        hold_out(source, 20, seed=1)
 
 
 def test_hub_rows_become_known_forms() -> None:

@@ -1,6 +1,7 @@
 """What the GRPO loop is made of: shaping, rows, seeds, the mean of several updates, what is refused at the start."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from megatron_lora.rollout.rewards import RewardOutcome, RewardSpec
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.grpo import mean_result
 from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo
-from megatron_lora.trainers.grpo_validation import accuracy
+from megatron_lora.trainers.grpo_validation import accuracy, pass_k, stop_reason
+from megatron_lora.trainers.loop import run_steps
+from megatron_lora.trainers.metric_names import check_stop_metric
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
 from megatron_lora.trainers.rollout_engine import derive_seed
 from tests.support.models import save_model
@@ -127,7 +130,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ],
         "set it to merge",
     ),
-    "no reference": (["policy.megatron_cfg.peft.enabled=false"], "reference_policy_kl_penalty=0.01"),
+    "no reference": (
+        ["grpo.skip_reference_policy_logprobs_calculation=true", "loss_fn.reference_policy_kl_penalty=1"],
+        "needs the reference's log-probabilities",
+    ),
     "native on dtensor": (
         ["policy.megatron_cfg.enabled=false", "policy.generation.backend=megatron"],
         "policy.megatron_cfg.enabled",
@@ -167,14 +173,76 @@ def test_a_prompt_leaves_room_for_an_answer(base: Path, overrides: list[str], li
     assert longest_prompt(recipe(base, *overrides)) == limit
 
 
-def test_validation_prompts_are_repeated(base: Path) -> None:
-    """Three prompts, twice over, and no more than max_val_samples."""
-    values = recipe(base, "data.validation={dataset_name: arithmetic, repeat: 2}", "grpo.max_val_samples=5")
+def test_validation_reads_its_first_prompts(base: Path) -> None:
+    values = recipe(base, "data.validation={dataset_name: arithmetic}", "grpo.max_val_samples=2")
     prompts: Any = ["a", "b", "c"]
     values.grpo.num_prompts_per_step, values.grpo.use_dynamic_sampling = 1, False
     _, validation = build_prompt_loaders(values, prompts, prompts)
     assert validation is not None
-    assert [prompt for batch in validation for prompt in batch] == ["a", "b", "c", "a", "b"]
+    assert [prompt for batch in validation for prompt in batch] == ["a", "b"]
+
+
+def test_pass_k_is_the_share_of_prompts_with_a_right_answer() -> None:
+    groups = [group([0.0, 1.0, 0.0], [1, 1, 1]), group([0.0, 0.0, 0.0], [1, 1, 1])]
+    specs = [RewardSpec("format", "look"), RewardSpec("exact", "right")]
+    assert pass_k(groups, specs) == 0.5 and accuracy(groups, specs) == pytest.approx(1 / 6)
+    assert pass_k(groups, [RewardSpec("format", "look")]) == 0.5
+
+
+STOPS = ["grpo.stop_at_validation_metric=accuracy", "grpo.stop_at_validation_threshold=0.5"]
+
+
+def test_a_validation_that_is_good_enough_ends_the_run(base: Path) -> None:
+    options: Any = recipe(base, *STOPS).grpo
+    session: Any = SimpleNamespace(metrics={}, state={})
+    assert stop_reason(session, options) == ""
+    session.metrics = {("validation", "accuracy"): 0.4, ("train", "accuracy"): 1.0}
+    assert stop_reason(session, options) == ""
+    session.metrics = {("validation", "accuracy"): 0.5}
+    assert "accuracy is 0.5, at least grpo.stop_at_validation_threshold=0.5" in stop_reason(session, options)
+    # The run that goes on from its checkpoint has validated nothing yet.
+    resumed: Any = SimpleNamespace(metrics={}, state=dict(session.state))
+    assert stop_reason(resumed, options) and not stop_reason(resumed, recipe(base).grpo)  # type: ignore[arg-type]
+    options.stop_at_validation_threshold = 0.9
+    assert stop_reason(resumed, options) == ""
+
+
+def test_the_loop_validates_from_its_first_step_on_and_ends_early() -> None:
+    done: list[tuple[int, str]] = []
+    session: Any = SimpleNamespace(
+        step=0,
+        total_steps=20,
+        loader=SimpleNamespace(state_dict=dict),
+        reporter=SimpleNamespace(message=lambda text: done.append((session.step, text))),
+        should_stop=lambda: False,
+        save_if_due=lambda force: done.append((session.step, "saved")) if force else None,
+        finish=lambda: None,
+    )
+
+    def step() -> None:
+        session.step += 1
+
+    options: Any = SimpleNamespace(val_at_start=False, val_at_end=True, val_period=2)
+    validated: list[int] = []
+    run_steps(
+        session,
+        options,
+        step,
+        lambda: validated.append(session.step),
+        first_validation=5,
+        stop_reason=lambda: "good" if session.step >= 8 else "",
+    )
+    assert validated == [6, 8] and done == [(8, "the run ends after step 8: good"), (8, "saved")]
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [("acuracy", "did you mean accuracy"), ("loss", "validation does not log it"), ("accuracy", "has no validation")],
+)
+def test_a_metric_that_could_never_end_the_run_is_refused(base: Path, metric: str, message: str) -> None:
+    values = recipe(base, f"grpo.stop_at_validation_metric={metric}", "grpo.stop_at_validation_threshold=0.5")
+    with pytest.raises(UserError, match=message):
+        check_stop_metric(values, has_validation="has no" not in message)
 
 
 def test_recipe_values_are_whole(base: Path) -> None:

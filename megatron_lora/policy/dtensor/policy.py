@@ -22,7 +22,7 @@ from megatron_lora.policy.adapter_start import describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
 from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
 from megatron_lora.policy.dtensor.model import build_model
-from megatron_lora.policy.frozen_start import copies, holding
+from megatron_lora.policy.frozen_start import FrozenStart
 from megatron_lora.policy.interface import (
     AdapterTensors,
     NonFiniteLoss,
@@ -39,11 +39,21 @@ from megatron_lora.runtime.world import World
 class DTensorPolicy(Policy):
     """A transformers model in the recipe's layout, its adapters (or all of it), and a torch optimizer.
 
-    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. notices: what the
-    user should know of how the recipe was read.
+    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. keeps_start: whether
+    full fine-tuning keeps its starting weights, for `reference()`. notices: what the user should know of how the recipe
+    was read.
     """
 
-    def __init__(self, policy: PolicyConfig, world: World, *, pad_token_id: int, seed: int, num_steps: int):
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        world: World,
+        *,
+        pad_token_id: int,
+        seed: int,
+        num_steps: int,
+        keeps_start: bool = False,
+    ):
         self.config = policy
         self.world = world
         self.base = build_model(policy, world, seed)
@@ -63,8 +73,9 @@ class DTensorPolicy(Policy):
             shares_prefixes=policy.shared_prefix is not False,
         )
         self._gradients_checked = self.spec is None
-        starts_from_adapter = self.spec is not None and policy.dtensor_cfg.lora_cfg.init_adapter is not None
-        self._starting_factors = copies(self.trained) if starts_from_adapter else None
+        keeps = keeps_start if self.spec is None else policy.dtensor_cfg.lora_cfg.init_adapter is not None
+        on_cpu = self.spec is None and policy.reference_weights == "cpu"
+        self._start = FrozenStart(self._trained_parts(), on_cpu=on_cpu) if keeps else None
 
     def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
         rows = [row for group in groups for row in group]
@@ -137,16 +148,20 @@ class DTensorPolicy(Policy):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        if self._starting_factors is None:
+        if self._start is None:
             with self.adapters_disabled():
                 yield
             return
         self._drop_gathered()
         try:
-            with holding(self.trained, self._starting_factors):
+            with self._start.put_back(self._trained_parts()):
                 yield
         finally:
             self._drop_gathered()
+
+    def _trained_parts(self) -> list[Tensor]:
+        """What this rank holds of everything that trains."""
+        return [optim.local_part(parameter.detach()) for parameter in self.trained]
 
     def _drop_gathered(self) -> None:
         """Forget what follows from the parameters' former values: whole ones that FSDP has kept since the last forward
@@ -157,14 +172,13 @@ class DTensorPolicy(Policy):
                 module.reshard()
 
     def at_reference(self) -> bool:
-        if self.spec is None:
-            raise ValueError("full fine-tuning keeps no copy of where it started")
-        parts = [optim.local_part(parameter.detach()) for parameter in self.trained]
-        if self._starting_factors is not None:
-            starts = map(optim.local_part, self._starting_factors)
-            changed = torch.tensor([not all(map(torch.equal, parts, starts))], device=self.world.device).int()
+        parts = self._trained_parts()
+        if self._start is not None:
+            changed = torch.tensor([not self._start.equals(parts)], device=self.world.device).int()
             dist.all_reduce(changed, op=dist.ReduceOp.MAX)
             return not bool(changed.any())
+        if self.spec is None:
+            raise ValueError("full fine-tuning kept no copy of where it started")
         # Ranks hold shards of every factor: only together can they say that one is zero.
         place = {parameter: number for number, parameter in enumerate(self.trained)}
         nonzero = torch.stack([part.any() for part in parts]).to(self.world.device, torch.int32)

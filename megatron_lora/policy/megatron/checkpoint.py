@@ -22,7 +22,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
-from megatron_lora.errors import UserError
+from megatron_lora.errors import UserError, first_line
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.policy.interface import PendingSave
 from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
@@ -151,7 +151,7 @@ def _load(state: dict[str, Any], folder: Path, **options: Any) -> Any:
     try:
         return dist_checkpointing.load(state, str(folder), **options)
     except READ_ERRORS as error:
-        raise UserError(f"{folder} does not fit this run, or is damaged: {_first_line(error)}") from error
+        raise UserError(f"{folder} does not fit this run, or is damaged: {first_line(error)}") from error
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, weights: dict[str, Any], folder: Path, world: World) -> None:
@@ -195,7 +195,3 @@ def _has_random_state(folder: Path, world: World) -> bool:
     keys = FileSystemReader(folder).read_metadata().state_dict_metadata
     wanted = f"rng.{_layout(world)}"
     return any(re.match(rf"{re.escape(wanted)}(/|$)", key) for key in keys)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__

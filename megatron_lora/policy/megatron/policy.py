@@ -23,7 +23,7 @@ from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import base_reader, check_same_adapter, describe_modules, starting_adapter
 from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
-from megatron_lora.policy.frozen_start import copies, holding
+from megatron_lora.policy.frozen_start import FrozenStart
 from megatron_lora.policy.interface import (
     AdapterTensors,
     NonFiniteLoss,
@@ -48,10 +48,20 @@ from megatron_lora.runtime.world import World
 class MegatronPolicy(Policy):
     """A base in the recipe's layout, its adapters (or all of it), and Megatron's optimizer.
 
-    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch.
+    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. keeps_start: whether
+    full fine-tuning keeps its starting weights, for `reference()`.
     """
 
-    def __init__(self, policy: PolicyConfig, world: World, *, pad_token_id: int, seed: int, num_steps: int):
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        world: World,
+        *,
+        pad_token_id: int,
+        seed: int,
+        num_steps: int,
+        keeps_start: bool = False,
+    ):
         self.config = policy
         self.world = world
         self.base: BaseModel = build_base(policy, world)
@@ -79,8 +89,9 @@ class MegatronPolicy(Policy):
             rotary=RotaryPositions(self.base.chunks),
         )
         self._gradients_checked = not self.adapted and self.spec is None
-        starts_from_adapter = self.spec is not None and policy.megatron_cfg.peft.init_adapter is not None
-        self._starting_factors = copies(self._factors()) if starts_from_adapter else None
+        keeps = keeps_start if self.spec is None else policy.megatron_cfg.peft.init_adapter is not None
+        on_cpu = self.spec is None and policy.reference_weights == "cpu"
+        self._start = FrozenStart(self._trained(), on_cpu=on_cpu) if keeps else None
 
     def _inject(self, seed: int) -> None:
         peft = self.config.megatron_cfg.peft
@@ -176,24 +187,24 @@ class MegatronPolicy(Policy):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        if self._starting_factors is None:
+        if self._start is None:
             with self.adapters_disabled():
                 yield
         else:
             try:
                 self._factors_changed()
-                with holding(self._factors(), self._starting_factors):
+                with self._start.put_back(self._trained()):
                     yield
             finally:
                 self._factors_changed()
 
     def at_reference(self) -> bool:
-        if self.spec is None:
-            raise ValueError("full fine-tuning keeps no copy of where it started")
-        if self._starting_factors is None:
-            same = all(linear.adds_nothing() for linear in self.adapted)
+        if self._start is not None:
+            same = self._start.equals(self._trained())
+        elif self.spec is None:
+            raise ValueError("full fine-tuning kept no copy of where it started")
         else:
-            same = all(map(torch.equal, self._factors(), self._starting_factors))
+            same = all(linear.adds_nothing() for linear in self.adapted)
         box = torch.tensor(float(same), device=self.world.device)
         dist.all_reduce(box, op=dist.ReduceOp.MIN)
         return bool(box)
@@ -278,6 +289,12 @@ class MegatronPolicy(Policy):
     def _factors_changed(self) -> None:
         for linear in self.adapted:
             linear.factors_changed()
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """What trains: the adapters' factors, or the whole model."""
+        if self.spec is not None:
+            return self._factors()
+        return [parameter for chunk in self.base.chunks for parameter in chunk.parameters()]
 
     def _factors(self) -> list[torch.nn.Parameter]:
         return [held.parameter for linear in self.adapted for held in linear.held_factors]
