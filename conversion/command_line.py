@@ -5,12 +5,40 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_lora.conversion.hub_upload import HubUpload
 
 
 def add_debug(parser: ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+
+
+def add_push(parser: ArgumentParser) -> None:
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result, into a private repository")
+    parser.add_argument("--public", action="store_true", help="with --push-to-hub: a public repository")
+
+
+def upload_of(arguments: Namespace) -> "HubUpload | None":
+    """What --push-to-hub asks for, checked before the export. Raises UserError."""
+    if arguments.push_to_hub is None:
+        if arguments.public:
+            raise UserError("--public is for --push-to-hub OWNER/NAME, which is missing")
+        return None
+    from megatron_lora.conversion.hub_upload import HubUpload
+
+    return HubUpload(arguments.push_to_hub, public=arguments.public)
+
+
+def deliver(folder: str, upload: "HubUpload | None") -> None:
+    """Say where the result is, and upload it where that was asked for."""
+    print(folder, flush=True)
+    if upload is not None:
+        print(upload.send(Path(folder)))
 
 
 def run(main: Callable[[Namespace], None], arguments: Namespace) -> int:

@@ -9,7 +9,7 @@ result is merged.
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
-from conversion.command_line import add_debug, run
+from conversion.command_line import add_debug, add_push, deliver, run, upload_of
 from megatron_lora.conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
 from megatron_lora.errors import UserError
 
@@ -29,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="adapter: one alpha / r for all linears, for engines without patterns",
     )
     parser.add_argument("--check-logits", action="store_true", help="compare a forward of both sides; loads the base")
+    add_push(parser)
     add_debug(parser)
     return parser.parse_args(argv)
 
@@ -47,11 +48,13 @@ def main(arguments: Namespace) -> None:
     if mode == "adapter":
         if arguments.dtype is not None:
             raise UserError("--dtype is for --mode merged; an adapter is written in the dtype it was trained in")
-        print(export_lora_adapter_to_hf(**common, uniform_scale=arguments.uniform_scale))
+        upload = upload_of(arguments)
+        deliver(export_lora_adapter_to_hf(**common, uniform_scale=arguments.uniform_scale), upload)
     else:
         if arguments.uniform_scale:
             raise UserError("--uniform-scale is for --mode adapter; a merged model has no scale")
-        print(merge_lora_to_hf(**common, dtype=arguments.dtype))
+        upload = upload_of(arguments)
+        deliver(merge_lora_to_hf(**common, dtype=arguments.dtype), upload)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python conversion/convert_megatron_to_hf.py --megatron-ckpt-path DIR --hf-ckpt-p
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
-from conversion.command_line import add_debug, run
+from conversion.command_line import add_debug, add_push, deliver, run, upload_of
 from megatron_lora.conversion.whole_model import convert_megatron_to_hf
 
 
@@ -19,18 +19,19 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--hf-ckpt-path", required=True, help="the folder to write; must not exist")
     parser.add_argument("--hf-model-name", help="config and tokenizer; default: beside the weights, or the run's model")
+    add_push(parser)
     add_debug(parser)
     return parser.parse_args(argv)
 
 
 def main(arguments: Namespace) -> None:
-    print(
-        convert_megatron_to_hf(
-            megatron_ckpt_path=arguments.megatron_ckpt_path,
-            hf_ckpt_path=arguments.hf_ckpt_path,
-            hf_model_name=arguments.hf_model_name,
-        )
+    upload = upload_of(arguments)
+    folder = convert_megatron_to_hf(
+        megatron_ckpt_path=arguments.megatron_ckpt_path,
+        hf_ckpt_path=arguments.hf_ckpt_path,
+        hf_model_name=arguments.hf_model_name,
     )
+    deliver(folder, upload)
 
 
 if __name__ == "__main__":

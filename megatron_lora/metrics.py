@@ -148,7 +148,10 @@ class RunReporter:
             with self._telling(type(tracker).__name__):
                 tracker.close(succeeded)
         with self._telling("the pictures"):
-            drawn = draw_pictures(read_metrics(self._file.path), self.run_dir, self._title)
+            records = read_metrics(self._file.path)
+            if succeeded:
+                self._console.curve(records, "reward" if self._title == "grpo" else "loss")
+            drawn = draw_pictures(records, self.run_dir, self._title)
             if drawn:
                 self._console.print("wrote " + ", ".join(str(path) for path in [self._file.path, *drawn]), style="dim")
 

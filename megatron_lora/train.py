@@ -65,11 +65,11 @@ def _run(loaded: LoadedRecipe, options: RunOptions) -> int:
 
 
 def _why(error: Exception, loaded: LoadedRecipe) -> str:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        from megatron_lora.runtime.out_of_memory import describe_out_of_memory
+    if "torch" in sys.modules:
+        from megatron_lora.runtime.out_of_memory import describe_out_of_memory, is_out_of_memory
 
-        return f"error: {describe_out_of_memory(error, loaded.recipe, _rank())}"
+        if is_out_of_memory(error):
+            return f"error: {describe_out_of_memory(error, loaded.recipe, _rank())}"
     return f"error: rank {_rank()} failed while {current().what}, {describe(error)} ({place_of(error)})"
 
 

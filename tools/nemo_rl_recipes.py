@@ -3,7 +3,8 @@
     python -m tools.nemo_rl_recipes CLONE [--list]
 
 CLONE: a checkout of github.com/NVIDIA-NeMo/RL. Counted are the SFT, DPO and GRPO recipes for text below
-`examples/configs`; to resolve is to be read, with its defaults, into a checked recipe. Models and data are not looked at.
+`examples/configs`; to resolve is to be read, with its defaults, into a checked recipe. Models and data are not looked
+at.
 """
 
 import re
@@ -82,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     refused = [entry for entry in found if entry.refusal]
     otherwise = sum(any("does not run asynchronously" in line for line in entry.notices) for entry in found)
-    print(f"{len(found) - len(refused)} of {len(found)} recipes resolve; {otherwise} of them ask for asynchronous GRPO,")
-    print("which runs synchronously here (a notice says so)")
+    print(f"{len(found) - len(refused)} of {len(found)} recipes resolve")
+    print(f"{otherwise} of them ask for asynchronous GRPO, which runs synchronously here (a notice says so)")
     for key, count in Counter(key for entry in refused for key in reasons(entry.refusal)).most_common(25):
         print(f"{count:5}  {key}")
     if options.list:

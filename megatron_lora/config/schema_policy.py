@@ -100,6 +100,11 @@ class PolicyConfig(Section):
         description="Whether rows that begin alike (the answers of a GRPO group, a DPO pair) send what they share "
         "through the model once; `auto`: where the layout and the model allow it.",
     )
+    reference_policy: Literal["start", "base"] = Field(
+        default="start",
+        description="What DPO's and GRPO's KL term measures from where the run starts from `init_adapter`: `start`, "
+        "the base with that adapter, or `base`, without it. Of any other run both are the same.",
+    )
     reference_weights: Literal["cpu", "device"] = Field(
         default="cpu",
         description="Full fine-tuning with a reference (DPO, GRPO with a KL penalty): where its starting weights lie; "
@@ -208,6 +213,11 @@ class PolicyConfig(Section):
     def adapter(self):
         """The active backend's adapter section: `megatron_cfg.peft` or `dtensor_cfg.lora_cfg`."""
         return self.megatron_cfg.peft if self.megatron_cfg.enabled else self.dtensor_cfg.lora_cfg
+
+    @property
+    def reference_is_starting_adapter(self) -> bool:
+        """Whether the reference policy is the base with the adapter of `init_adapter`, not the base alone."""
+        return self.adapter.init_adapter is not None and self.reference_policy == "start"
 
     @property
     def lora_plus_ratio(self) -> float | None:

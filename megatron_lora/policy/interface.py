@@ -82,8 +82,9 @@ class Policy(ABC):
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model is the reference policy of DPO and GRPO: the frozen base, or for a run that started from
-        `init_adapter` the base with that adapter as it was, or in full fine-tuning the whole model as it was. Restored
-        also on an exception. Raises ValueError for full fine-tuning that was not asked to keep where it started."""
+        `init_adapter` the base with that adapter as it was (unless `policy.reference_policy` is `base`), or in full
+        fine-tuning the whole model as it was. Restored also on an exception. Raises ValueError for full fine-tuning
+        that was not asked to keep where it started."""
 
     @abstractmethod
     def at_reference(self) -> bool:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column, Table
 from rich.text import Text
 
+from megatron_lora.reporting.text_curve import text_curve
 from megatron_lora.reporting.time_left import TimeLeft
 from megatron_lora.runtime.terminal import terminal_output
 
@@ -127,6 +128,11 @@ class RunConsole:
     def print(self, text: str, style: str = "") -> None:
         """One line of plain text, taken literally."""
         self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def curve(self, records: Sequence[Mapping[str, Any]], name: str) -> None:
+        """The course of a metric, drawn in text."""
+        for line in text_curve(records, name, self.console.width):
+            self.console.print(Text(line, style="cyan"), no_wrap=True, crop=False)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str | None = None

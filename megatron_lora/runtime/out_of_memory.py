@@ -10,10 +10,18 @@ from megatron_lora.runtime import activity
 GIB = 2**30
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, which has an error of its own, or of the machine: torch's allocator for CPU tensors has none."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def describe_out_of_memory(error: Exception, recipe: Recipe, rank: int) -> str:
-    """Phase, tokens, what was held, and what to do; several lines. error: a torch.OutOfMemoryError."""
+    """Phase, tokens, what was held, and what to do; several lines. error: one that `is_out_of_memory`."""
+    what = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "the machine's memory"
     lines = [
-        f"out of GPU memory on rank {rank} while {activity.current().what}{_wanted(error)}",
+        f"out of {what} on rank {rank} while {activity.current().what}{_wanted(error)}",
         f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens",
         *(f"  held: {line}" for line in _held()),
         "  to lower it, most effective first:",
@@ -25,7 +33,10 @@ def describe_out_of_memory(error: Exception, recipe: Recipe, rank: int) -> str:
 
 def _wanted(error: Exception) -> str:
     found = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", str(error))
-    return f" ({found[1]} more were wanted)" if found else ""
+    if found:
+        return f" ({found[1]} more were wanted)"
+    found = re.search(r"tried to allocate (\d+) bytes", str(error))
+    return f" ({int(found[1]) / GIB:,.2f} GiB more were wanted)" if found else ""
 
 
 def _held() -> list[str]:

@@ -29,7 +29,8 @@ NAMES_IN_CONFIG = (
 class RunIdentity:
     """algorithm: the recipe's. rows: names of the blocks of each data set ("train", "validation"), `num_rows` their
     sizes. tokenizer, base (None: a hub name), init_adapter (None: none): fingerprints. has_reference: whether the
-    objective reads a reference policy. model_config: config.json's content."""
+    objective reads a reference policy. model_config: config.json's content. starts_at_reference: whether that is where
+    the run starts, its starting adapter included."""
 
     algorithm: str
     rows: Mapping[str, list[str]]
@@ -39,6 +40,7 @@ class RunIdentity:
     init_adapter: str | None
     has_reference: bool
     model_config: Mapping[str, Any] = field(default_factory=dict)
+    starts_at_reference: bool = True
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: Any, train: Any, validation: Any | None) -> "RunIdentity":
@@ -56,6 +58,7 @@ class RunIdentity:
             base=local_fingerprint(recipe.policy.model_name),
             init_adapter=None if init_adapter is None else fingerprint_adapter(read_peft_folder(Path(init_adapter))[1]),
             has_reference=recipe.has_reference,
+            starts_at_reference=recipe.policy.reference_policy == "start",
             # As it comes back from a file.
             model_config=json.loads(json.dumps(kept, default=str)),
         )
@@ -139,7 +142,7 @@ class RunIdentity:
         return []
 
     def _other_start(self, folder: Path) -> list[str]:
-        if not self.has_reference:
+        if not (self.has_reference and self.starts_at_reference):
             return [f"init_adapter is not the adapter from which {folder} started: not read, the checkpoint's is"]
         raise UserError(
             f"init_adapter is not the adapter from which {folder} started, and {self.algorithm.upper()}'s reference "

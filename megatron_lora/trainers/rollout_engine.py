@@ -14,6 +14,7 @@ from megatron_lora.data.tokenizer import end_tokens
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
+from megatron_lora.runtime.activity import hold
 from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.session import Session
 
@@ -54,7 +55,11 @@ class RolloutEngine:
     def start(self) -> None:
         """Build the engine and give it the trainer's weights. A resumed run refits as the run before it chose to."""
         session, generation = self.session, self.policy_config.generation
+        device = session.world.device
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.generator.start()
+        if device.type == "cuda":
+            hold("the rollout engine while it answers", max(0, torch.cuda.memory_allocated(device) - before))
         if generation.backend == "megatron":
             self.generator.version = session.step
             return

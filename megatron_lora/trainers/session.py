@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import Recipe
 from megatron_lora.metrics import RunReporter
 from megatron_lora.policy.interface import Policy, StepResult
+from megatron_lora.runtime.activity import held
 from megatron_lora.runtime.agreement import any_rank
 from megatron_lora.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_lora.runtime.world import World
@@ -57,6 +58,7 @@ class Session:
     metrics: dict[tuple[str, str], float] = field(default_factory=dict)
     _saved_step: int = -1
     _metrics_step: int = -1
+    _largest_peak: float = 0.0
 
     def resume(self, found: Step | None) -> None:
         """Restore policy, optimizer, random states and data position from a complete checkpoint."""
@@ -102,7 +104,18 @@ class Session:
         peak = torch.tensor(peak_memory_bytes(self.world.device), dtype=torch.float64, device=self.world.device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         reset_peak_memory(self.world.device)
+        self._largest_peak = max(self._largest_peak, float(peak) / 2**30)
         return float(peak) / 2**30
+
+    def _describe_memory(self) -> str:
+        """The run's peak, and what of it was held throughout."""
+        if self.world.device.type != "cuda":
+            return f"peak memory of a process: {self._largest_peak:.2f} GiB"
+        parts = [f"{name} {size / 2**30:.2f}" for name, size in held().items()]
+        return (
+            f"peak memory of a GPU, by torch's count: {self._largest_peak:.2f} GiB; of it held: {', '.join(parts)}; "
+            "the rest is activations, logits and what libraries keep for a step"
+        )
 
     def should_stop(self) -> bool:
         """Whether a signal asked this run to end. Collective; raises WriteFailure where what the run reports could not
@@ -149,3 +162,5 @@ class Session:
         """Save what is not saved yet and wait for it. Collective."""
         self.save_if_due(force=True)
         self.writer.poll(blocking=True)
+        if self._largest_peak:
+            self.reporter.message(self._describe_memory())

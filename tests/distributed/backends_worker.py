@@ -49,8 +49,8 @@ LAYOUTS: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {
 class Algorithm:
     """run: takes a policy and a step's number, and trains that step. full: the whole model trains. drawn: the adapter
     starts from the seed instead of a folder. adapter: more of both backends' adapter section. exchanged: its
-    checkpoints are taken over. reference_weights: where full fine-tuning keeps its start; "": it keeps none. overrides:
-    of the base's config.json."""
+    checkpoints are taken over. reference_weights: where full fine-tuning keeps its start; "": it keeps none.
+    reference_policy: what the KL term measures from. overrides: of the base's config.json."""
 
     run: Callable[[Policy, int], StepResult]
     family: str = "qwen3"
@@ -59,6 +59,7 @@ class Algorithm:
     adapter: dict[str, Any] = field(default_factory=dict)
     exchanged: bool = False
     reference_weights: str = ""
+    reference_policy: str = "start"
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -121,7 +122,7 @@ def grpo_step(policy: Policy, step: int) -> StepResult:
 
 ALGORITHMS = {
     "sft": Algorithm(sft_step, drawn=True, exchanged=True),
-    "dpo": Algorithm(dpo_step),
+    "dpo": Algorithm(dpo_step, reference_policy="base"),
     "grpo": Algorithm(grpo_step),
     "dora": Algorithm(sft_step, "qwen2", drawn=True, adapter={"type": "dora", "lora_plus_ratio": 2.0}, exchanged=True),
     "full": Algorithm(sft_step, family="qwen2", full=True, exchanged=True),
@@ -144,6 +145,7 @@ def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron:
             "train_micro_batch_size": 2,
             "max_total_sequence_length": 64,
             "reference_weights": algorithm.reference_weights or "cpu",
+            "reference_policy": algorithm.reference_policy,
             "hf_config_overrides": algorithm.overrides,
             "dtensor_cfg": dtensor_cfg | {"lora_cfg": lora_cfg},
             "megatron_cfg": megatron_cfg

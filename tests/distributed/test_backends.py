@@ -104,11 +104,9 @@ def test_a_policy_is_its_reference_before_it_trains(name: str, backend: str, siz
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", ["megatron", "dtensor"])
-@pytest.mark.parametrize("name", ["full_dpo", "full_grpo"])
-def test_the_reference_of_full_fine_tuning_is_transformers_base(
-    name: str, backend: str, size: int, found: Found, bases: Path
-) -> None:
-    """After all steps, and after a resume."""
+@pytest.mark.parametrize("name", ["full_dpo", "full_grpo", "dpo"])
+def test_the_reference_is_transformers_base(name: str, backend: str, size: int, found: Found, bases: Path) -> None:
+    """Of a whole model after all steps and after a resume; of a starting adapter where the recipe asks for the base."""
     algorithm = ALGORITHMS[name]
     model = transformers_model(bases, algorithm)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def test_a_good_run(job: Job, tmp_path: Path):
     assert bars and all(len(line) <= COLUMNS for line in bars)
     log = tmp_path / "run/log.txt"
     assert str(log) in screen and log.read_text().count("--- rank") == 2
-    assert f"wrote {tmp_path / 'run/metrics.jsonl'}" in screen
+    assert f"wrote {tmp_path / 'run/metrics.jsonl'}" in screen and "peak memory of a process: " in screen
 
 
 def test_a_mistyped_key_and_help():
@@ -74,17 +74,41 @@ def test_a_mistyped_key_and_help():
     assert status == 0 and lines[0].startswith("usage: megatron-lora train RECIPE.yaml") and max(map(len, lines)) <= 100
 
 
+def to_second_rank(number: int, run: Path, done: list[int]) -> Callable[[int], None]:
+    """What sends rank 1 a signal, once, when the run has a checkpoint."""
+
+    def send(launcher: int) -> None:
+        if not done and (run / "step_3/training_info.json").exists():
+            rank = next(child for child in psutil.Process(launcher).children() if child.environ().get("RANK") == "1")
+            done.append(rank.pid)
+            os.kill(rank.pid, number)
+
+    return send
+
+
+LONG_RUN = ("sft.max_num_steps=400", "sft.max_num_epochs=100")
+
+
+@pytest.mark.long
+def test_a_stopped_rank(job: Job, tmp_path: Path):
+    """It neither answers nor ends: the run does, and says who it was."""
+    stopped: list[int] = []
+    send = to_second_rank(signal.SIGSTOP, tmp_path / "run", stopped)
+    limits = ("timeouts.training_seconds=30", "timeouts.slow_seconds=60")
+    status, lines = show(arguments(job, tmp_path / "run", *LONG_RUN, *limits), send)
+    screen = "\n".join(lines)
+    assert stopped and status not in (0, 2), screen
+    said = next(line for line in lines if line.startswith("error: "))
+    assert re.match(r"error: no progress for (30|60) s while ", said) and "Did not answer: rank 1" in screen
+    assert "Traceback" not in screen and not psutil.pid_exists(stopped[0])
+    assert (tmp_path / "run/latest_step.txt").read_text().strip() >= "3"
+
+
 @pytest.mark.long
 def test_a_killed_rank(job: Job, tmp_path: Path):
     killed: list[int] = []
-
-    def kill(launcher: int) -> None:
-        if not killed and (tmp_path / "run/step_3/training_info.json").exists():
-            rank = next(child for child in psutil.Process(launcher).children() if child.environ().get("RANK") == "1")
-            killed.append(rank.pid)
-            os.kill(rank.pid, signal.SIGKILL)
-
-    status, lines = show(arguments(job, tmp_path / "run", "sft.max_num_steps=200", "sft.max_num_epochs=50"), kill)
+    send = to_second_rank(signal.SIGKILL, tmp_path / "run", killed)
+    status, lines = show(arguments(job, tmp_path / "run", *LONG_RUN), send)
     assert killed and status == 137, lines[-5:]
     assert lines[-1].startswith("error: rank 1 was ended by SIGKILL") and "Traceback" not in "\n".join(lines)
     assert (tmp_path / "run/latest_step.txt").read_text().strip() >= "3"

@@ -18,6 +18,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
 from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_curve, smooth
+from megatron_lora.reporting.text_curve import text_curve
 from megatron_lora.reporting.time_left import RECENT_STEPS, TimeLeft
 
 STEP = {"loss": 0.1 + 0.2, "grad_norm": 1 / 3, "lr": 1e-4, "num_target_tokens": 96, "step_time_seconds": 0.25}
@@ -45,6 +46,36 @@ def png_size(path: Path) -> tuple[int, int]:
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", header[16:24])
     return width, height
+
+
+def test_the_end_of_a_run_shows_its_curve(tmp_path: Path):
+    console, output = plain_console()
+    with RunReporter(tmp_path, 200, console=console) as reporter:
+        reporter.start()
+        for step in range(1, 201):
+            reporter.log("train", step, {"loss": 8.0 - step / 40})
+    lines = output.getvalue().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("loss, steps 1 to 200: 7.975 to 3"))
+    drawn = lines[first + 1 : first + 7]
+    assert [line.partition("▏")[0].strip() for line in drawn] == ["7.975", "", "", "", "", "3"]
+    assert max(map(len, drawn)) == 79
+    # A falling loss: every row of blocks is shorter than the one below, and starts at the left.
+    widths = [len(line.partition("▏")[2]) for line in drawn]
+    assert (
+        widths == sorted(widths) and widths[0] > 3 and not any(line.partition("▏")[2].startswith(" ") for line in drawn)
+    )
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 2.0], [float("nan")] * 5])
+def test_no_curve_of_too_little(values: list[float]):
+    records = [{"kind": "train", "step": step, "loss": value} for step, value in enumerate(values)]
+    assert text_curve(records, "loss", 100) == []
+
+
+def test_a_flat_curve_is_a_line_and_fits_its_terminal():
+    records = [{"kind": "train", "step": step, "loss": 2.0} for step in range(300)]
+    lines = text_curve(records, "loss", 40)
+    assert len(lines) == 7 and set(lines[-1].partition("▏")[2]) == {"▁"} and max(map(len, lines)) <= 40
 
 
 def test_records_keep_every_digit_and_take_tensors(tmp_path: Path):

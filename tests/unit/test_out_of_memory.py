@@ -9,7 +9,12 @@ import yaml
 from megatron_lora import train
 from megatron_lora.config import load_recipe
 from megatron_lora.runtime.activity import begin, hold
-from megatron_lora.runtime.out_of_memory import describe_out_of_memory, micro_batch_tokens, remedies
+from megatron_lora.runtime.out_of_memory import (
+    describe_out_of_memory,
+    is_out_of_memory,
+    micro_batch_tokens,
+    remedies,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB is free."
@@ -44,8 +49,30 @@ def test_tokens_of_a_micro_batch_without_packing():
     assert any("policy.train_micro_batch_size=2 (now 4)" in line for line in remedies(recipe))
 
 
+def more_than_any_machine_has() -> Exception:
+    """What torch's allocator says of an exbibyte."""
+    try:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("an exbibyte was there")
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_the_machines_memory_has_the_same_message(name: str):
+    recipe = load_recipe(ROOT / f"configs/{name}.yaml").recipe
+    begin("loading the model")
+    error = more_than_any_machine_has()
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("size mismatch"))
+    text = describe_out_of_memory(error, recipe, 0)
+    assert "out of the machine's memory on rank 0 while loading the model (1,073,741,824.00 GiB more were" in text
+    assert "to lower it, most effective first:" in text
+
+
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(CUDA), RuntimeError("broken\nsecond line")], ids=["oom", "bug"]
+    "error",
+    [torch.OutOfMemoryError(CUDA), more_than_any_machine_has(), RuntimeError("broken\nsecond line")],
+    ids=["oom", "cpu", "bug"],
 )
 def test_a_crash_is_one_message_and_its_traceback_is_in_the_log(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

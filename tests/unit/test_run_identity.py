@@ -100,6 +100,12 @@ def test_what_does_no_harm_is_told(changes: dict, said: str, tmp_path: Path):
     assert said in notice
 
 
+def test_a_reference_that_is_the_base_does_not_need_the_starting_adapter(tmp_path: Path):
+    ours = replace(DPO, starts_at_reference=False)
+    [notice] = ours.check_goes_on(stored(ours, init_adapter="z"), tmp_path)
+    assert "not read, the checkpoint's is" in notice
+
+
 def test_another_algorithm_is_refused_with_a_way_to_start_from_the_adapter(tmp_path: Path):
     with pytest.raises(UserError, match="is of a run of DPO, this recipe runs SFT") as found:
         IDENTITY.check_algorithm("dpo", tmp_path)

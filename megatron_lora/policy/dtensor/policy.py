@@ -73,7 +73,7 @@ class DTensorPolicy(Policy):
             shares_prefixes=policy.shared_prefix is not False,
         )
         self._gradients_checked = self.spec is None
-        keeps = keeps_start if self.spec is None else policy.dtensor_cfg.lora_cfg.init_adapter is not None
+        keeps = keeps_start if self.spec is None else policy.reference_is_starting_adapter
         on_cpu = self.spec is None and policy.reference_weights == "cpu"
         self._start = FrozenStart(self._trained_parts(), on_cpu=on_cpu) if keeps else None
 

@@ -89,7 +89,7 @@ class MegatronPolicy(Policy):
             rotary=RotaryPositions(self.base.chunks),
         )
         self._gradients_checked = not self.adapted and self.spec is None
-        keeps = keeps_start if self.spec is None else policy.megatron_cfg.peft.init_adapter is not None
+        keeps = keeps_start if self.spec is None else policy.reference_is_starting_adapter
         on_cpu = self.spec is None and policy.reference_weights == "cpu"
         self._start = FrozenStart(self._trained(), on_cpu=on_cpu) if keeps else None
 

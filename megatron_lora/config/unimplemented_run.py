@@ -1,0 +1,109 @@
+"""NeMo RL's keys without effect: the run's surroundings, checkpoints and logs, data, the algorithms."""
+
+from megatron_lora.config.unimplemented_kinds import Group, any_value
+
+TABLE: tuple[Group, ...] = (
+    # The run's surroundings
+    Group(
+        "cluster",
+        "torchrun decides how many processes run and where",
+        any_value("gpus_per_node", "num_nodes", "segment_size", "master_port_range_low", "master_port_range_high"),
+    ),
+    Group(
+        "data_plane",
+        "how rows travel between processes; here they stay in the trainer's",
+        any_value(
+            "enabled",
+            "observability.*",
+            "backend",
+            "claim_meta_poll_interval_s",
+            "global_segment_size",
+            "impl",
+            "local_buffer_size",
+            "num_storage_units",
+            "storage_capacity",
+        ),
+    ),
+    Group(
+        "",
+        "the algorithms are sft, dpo and grpo",
+        {"on_policy_distillation": (None,)},
+    ),
+    Group(
+        "reward_penalties",
+        "use env.reward_functions (kind format or python)",
+        {
+            "penalize_duplicated_reasoning": (False,),
+            "penalize_empty_final_answer": (False,),
+            "penalize_malformed_think_tag": (False,),
+            "penalize_unwanted_tokens": (False,),
+            "token_ids": (None,),
+        },
+    ),
+    # Checkpoints and logs
+    Group(
+        "checkpointing",
+        "send SIGTERM to save and stop",
+        {"checkpoint_must_save_by": (None,)},
+    ),
+    Group(
+        "checkpointing",
+        "weights are a distributed checkpoint plus hf_adapter/; conversion/ makes Hugging Face folders",
+        {"model_save_format": (None, "safetensors"), "save_consolidated": (False,)},
+    ),
+    Group(
+        "logger",
+        "use logger.wandb_enabled or logger.tensorboard_enabled",
+        {"mlflow_enabled": (False,), "swanlab_enabled": (False,)},
+    ),
+    Group("logger", "only read by loggers that this project lacks", any_value("mlflow.*", "swanlab.*")),
+    Group(
+        "logger",
+        "step time and peak memory are always in metrics.jsonl",
+        any_value("monitor_gpus", "gpu_monitoring.*", "wandb.log_nemo_gym_full_result_tables"),
+    ),
+    # Data
+    Group(
+        "data",
+        "an answer stands behind the template's generation prompt, where the template has one",
+        any_value("add_generation_prompt"),
+    ),
+    Group("sft", "validation packs its rows as training does", any_value("val_micro_batch_size")),
+    Group("dpo", "validation packs its pairs as training does", any_value("val_micro_batch_size")),
+    Group("data", "data sets in a list are shuffled as one", {"use_multiple_dataloader": (False,)}),
+    *(
+        Group(
+            f"data.{part}",
+            "the form of the rows decides how they are read, env.reward_functions how they are rewarded",
+            {"processor": (None, "sft_processor", "math_hf_data_processor"), "env_name": (None, "math")},
+        )
+        for part in ("default", "train", "validation")
+    ),
+    # GRPO
+    Group("grpo.adv_estimator", "the baseline is always subtracted", {"minus_baseline": (True,)}),
+    Group(
+        "",
+        "rollouts and training alternate: every answer comes from the newest weights, in the prompts' order",
+        any_value("async_rl.*"),
+    ),
+    Group("grpo", "rollouts have one turn", {"max_rollout_turns": (1,)}),
+    Group(
+        "grpo",
+        "rollouts and training alternate: every answer comes from the newest weights, its age is 0",
+        any_value(
+            "async_grpo.enabled",
+            "async_grpo.in_flight_weight_updates",
+            "async_grpo.max_generation_failures",
+            "async_grpo.max_trajectory_age_steps",
+            "async_grpo.recompute_kv_cache_after_weight_updates",
+        ),
+    ),
+    Group(
+        "grpo",
+        "answers are rewarded by env.reward_functions",
+        {
+            "invalid_tool_call_advantage": (None,),
+            "malformed_thinking_advantage": (None,),
+        },
+    ),
+)
