@@ -54,9 +54,9 @@ TABLE: tuple[Group, ...] = (
     Group(
         "logger",
         "use logger.wandb_enabled or logger.tensorboard_enabled",
-        {"mlflow_enabled": (False,), "swanlab_enabled": (False,)},
+        {"mlflow_enabled": (False,), "swanlab_enabled": (False,), "trackio_enabled": (False,)},
     ),
-    Group("logger", "only read by loggers that this project lacks", any_value("mlflow.*", "swanlab.*")),
+    Group("logger", "only read by loggers that this project lacks", any_value("mlflow.*", "swanlab.*", "trackio.*")),
     Group(
         "logger",
         "step time and peak memory are always in metrics.jsonl",

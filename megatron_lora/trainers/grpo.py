@@ -26,7 +26,7 @@ from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
-from megatron_lora.trainers.grpo_validation import show_samples, stop_reason, validate_answers
+from megatron_lora.trainers.grpo_validation import show_answer, show_samples, stop_reason, validate_answers
 from megatron_lora.trainers.loop import DataSpent, run_steps
 from megatron_lora.trainers.reward_watch import RewardWatch
 from megatron_lora.trainers.rollout_batch import (
@@ -65,6 +65,7 @@ def train_grpo(session: Session, loader: GroupLoader[Prompt], validation: GroupL
             first_validation=options.val_start_at,
             stop_reason=lambda: stop_reason(session, options),
         )
+        trainer.show_last_answer()
         engine.close()
 
 
@@ -99,6 +100,7 @@ class GRPOTrainer:
         self.loader, self.prompts = loader, loader.forever()
         self.watch = RewardWatch()
         self.shows_samples = shows_samples
+        self._last_groups: list[Group] = []
         self._learning_rate = 0.0
 
     def step(self) -> None:
@@ -154,6 +156,12 @@ class GRPOTrainer:
         period = self.options.val_period
         if self.shows_samples and period and self.session.step % period == 0:
             show_samples(self.session, rollout.groups, "answers")
+        self._last_groups = rollout.groups[:1]
+
+    def show_last_answer(self) -> None:
+        """One answer of the last step, for whoever looks at the end of the run."""
+        if self._last_groups:
+            show_answer(self.session, self._last_groups[0])
 
     def _sample(self) -> Rollout:
         """Groups for a step: one batch of prompts, or with dynamic sampling (DAPO, Yu et al. 2025, section 3.2) as many

@@ -13,6 +13,7 @@ from megatron_lora.trainers.session import Session
 
 # Rewards that say whether an answer is right, rather than how it looks.
 CORRECTNESS = ("exact", "math", "dapo_math_verify", "gsm8k")
+LONGEST_CELL = 400
 STOP = "stop_at_validation"
 COLUMNS = ("prompt", "answer", "reference", "reward", "tokens")
 
@@ -87,3 +88,12 @@ def show_samples(session: Session, groups: Sequence[Group], title: str) -> None:
     count = session.recipe.logger.num_val_samples_to_print
     if count:
         session.reporter.table(f"{title} at step {session.step}", COLUMNS, sample_table(groups, count))
+
+
+def show_answer(session: Session, group: Group) -> None:
+    """The first answer of a group, long texts cut."""
+    [cells] = sample_table([group], 1)
+    row = [
+        f"{cell[:LONGEST_CELL]}..." if isinstance(cell, str) and len(cell) > LONGEST_CELL else cell for cell in cells
+    ]
+    session.reporter.table(f"an answer of step {session.step}", COLUMNS, [row])

@@ -1,5 +1,6 @@
 """What the GRPO loop is made of: shaping, rows, seeds, the mean of several updates, what is refused at the start."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_lora.rollout.rewards import RewardOutcome, RewardSpec
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.grpo import mean_result
 from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo
-from megatron_lora.trainers.grpo_validation import accuracy, pass_k, stop_reason
+from megatron_lora.trainers.grpo_validation import accuracy, pass_k, show_answer, stop_reason
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.metric_names import check_stop_metric
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
@@ -187,6 +188,17 @@ def test_pass_k_is_the_share_of_prompts_with_a_right_answer() -> None:
     specs = [RewardSpec("format", "look"), RewardSpec("exact", "right")]
     assert pass_k(groups, specs) == 0.5 and accuracy(groups, specs) == pytest.approx(1 / 6)
     assert pass_k(groups, [RewardSpec("format", "look")]) == 0.5
+
+
+def test_the_answer_at_the_end_of_a_run_is_cut() -> None:
+    shown: list[Any] = []
+    session: Any = SimpleNamespace(step=7, reporter=SimpleNamespace(table=lambda *cells: shown.append(cells)))
+    found = group([1.0, 0.0], [2, 1])
+    found.samples[0] = replace(found.samples[0], text="x" * 500)
+    show_answer(session, found)
+    [(title, columns, [row])] = shown
+    assert title == "an answer of step 7" and len(columns) == len(row)
+    assert row[0] == "1+1=" and row[1] == "x" * 400 + "..." and row[3] == 2.0
 
 
 STOPS = ["grpo.stop_at_validation_metric=accuracy", "grpo.stop_at_validation_threshold=0.5"]
