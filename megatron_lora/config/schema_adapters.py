@@ -75,6 +75,17 @@ class _Adapter(Section):
         default="post", description="Dropout on the adapter's input (`pre`) or on its output (`post`)."
     )
     init_adapter: Place | None = Field(default=None, description="HF PEFT adapter folder to start from.")
+    quantization: Literal["nf4"] | None = Field(
+        default=None,
+        description="Hold the frozen linears in 4 bits (QLoRA; with `dora`: QDoRA); null: as the base's folder has "
+        "them. Needs `lora_dtype`.",
+    )
+    double_quantization: bool = Field(default=False, description="With `quantization`: the blocks' scales in 8 bits.")
+    lora_dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(
+        default=None,
+        description="The adapters' own dtype (`float32`, `bfloat16`, `float16`); null: `policy.precision` (Megatron), "
+        "`float32` (DTensor, which has no other). Required over a base in 4 bits.",
+    )
 
     @model_validator(mode="after")
     def _targets_or_exclusions(self) -> Self:
@@ -82,6 +93,24 @@ class _Adapter(Section):
             raise ValueError(
                 f"exclude_modules={self.exclude_modules} needs empty target_modules, which has {self.target_modules}; "
                 "keep one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_base_stays_frozen(self) -> Self:
+        if self.double_quantization and self.quantization is None:
+            raise ValueError("double_quantization=true needs quantization=nf4, whose scales it is about; set both")
+        if self.quantization is None:
+            return self
+        if not self.enabled:
+            raise ValueError(
+                f"quantization={self.quantization} with enabled=false: full fine-tuning trains the linears, and 4-bit "
+                "weights take no gradient steps; set enabled=true to train adapters over them, or quantization=null"
+            )
+        if self.lora_dtype is None:
+            raise ValueError(
+                f"quantization={self.quantization} needs lora_dtype: the adapters' dtype follows the base weights', "
+                "and those have none in 4 bits; set lora_dtype=bfloat16 or float32 (DTensor backend: float32)"
             )
         return self
 
@@ -94,10 +123,6 @@ class PeftConfig(_Adapter):
     a2a_experimental: bool = Field(
         default=False,
         description="Row-parallel linears under sequence parallelism: split B over TP and exchange by all-to-all.",
-    )
-    lora_dtype: Annotated[str | None, BeforeValidator(_dtype_name)] = Field(
-        default=None,
-        description="The adapters' own dtype (`float32`, `bfloat16`, `float16`); null: `policy.precision`.",
     )
 
     @model_validator(mode="after")
@@ -118,3 +143,12 @@ class LoraConfig(_Adapter):
     use_triton: bool = Field(
         default=True, description="Fused kernel on a GPU; only without tensor parallelism (`tensor_parallel_size` 1)."
     )
+
+    @model_validator(mode="after")
+    def _factors_in_float32(self) -> Self:
+        if self.lora_dtype not in (None, "float32"):
+            raise ValueError(
+                f"lora_dtype={self.lora_dtype}: the DTensor backend trains adapters in float32 and casts them for the "
+                "products; set lora_dtype=float32"
+            )
+        return self

@@ -220,6 +220,11 @@ class PolicyConfig(Section):
         return self.adapter.init_adapter is not None and self.reference_policy == "start"
 
     @property
+    def adapter_section(self) -> str:
+        """The key of `adapter`."""
+        return "policy.megatron_cfg.peft" if self.megatron_cfg.enabled else "policy.dtensor_cfg.lora_cfg"
+
+    @property
     def lora_plus_ratio(self) -> float | None:
         """LoRA+'s ratio of the adapters that train; None where all learn at one rate."""
         return self.adapter.lora_plus_ratio if self.adapter.enabled else None

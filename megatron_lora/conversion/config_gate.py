@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_lora.conversion.hf_model import SIZES, HFModel, activation
+from megatron_lora.conversion.hf_model import QUANTIZATION, SIZES, HFModel, activation
 from megatron_lora.errors import UserError
 
 BUILT_FROM = frozenset(
@@ -62,7 +62,7 @@ MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     # Not of any class; transformers looks for them all the same.
     "is_causal": ((None, True), "attention is causal here"),
     "transformers_weights": ((None,), "weights are read from model.safetensors or its index"),
-    "quantization_config": ((None,), "quantized weights are not trained on; give the model in bfloat16 or float32"),
+    QUANTIZATION: ((None,), "of quantized weights only bitsandbytes' 4-bit form is read; give the model in bfloat16"),
     "compression_config": ((None,), "quantized weights are not trained on; give the model in bfloat16 or float32"),
 }
 # Per family: what its class has and transformers' model does not apply.
@@ -108,7 +108,7 @@ def _switches(model: HFModel) -> Iterator[str]:
     known = {field.name: field for field in dataclasses.fields(config)}
     for name, (values, reason) in MUST_BE.items():
         value = getattr(config, name, None) if name in known else model.content.get(name)
-        if value not in values:
+        if value not in values and not (name == QUANTIZATION and model.stored_four_bit):
             yield f"{name}={_shown(value)}: {reason}"
     for name, field in known.items():
         value = getattr(config, name)

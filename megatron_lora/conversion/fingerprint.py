@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_lora.conversion.four_bit_folder import FourBitFolder, QuantizedWeights
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.weight_source import WeightSource
 
@@ -20,6 +21,10 @@ def fingerprint_base(folder: Path | str) -> str:
 
 def fingerprint_weights(weights: WeightSource) -> str:
     """Of a whole model: names, dtypes, shapes and about 1 KiB sampled from each tensor, whatever files they lie in."""
+    if isinstance(weights, FourBitFolder):
+        weights = weights.stored
+    elif isinstance(weights, QuantizedWeights):
+        weights = weights.weights
     # Sampled in the order in which they lie, which is the quick one.
     samples = {name: weights.sample(name) for names in weights.shards.values() for name in names}
     digest = hashlib.sha256()

@@ -28,6 +28,7 @@ SIZES = (
     "head_dim",
 )
 BIAS_SWITCHES = {"attention_bias", "mlp_bias"}
+QUANTIZATION = "quantization_config"
 # Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
 _WINDOW_EVERYWHERE = ("mistral",)
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -70,6 +71,11 @@ class HFModel:
     def empty(self) -> Any:
         """transformers' own model, parameters on the meta device. Raises UserError where it cannot be built."""
         return build_empty(self, attn_implementation="eager")
+
+    @property
+    def stored_four_bit(self) -> bool:
+        """Whether its linears are stored in bitsandbytes' 4-bit form."""
+        return is_four_bit(self.content.get(QUANTIZATION))
 
     @property
     def activation_name(self) -> str:
@@ -140,7 +146,7 @@ def read_hf_model(source: str | Path, what: str | None = None, overrides: Mappin
         _check_overrides(overrides, content, CONFIG_MAPPING[family])
         content = overridden(content, overrides)
     # A known family needs no code from the folder.
-    plain = {key: copy.deepcopy(value) for key, value in content.items() if key != "auto_map"}
+    plain = {key: copy.deepcopy(value) for key, value in content.items() if key not in ("auto_map", QUANTIZATION)}
     try:
         with _quiet():
             config = CONFIG_MAPPING[family].from_dict(plain)
@@ -170,6 +176,15 @@ def _check_overrides(overrides: Mapping[str, Any], content: Mapping[str, Any], f
             )
     if all(name in overrides for name in ROPE_DICTS):
         raise UserError("policy.hf_config_overrides has rope_scaling and rope_parameters, two names of one; give one")
+
+
+def is_four_bit(quantization: Any) -> bool:
+    """Whether a `quantization_config` is of bitsandbytes' 4-bit form, the only one that is read."""
+    return (
+        isinstance(quantization, Mapping)
+        and quantization.get("quant_method") == "bitsandbytes"
+        and bool(quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"))
+    )
 
 
 def build_empty(model: HFModel, **options: Any) -> Any:

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.conversion.merge import FLOATS
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
+from megatron_lora.lora.four_bit import weight_names
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Follows from the config; old Llama checkpoints carry it.
@@ -16,22 +19,26 @@ DERIVED = "rotary_emb.inv_freq"
 NAMED = 4
 
 
-def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder:
+def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder | FourBitFolder:
     """The weights of a folder, complete and of this model. Raises UserError that names what is missing, too much, of
-    another shape, or not a floating-point number."""
+    another shape, or neither a floating-point number nor a linear in bitsandbytes' 4-bit form."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder} holds adapter_config.json beside the model, and transformers would load that adapter's base "
             "instead; move the adapter to a folder of its own"
         )
     quantized = model.content.get("quantization_config") or model.content.get("compression_config")
-    if quantized:
+    if quantized and not model.stored_four_bit:
         raise UserError(
-            f"{folder}/config.json has quantization_config={quantized!r}; quantized weights are not read: give the "
-            "model in bfloat16 or float32"
+            f"{folder}/config.json has quantization_config={quantized!r}; of quantized weights only bitsandbytes' "
+            "4-bit form is read: give the model in bfloat16 or float32"
         )
-    weights = SafetensorsFolder(folder)
+    stored = SafetensorsFolder(folder)
+    weights = FourBitFolder(stored) if model.stored_four_bit else stored
     problems = list(_problems(expected_tensors(model), weights, model.shapes.tied_embeddings))
+    outside = sorted(set(weights.four_bit) - weight_names(model.shapes)) if isinstance(weights, FourBitFolder) else []
+    if outside:
+        problems.append(f"in 4 bits, of which only the layers' linears are read: {_some(outside)}")
     if problems:
         raise UserError(
             f"{folder} does not hold the tensors of the model that its config"
@@ -43,7 +50,7 @@ def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder:
 
 def open_model(
     source: str | Path, folder: Path, overrides: Mapping[str, Any] | None = None
-) -> tuple[HFModel, SafetensorsFolder]:
+) -> tuple[HFModel, SafetensorsFolder | FourBitFolder]:
     """Config and weights of a local folder. source: how the user named it. overrides: of config.json's fields."""
     model = read_hf_model(folder, f"the model {source}", overrides)
     return model, open_weights(model, folder)
@@ -61,7 +68,7 @@ def is_derived(name: str) -> bool:
     return name.endswith(DERIVED)
 
 
-def _problems(expected: Mapping[str, tuple[int, ...]], weights: SafetensorsFolder, tied: bool) -> Iterator[str]:
+def _problems(expected: Mapping[str, tuple[int, ...]], weights: WeightSource, tied: bool) -> Iterator[str]:
     stored = {name: entry for name, entry in weights.entries.items() if not is_derived(name)}
     missing = [name for name in expected if name not in stored]
     extra = sorted(stored.keys() - expected.keys())
@@ -95,7 +102,7 @@ def _with_relative(name: str, extra: list[str]) -> str:
     return name if relative is None else f"{name} (there is {relative}: another prefix)"
 
 
-def _same(weights: SafetensorsFolder, one: str, other: str) -> bool:
+def _same(weights: WeightSource, one: str, other: str) -> bool:
     first, second = weights.entries[one], weights.entries[other]
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False

@@ -137,6 +137,16 @@ def shard_parameter(
     return whole.chunk(size, parameter.tp_axis)[rank]
 
 
+def fused_rows(parameter: ModelParameter, shapes: ModelSpec) -> Tensor:
+    """[rows] int64: for each row of Megatron's tensor its place in the HF tensors laid one below the other."""
+    if parameter.fusion is None:
+        return torch.arange(parameter.shape[0])
+    places = torch.cat([_rows(parameter, name, shapes) for name in parameter.hf_names])
+    order = torch.empty_like(places)
+    order[places] = torch.arange(places.numel())
+    return order
+
+
 def check_names(parameters: Sequence[ModelParameter], found: Collection[str], where: object) -> None:
     """Raise UserError unless `found` (Megatron's names) are exactly the model's tensors."""
     wanted = {parameter.name for parameter in parameters}

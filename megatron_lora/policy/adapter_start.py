@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
-from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.export import read_peft_folder
-from megatron_lora.conversion.safetensors_io import SafetensorsFolder
+from megatron_lora.conversion.four_bit_folder import FourBitFolder, QuantizedWeights
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelSpec, ModuleLayout, segments_of
 from megatron_lora.lora.methods import ReadWeight, method_of
@@ -71,11 +72,17 @@ def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes:
     )
 
 
-def base_reader(spec: AdapterSpec) -> ReadWeight | None:
-    """Reads the base's weights by HF name, for a kind of adapter whose starting values need them; None for others."""
+def base_reader(spec: AdapterSpec, weights: WeightSource, dtype: torch.dtype) -> ReadWeight | None:
+    """Reads the base's weights by HF name, as the run computes with them, for a kind of adapter whose starting values
+    need them; None for others. dtype: of products with weights in 4 bits."""
     if not method_of(spec.type).reads_base:
         return None
-    return SafetensorsFolder(find_base(None, spec.base_model_name, spec.base_model_name)).read
+
+    def read(name: str) -> Tensor:
+        matrix = weights.read_four_bit(name) if isinstance(weights, FourBitFolder | QuantizedWeights) else None
+        return weights.read(name) if matrix is None else matrix.dense(dtype)
+
+    return read
 
 
 def _section(config: PeftConfig | LoraConfig) -> str:
@@ -149,11 +156,22 @@ def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) ->
             f"{folder} holds an adapter of type {found.type!r}, and this run's is of type {wanted.type!r}; "
             "restore the recipe's type or choose another checkpointing.checkpoint_dir"
         )
+    if _base_form(wanted) != _base_form(found):
+        raise UserError(
+            f"{folder} was trained over a base in another form (quantization, double_quantization: "
+            f"{_base_form(found)}) than this run's ({_base_form(wanted)}); restore the recipe's keys or choose another "
+            "checkpointing.checkpoint_dir"
+        )
     if [(m.name, m.blocks) for m in wanted.modules] != [(m.name, m.blocks) for m in found.modules]:
         raise UserError(
             f"{folder} holds other adapters ({_summary(found)}) than this run's ({_summary(wanted)}); "
             "restore the recipe's peft section or choose another checkpointing.checkpoint_dir"
         )
+
+
+def _base_form(spec: AdapterSpec) -> tuple[str | None, bool]:
+    """Adapters of older releases are over a base as its folder has it."""
+    return spec.settings.get("quantization"), bool(spec.settings.get("double_quantization"))
 
 
 def _summary(spec: AdapterSpec) -> str:

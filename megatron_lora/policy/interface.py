@@ -120,8 +120,9 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under HF names, adapters merged in fp32, one tensor at a time; on every rank."""
+    def hf_weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under HF names, one tensor at a time, made dense where they are in 4 bits; on every rank.
+        merged: with the adapters, in fp32; else the base alone."""
 
     @abstractmethod
     def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:

@@ -19,7 +19,7 @@ def quiet_libraries(is_main: bool) -> None:
     level = logging.WARNING if is_main else logging.ERROR
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension"):
+    for name in ("megatron", "torch.distributed", "torch.utils.cpp_extension", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     for message in NOISE:

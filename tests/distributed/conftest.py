@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.megatron_case import Case, case_rows
+from tests.support.four_bit import save_dequantized, save_four_bit
 from tests.support.launch import RanksFailed, run_ranks
 from tests.support.models import save_model
 from tests.support.reference import TARGETS, Training, save_adapter, train
@@ -28,6 +29,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+# A family's name with this at its end: its linears in bitsandbytes' 4-bit form.
+STORED = "_nf4"
+
+
 class Room:
     """Bases and adapters as Hugging Face folders, written when first asked for."""
 
@@ -38,7 +43,20 @@ class Room:
         if family == "smollm2":
             return cached_model()
         path = self.folder / family
-        return path if path.is_dir() else save_model(path, family)
+        if path.is_dir():
+            return path
+        if family.endswith(STORED):
+            return save_four_bit(self.base(family.removesuffix(STORED)), path, double=True)
+        return save_model(path, family)
+
+    def trained_base(self, case: Case) -> Path:
+        """The base as the case's run computes with it: in 4 bits, it is another."""
+        peft = case.megatron.get("peft", {})
+        if peft.get("quantization") is None:
+            return self.base(case.family)
+        double = bool(peft.get("double_quantization"))
+        path = self.folder / f"{case.family}_dequantized_{double}"
+        return path if path.is_dir() else save_dequantized(self.base(case.family), path, double=double)
 
     def adapter(self, family: str, name: str) -> Path:
         path = self.folder / f"{family}_{name}"
@@ -121,13 +139,14 @@ def reference(room: Room) -> Callable[..., Training]:
 
     def trained(case: Case, **options: Any) -> Training:
         asked = case.options if case.family == "smollm2" else {}
-        key = repr((case.family, case.adapter, asked, options))
+        base = room.trained_base(case)
+        key = repr((base.name, case.adapter, asked, options))
         if key not in known:
             adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
             share_a = ADAPTERS.get(str(case.adapter), {"share_a": False}).get("share_a", True)
             torch.set_num_threads(1)
             options = {"lr": case.learning_rate, "share_a": share_a} | options
-            known[key] = train(room.base(case.family), adapter, case_rows(case.family, asked), **options)
+            known[key] = train(base, adapter, case_rows(case.family, asked), **options)
         return known[key]
 
     return trained

@@ -28,6 +28,8 @@ NUM_STEPS = 10
 TP2: dict[str, Any] = {"tensor_parallel_size": 2}
 SP2 = TP2 | {"sequence_parallel": True}
 DORA: dict[str, Any] = {"lora_cfg": {"type": "dora"}}
+NF4: dict[str, Any] = {"quantization": "nf4", "lora_dtype": "float32"}
+RECOMPUTE = {"activation_checkpointing": True}
 DROPS = {"init_adapter": None, "dropout": 0.3}
 
 # name -> (world size, family, dtensor_cfg, what to do)
@@ -48,6 +50,13 @@ TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
     "dp_dora": (2, "llama3_dora", DORA),
     "tp_dora": (2, "llama3_dora", TP2 | DORA),
     "sp_dora": (2, "qwen2_dora", SP2 | DORA),
+    "one_nf4": (1, "qwen3_even_nf4", {"lora_cfg": NF4}),
+    "one_nf4_peft_forward": (1, "qwen3_even_nf4", {"lora_cfg": NF4 | {"use_triton": False}}),
+    "one_nf4_dora_recompute": (1, "qwen3_even_nf4_dora", {"lora_cfg": NF4 | DORA["lora_cfg"]} | RECOMPUTE),
+    "one_nf4_dora_compiled": (1, "qwen3_even_nf4_dora", {"lora_cfg": NF4 | DORA["lora_cfg"], "compile": True}),
+    "dp_nf4": (2, "qwen3_even_nf4", {"lora_cfg": NF4}),
+    "tp_nf4": (2, "qwen3_even_nf4", TP2 | {"lora_cfg": NF4}),
+    "sp_nf4_dora": (2, "qwen3_even_nf4_dora", SP2 | {"lora_cfg": NF4 | DORA["lora_cfg"]}),
     "dp": (2, "llama3", {}),
     "dp_full": (2, "qwen3", {"full": True}),
     "tp": (2, "qwen3", TP2),
@@ -99,13 +108,20 @@ def make_policy(folder: Path, family: str, options: dict[str, Any], **changes: A
 
 def base_of(family: str) -> str:
     """The model's folder; a family may end in the kind of adapter on it."""
-    return family.removesuffix("_head").removesuffix("_dora")
+    return family.removesuffix("_head").removesuffix("_dora").removesuffix("_nf4")
+
+
+def truth_of(family: str) -> str:
+    """The folder of the values that are computed with: a base that is held in 4 bits is another."""
+    return f"{base_of(family)}_dequantized" if "_nf4" in family else base_of(family)
 
 
 def learning_rate(family: str, full: bool) -> float:
     """A random Gemma 3 has gradients near zero, and so have biases of keys: their sign decides Adam's first steps."""
     if family == "llama_biases":
         return 1e-4
+    if "_nf4" in family:
+        return 2e-3
     return 1e-3 if full or family == "gemma3" else 1e-2
 
 

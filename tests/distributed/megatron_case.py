@@ -19,7 +19,13 @@ PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 
 # A random Gemma 3 of this size has gradients near zero, whose sign decides Adam's first steps; so have biases of keys,
 # which only rotary embeddings keep from cancelling in the softmax.
-LEARNING_RATES = {"gemma3": 2e-4, "gemma3_softcap": 2e-4, "llama_biases": 1e-4, "smollm2": 1e-4}
+# Over 4-bit values some of DoRA's magnitudes have them, too.
+LEARNING_RATES = {"qwen3_even": 2e-3, "qwen3_even_nf4": 2e-3} | {
+    "gemma3": 2e-4,
+    "gemma3_softcap": 2e-4,
+    "llama_biases": 1e-4,
+    "smollm2": 1e-4,
+}
 
 
 @dataclass(frozen=True)

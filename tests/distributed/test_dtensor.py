@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.peft_format import to_hf
-from tests.distributed.dtensor_worker import OTHERS, TRAIN, base_of, learning_rate, steps
+from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps, truth_of
 from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
+from tests.support.four_bit import save_dequantized
 from tests.support.grouped import assert_same_numbers
 from tests.support.launch import chosen
 from tests.support.models import save_model
@@ -47,6 +48,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(folder / "llama3", folder / "llama3_head_adapter", targets=[*TARGETS, "lm_head"])
     for family in ("llama3", "qwen2"):
         save_adapter(folder / family, folder / f"{family}_dora_adapter", use_dora=True)
+    even = save_model(folder / "qwen3_even", "qwen3_even")
+    save_dequantized(even, folder / truth_of("qwen3_even_nf4"))
+    save_adapter(even, folder / "qwen3_even_nf4_adapter")
+    save_adapter(even, folder / "qwen3_even_nf4_dora_adapter", use_dora=True)
     _save_unlike_adapter(folder / "llama3", folder / "unlike_adapter")
     return folder
 
@@ -104,7 +109,7 @@ class Runs:
 
     def reference(self, family: str, full: bool) -> Any:
         if (family, full) not in self.references:
-            base = self.folder / base_of(family)
+            base = self.folder / truth_of(family)
             adapter = None if full else self.folder / f"{family}_adapter"
             self.references[family, full] = train(base, adapter, steps(), lr=learning_rate(family, full))
         return self.references[family, full]

@@ -27,6 +27,21 @@ def dora_case(name: str, ranks: int, megatron: dict, adapter: str = "dora", **fi
     return case(f"dora_{name}", ranks, megatron | {"peft": {"type": "dora"}}, adapter=adapter, **fields)
 
 
+def nf4_case(name: str, ranks: int, megatron: dict, type: str = "lora", double: bool = False, **fields: Any) -> Case:
+    """QLoRA and QDoRA, against peft over the same quantized values."""
+    adapter = fields.pop("adapter", "dora" if type == "dora" else "shared")
+    base = {"quantization": "nf4", "double_quantization": double, "lora_dtype": "float32"}
+    peft = {"peft": {"type": type} | base}
+    family = fields.pop("family", "qwen3_even")
+    return case(f"nf4_{type}_{name}", ranks, megatron | peft, adapter=adapter, family=family, **fields)
+
+
+def stored_case(name: str, ranks: int, megatron: dict, **fields: Any) -> Case:
+    """Over a folder that bitsandbytes wrote, against peft over that folder."""
+    peft = {"peft": {"lora_dtype": "float32"}}
+    return case(f"stored_nf4_{name}", ranks, megatron | peft, family="qwen3_even_nf4", **fields)
+
+
 CASES = [
     case("tp1", 1),
     case("plain_logprobs", 1, PLAIN_LOGPROBS),
@@ -75,6 +90,9 @@ CASES = [
     dora_case("sp_qwen2", 2, SP, family="qwen2"),
     dora_case("sp_gemma3", 2, SP, family="gemma3"),
     dora_case("tp_dp", 4, TP),
+    nf4_case("tp1", 1, {}),
+    nf4_case("sp_full_recompute", 2, SP | FULL_RECOMPUTE, "dora", double=True),
+    stored_case("tp", 2, TP),
     case("sp_llama2", 2, SP, family="llama2"),
     case("sp_llama3", 2, SP, family="llama3"),
     case("sp_qwen2", 2, SP, family="qwen2"),
@@ -92,7 +110,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+MORE_LAYOUTS = [
+    nf4_case("query_value", 1, {}, adapter="query_value"),
+    nf4_case("tp", 2, TP, double=True),
+    nf4_case("sp", 2, SP),
+    nf4_case("pp", 2, PP),
+    nf4_case("dp", 2, {}),
+    nf4_case("tp1", 1, {}, "dora"),
+    nf4_case("tp", 2, TP, "dora"),
+    nf4_case("sp", 2, SP, "dora"),
+    nf4_case("pp", 2, PP, "dora"),
+    stored_case("tp1", 1, {}),
+    stored_case("sp", 2, SP),
+    stored_case("pp", 2, PP),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(c, marks=pytest.mark.long) for c in MORE_LAYOUTS)], ids=str)
 def test_ten_steps_equal_transformers_and_peft(
     case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training]
 ) -> None:

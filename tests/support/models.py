@@ -92,6 +92,8 @@ UNUSUAL: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             "rope_parameters": YARN,
         },
     ),
+    # Whole blocks of 64 values in every row, at TP=2 too.
+    "qwen3_even": (Qwen3Config, {"head_dim": 32, "intermediate_size": 128, "tie_word_embeddings": False}),
     "mistral_window": (MistralConfig, {"sliding_window": 6, "hidden_act": "relu", "tie_word_embeddings": True}),
     "gemma3_softcap": (
         Gemma3TextConfig,

@@ -112,6 +112,8 @@ def train(
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
         if share_a:
             tie_shared_factors(model)
+    # There is no dropout; in evaluation bitsandbytes' linears take bfloat16 products on some CPUs.
+    model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     faster = {parameter for name, parameter in model.named_parameters() if "lora_B" in name}
     # Megatron decays matrices only.

@@ -44,12 +44,15 @@ def build_dtensor(task: Task, *, fused: bool = True, **options: Any) -> tuple[Ca
 
 
 def _step(policy: Any, task: Task, vocab_size: int) -> Callable[[], float]:
-    """One training step that returns its loss."""
+    return training_step(policy, task.input_ids(vocab_size))
+
+
+def training_step(policy: Any, ids: torch.Tensor) -> Callable[[], float]:
+    """One training step over ids [rows, length] that returns its loss; every token but the first is a target."""
     from megatron_lora.data.batch import Row
     from megatron_lora.objectives.sft import SFTObjective
 
-    every_token = torch.arange(task.length) > 0
-    ids = task.input_ids(vocab_size)
+    every_token = torch.arange(ids.shape[1]) > 0
     groups = [[Row(input_ids=row, target_mask=every_token, index=index + 1)] for index, row in enumerate(ids)]
     objective = SFTObjective()
     return lambda: policy.train_step(groups, objective).loss

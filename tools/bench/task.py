@@ -52,6 +52,19 @@ SHAPES = {
         rows=2,
         length=4096,
     ),
+    "qwen2.5-32b": Shape(
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "vocab_size": 152064,
+            "tie_word_embeddings": False,
+        },
+        rows=1,
+        length=4096,
+    ),
     # Its sizes in Qwen2's architecture, which has biases that SmolLM2 has not.
     "smollm2-135m": Shape(
         {
@@ -69,7 +82,7 @@ SHAPES = {
     "tiny": Shape(
         {
             "hidden_size": 128,  # heads of 32, which vLLM's CPU attention has
-            "intermediate_size": 96,
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -130,11 +143,15 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]
 
 
+def config_of(shape: Shape) -> PretrainedConfig:
+    return Qwen2Config(**_QWEN, **shape.sizes)
+
+
 def save_random_model(shape: Shape, folder: Path, device: str) -> None:
     """Write a random model of the shape, bf16 on a GPU and fp32 on a CPU; left alone where it is there already."""
     if (folder / "config.json").exists():
         return
-    config: PretrainedConfig = Qwen2Config(**_QWEN, **shape.sizes)
+    config = config_of(shape)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):

@@ -17,15 +17,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from megatron_lora.config.schema_adapters import LoraConfig
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
-from megatron_lora.lora.base_weight import DenseWeight
+from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelSpec
-from megatron_lora.lora.methods import AdapterMethod, method_of
+from megatron_lora.lora.methods import AdapterMethod, ReadWeight, method_of
 from megatron_lora.lora.peft_config import FLAG_OF_TYPE
 from megatron_lora.lora.peft_format import hf_name, peft_name, to_hf
 from megatron_lora.policy.adapter_start import base_reader, starting_adapter
 from megatron_lora.policy.checksums import Pieces, checksum, join_ranks, to_numbers
+from megatron_lora.policy.dtensor.four_bit import FourBitLinear
 
 ADAPTER_NAME = "default"
 _WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
@@ -41,19 +43,23 @@ class Start:
     notices: list[str]
 
 
-def start(config: LoraConfig, shapes: ModelSpec, model_name: str, seed: int) -> Start:
-    """The recipe's adapter, read from `init_adapter` or drawn from the seed as the Megatron backend draws it.
+def start(
+    config: LoraConfig, shapes: ModelSpec, model_name: str, seed: int, weights: WeightSource, dtype: torch.dtype
+) -> Start:
+    """The recipe's adapter, read from `init_adapter` or drawn from the seed as the Megatron backend draws it. weights:
+    the base, in the form that the run holds it in; dtype: of its products.
 
     Raises UserError for a pattern that fits nothing, or a folder that does not fit the base.
     """
     found = starting_adapter(config, shapes, model_name)
-    fused = dict(found.tensors) if found.tensors is not None else _draw(found.spec, config, seed)
+    read = base_reader(found.spec, weights, dtype)
+    fused = dict(found.tensors) if found.tensors is not None else _draw(found.spec, config, seed, read)
     peft_config, tensors = to_hf(found.spec, fused)
     return Start(found.spec, peft_config, tensors, found.notices)
 
 
-def _draw(spec: AdapterSpec, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-    draw = initial_factors(spec, config.lora_A_init, "zero", seed, base_reader(spec))
+def _draw(spec: AdapterSpec, config: LoraConfig, seed: int, read: ReadWeight | None) -> dict[str, Tensor]:
+    draw = initial_factors(spec, config.lora_A_init, "zero", seed, read)
     return {f"{module.name}.{name}": value for module in spec.modules for name, value in draw(module).items()}
 
 
@@ -95,13 +101,21 @@ class AdaptedLinear(PeftLoraLinear):
         if self.fused:
             return self._fused_forward(x, scale, drops)
         base: Any = self.base_layer
-        result = F.linear(x, base.weight, base.bias if self.method.adds_only else None)
+        result = self._base_product(x)
         inner = x * self._mask(x) if drops and self.dropout_before else x
         update = self.lora_B[ADAPTER_NAME](self.lora_A[ADAPTER_NAME](inner.to(self.factors["A"].dtype)) * scale)
         if drops and not self.dropout_before:
             update = update * self._mask(update)
         result = result + update.to(result.dtype)
         return result if self.method.adds_only else self._rescaled(result, base.bias)
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        """With the bias where the adapter only adds."""
+        base: Any = self.base_layer
+        bias = base.bias if self.method.adds_only else None
+        if isinstance(base, FourBitLinear):
+            return base.product(x, bias)
+        return F.linear(x, base.weight, bias)
 
     def _rescaled(self, result: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(result, DTensor):
@@ -119,18 +133,32 @@ class AdaptedLinear(PeftLoraLinear):
         if self.method.adds_only:
             return None
         if self._derived is None or not (self.keeps_derived or torch.compiler.is_compiling()):
-            self._derived = self._derive_from(self.base_layer.weight)  # type: ignore[arg-type]
+            self._derived = self._derived_now()
         return self._derived
 
-    def _derive_from(self, weight: Tensor) -> Any:
-        scale = self.scaling[ADAPTER_NAME]
-        if not isinstance(weight, DTensor):
-            return self.method.derive(DenseWeight(weight), self.factors, scale, None)
+    def _derived_now(self) -> Any:
+        scale, weight, column = self.scaling[ADAPTER_NAME], self._local_weight(), self._splits_rows()
+        factor = self.factors["A"]
+        if not isinstance(factor, DTensor):
+            return self.method.derive(weight, self.factors, scale, None)
         values: Any = {key: factor.to_local() for key, factor in self.factors.items()}  # type: ignore[operator]
-        mesh, column = weight.device_mesh, weight.placements[0] == Shard(0)
+        mesh = factor.device_mesh
         ranks = TensorParallel(mesh.get_group(), mesh.size(), self.tp_rank, sequence_parallel=False)
-        local = self.method.derive(DenseWeight(weight.to_local()), values, scale, None if column else ranks)
+        local = self.method.derive(weight, values, scale, None if column else ranks)
         return DTensor.from_local(local, mesh, [Shard(0) if column else Replicate()], run_check=False)
+
+    def _local_weight(self) -> BaseWeight:
+        """This tensor-parallel rank's part."""
+        base: Any = self.base_layer
+        if isinstance(base, FourBitLinear):
+            return base.base_weight
+        return DenseWeight(base.weight.to_local() if isinstance(base.weight, DTensor) else base.weight)
+
+    def _splits_rows(self) -> bool:
+        """Whether tensor-parallel ranks hold some rows of the base each."""
+        base: Any = self.base_layer
+        split = base.split if isinstance(base, FourBitLinear) else getattr(base.weight, "placements", (None,))[0]
+        return split == Shard(0)
 
     def factors_changed(self) -> None:
         """The factors have other values than before: what was derived from them is computed anew."""
@@ -141,11 +169,11 @@ class AdaptedLinear(PeftLoraLinear):
         rows = x.flatten(0, -2)
         masks: dict[str, Tensor] = {}
         if drops:
-            width = x.shape[-1] if self.dropout_before else base.weight.shape[0]
+            width = x.shape[-1] if self.dropout_before else base.out_features
             name = "input_mask" if self.dropout_before else "output_mask"
             masks[name] = self._local_mask((rows.shape[0], width), x, False)
         call = AdapterCall(_WHOLE, scale, input_mask=masks.get("input_mask"), output_mask=masks.get("output_mask"))
-        y = self.method.column(rows, DenseWeight(base.weight), base.bias, self.factors, self._derive(), call)
+        y = self.method.column(rows, self._local_weight(), base.bias, self.factors, self._derive(), call)
         return y.view(*x.shape[:-1], -1)
 
     def _mask(self, like: Tensor) -> Tensor:

@@ -12,15 +12,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import Placement, distribute_tensor
 
 from megatron_lora.config.schema import PolicyConfig
-from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.hf_model import build_empty
-from megatron_lora.conversion.inventory import open_model
-from megatron_lora.conversion.safetensors_io import SafetensorsFolder
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.dtensor import adapter, attention
+from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears, weight_name
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
 from megatron_lora.policy.dtensor.parallel import ParallelPlan, parallelize
+from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,18 +44,20 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
     """Build the recipe's model in its layout. Raises UserError for an unknown architecture, and for weights that are
     missing, truncated or of other shapes."""
     options = policy.dtensor_cfg
-    folder = find_base(None, policy.model_name, policy.model_name)
-    model, weights = open_model(policy.model_name, folder, policy.hf_config_overrides)
+    model, weights = open_base(policy)
+    dtype = DTYPES[policy.precision]
     shapes = model.shapes
     mesh = init_device_mesh(world.device.type, (world.dp, world.tp), mesh_dim_names=("dp", "tp"))
-    hf = build_empty(model, dtype=DTYPES[policy.precision], attn_implementation=attention.NAME)
+    hf = build_empty(model, dtype=dtype, attn_implementation=attention.NAME)
     start = None
     notices: list[str] = []
     if options.lora_cfg.enabled:
-        start = adapter.start(options.lora_cfg, shapes, policy.model_name, seed)
+        start = adapter.start(options.lora_cfg, shapes, policy.model_name, seed, weights, dtype)
         fused = options.lora_cfg.use_triton and world.tp == 1 and not options.compile
         notices = [*start.notices, *_fused_notices(policy, world)]
         adapter.inject(hf, start, options.lora_cfg, fused=fused, tp_rank=world.tp_rank)
+    if isinstance(weights, FourBitSource):
+        replace_linears(hf, weights)
     plan = ParallelPlan()
     if world.tp > 1:
         plan = parallelize(hf, mesh["tp"], sequence_parallel=options.sequence_parallel)
@@ -81,7 +83,7 @@ def _fused_notices(policy: PolicyConfig, world: World) -> list[str]:
 class _Source:
     """Where a parameter's whole value comes from: the base's files, or the starting adapter."""
 
-    weights: SafetensorsFolder
+    weights: WeightSource
     factors: Mapping[str, Tensor]
     policy: PolicyConfig
     world: World
@@ -98,6 +100,19 @@ class _Source:
         # In full fine-tuning FSDP keeps the weights in fp32 and casts what it gathers.
         dtype = DTYPES[self.policy.precision] if self.factors else torch.float32
         return value.to(self.world.device, dtype)
+
+    def fill_four_bit(self, linear: FourBitLinear, path: str, plan: ParallelPlan) -> None:
+        """The 4-bit weight of the transformers model's linear at `path`."""
+        world = self.world
+        assert isinstance(self.weights, FourBitSource)
+        linear.hold(
+            self.weights,
+            weight_name(path),
+            plan.placements.get(f"{path}.weight"),
+            (world.tp_rank, world.tp),
+            DTYPES[self.policy.precision],
+            world.device,
+        )
 
 
 def _fill_and_shard(
@@ -142,6 +157,8 @@ def _fill(
 ) -> None:
     """Replace the meta parameters below `module` by real ones, this TP rank's part of each; shared ones stay shared."""
     for path, owner in module.named_modules():
+        if isinstance(owner, FourBitLinear):
+            source.fill_four_bit(owner, f"{prefix}{path}", plan)
         for key, empty in list(owner.named_parameters(recurse=False)):
             if not empty.is_meta:
                 continue

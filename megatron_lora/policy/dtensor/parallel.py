@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from megatron_lora.errors import UserError
 from megatron_lora.lora.sharding import split_axis
 from megatron_lora.policy.dtensor.adapter import factor_of
+from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 
 COLUMN = ("colwise", "colwise_gather_output")
 ROW = ("rowwise",)
@@ -101,6 +102,9 @@ def _place(plan: ParallelPlan, name: str, module: nn.Module, column: bool, **lay
         else:
             axis = split_axis(factor.key, column)
             plan.placements[f"{name}.{key}"] = Replicate() if axis is None else Shard(axis)
+    for path in four_bit_linears(module):
+        # A weight that is no parameter.
+        plan.placements[f"{name}.{path}.weight" if path else f"{name}.weight"] = layouts["weight"]
 
 
 def _enter_block(block: nn.Module, mesh: DeviceMesh, layout: Placement) -> None:

@@ -21,6 +21,7 @@ from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
 from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
+from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.frozen_start import FrozenStart
 from megatron_lora.policy.interface import (
@@ -207,16 +208,13 @@ class DTensorPolicy(Policy):
             raise ValueError("full fine-tuning has no adapter")
         return adapter.checksums(self.base.hf, dtype)
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def hf_weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         adapted = adapter.adapted_linears(self.base.hf)
         factors = {id(factor) for linear in adapted.values() for factor in linear.factors.values()}
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.config.precision]
-        for parameter, name in self.names.items():
-            if id(parameter) in factors:
-                continue
-            value = adapter.full_tensor(parameter)
+        for name, value in self._base_weights(factors):
             owner = name.removesuffix(".base_layer.weight")
-            if owner in adapted:
+            if merged and owner in adapted:
                 assert self.spec is not None
                 linear = adapted[owner]
                 parts: dict[FactorKey, Tensor] = {
@@ -225,6 +223,14 @@ class DTensorPolicy(Policy):
                 update = WeightUpdate(self.spec, parts, linear.scaling[adapter.ADAPTER_NAME])
                 value = update.merged(value)
             yield name.replace(".base_layer.", "."), value.to(dtype)
+
+    def _base_weights(self, factors: set[int]) -> Iterator[tuple[str, Tensor]]:
+        """(name in the model, whole tensor) of all that is not an adapter's, made dense one at a time. Collective."""
+        for parameter, name in self.names.items():
+            if id(parameter) not in factors:
+                yield name, adapter.full_tensor(parameter)
+        for path, linear in four_bit_linears(self.base.hf).items():
+            yield f"{path}.weight", linear.full_weight(self.mesh["tp"])
 
     def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
         # Written when this returns, whether asked for in the background or not: adapters are small.
@@ -256,7 +262,9 @@ class DTensorPolicy(Policy):
             checkpoint.load_optimizer(self.optimizer, self.scheduler, self.names, optimizer, self.world)
 
     def trainable_parameters(self) -> tuple[int, int]:
-        return sum(p.numel() for p in self.trained), sum(p.numel() for p in self.names)
+        four_bit = four_bit_linears(self.base.hf).values()
+        held = sum(linear.in_features * linear.out_features for linear in four_bit)
+        return sum(p.numel() for p in self.trained), sum(p.numel() for p in self.names) + held
 
     def describe_adapters(self) -> list[tuple[str, ...]]:
         return describe_modules(self.spec) if self.spec is not None else []

@@ -1,15 +1,23 @@
 """A base's Hugging Face tensors into this rank's part of a Megatron model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
 from megatron_lora.conversion.model_names import EMBEDDING, ModelParameter, fuse, model_parameters, shard_parameter
 from megatron_lora.conversion.weight_source import WeightSource
+from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.base_weight import BaseWeight
+from megatron_lora.lora.four_bit import FourBitWeight
+from megatron_lora.lora.frozen_linear import FrozenColumnParallelLinear, FrozenLinear, FrozenRowParallelLinear
+from megatron_lora.lora.inject import global_linears
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.policy.quantization import local_matrix
 from megatron_lora.runtime.world import World
 
 
@@ -24,6 +32,65 @@ def global_names(chunk: GPTModel) -> dict[str, Tensor]:
             parts[2] = str(numbers[parts[2]])
         result[".".join(parts)] = parameter
     return result
+
+
+def stored_weights(chunk: GPTModel) -> dict[str, BaseWeight]:
+    """The weights of a chunk's linears that are no parameters, by name as in `global_names`."""
+    linears = ((name, getattr(parent, attribute)) for name, parent, attribute in global_linears(chunk))
+    return {
+        f"{name}.weight": linear.stored_weight
+        for name, linear in linears
+        if isinstance(linear, FrozenLinear) and linear.stored_weight is not None
+    }
+
+
+def hold_four_bit(
+    chunks: Sequence[GPTModel], weights: WeightSource, shapes: ModelSpec, tp: TensorParallel, device: torch.device
+) -> None:
+    """Put frozen linears over 4-bit weights in the place of those that `weights` has in 4 bits, one after the other;
+    matrices on the meta device that it has dense get (empty) memory."""
+    table = {parameter.name: parameter for parameter in model_parameters(shapes)}
+    for chunk in chunks:
+        for name, parent, attribute in list(global_linears(chunk)):
+            base: Any = getattr(parent, attribute)
+            if base.weight is None or not base.weight.is_meta:  # None: a head tied to the embedding
+                continue
+            entry = table[f"{name}.weight"]
+            matrix = local_matrix(entry, weights, shapes, tp.rank, tp.size)
+            if matrix is None:
+                base.weight = replaced(base.weight, torch.empty_like(base.weight, device=device))
+                continue
+            linear = FrozenColumnParallelLinear if entry.tp_axis == 0 else FrozenRowParallelLinear
+            stored = FourBitWeight(matrix.to(device), base.weight.dtype)
+            assert stored.shape == tuple(base.weight.shape), f"{name}: {stored.shape} for {tuple(base.weight.shape)}"
+            setattr(parent, attribute, linear(base, base.config, tp, stored))
+
+
+@contextmanager
+def matrices_on_meta() -> Iterator[None]:
+    """Layers that are built within it have no memory for their linears' weights. Embeddings and head have."""
+    original = torch.nn.Module.register_parameter
+
+    def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        # Layers' linears are of subclasses, Transformer Engine's or this project's own.
+        plain = type(module) in (ColumnParallelLinear, VocabParallelEmbedding)
+        if parameter is not None and name == "weight" and parameter.dim() == 2 and not plain:
+            parameter = replaced(parameter, parameter.to("meta"))
+        original(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def replaced(parameter: Tensor, value: Tensor) -> torch.nn.Parameter:
+    """A parameter with another value, which Megatron's marks are on as before."""
+    new = torch.nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
+    for name, mark in vars(parameter).items():
+        setattr(new, name, mark)
+    return new
 
 
 @torch.no_grad()

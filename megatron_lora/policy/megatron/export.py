@@ -10,9 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_lora.conversion.model_names import ModelParameter, model_parameters, unfuse, unshard_parameter
+from megatron_lora.lora.base_weight import BaseWeight
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec
 from megatron_lora.lora.merge import merge_targets
-from megatron_lora.policy.megatron.base_weights import global_names
+from megatron_lora.policy.megatron.base_weights import global_names, stored_weights
 from megatron_lora.policy.megatron.model import BaseModel
 from megatron_lora.runtime.world import World
 
@@ -33,7 +34,10 @@ def merged_hf_weights(
     for parameter in model_parameters(base.shapes):
         stage = next(index for index, names in enumerate(stages) if parameter.name in names)
         dtype = stages[stage][parameter.name]
-        whole = _whole(parameter, mine.get(parameter.name), dtype, stage, world, base.shapes)
+        local = mine.get(parameter.name)
+        if isinstance(local, BaseWeight):
+            local = local.dense()
+        whole = _whole(parameter, local, dtype, stage, world, base.shapes)
         for name in parameter.hf_names:
             weight = unfuse(parameter, whole, name, base.shapes)
             yield (
@@ -42,9 +46,13 @@ def merged_hf_weights(
             )
 
 
-def _own_parameters(chunks: Sequence[GPTModel]) -> dict[str, Tensor]:
+def _own_parameters(chunks: Sequence[GPTModel]) -> dict[str, BaseWeight | Tensor]:
     """This rank's parts, by name with the global layer number. Factors are among them and asked for by nobody."""
-    return {name: parameter.detach() for chunk in chunks for name, parameter in global_names(chunk).items()}
+    result: dict[str, BaseWeight | Tensor] = {}
+    for chunk in chunks:
+        result |= {name: parameter.detach() for name, parameter in global_names(chunk).items()}
+        result |= stored_weights(chunk)
+    return result
 
 
 def _gather_over_pipeline(mine: dict[str, torch.dtype]) -> list[dict[str, torch.dtype]]:

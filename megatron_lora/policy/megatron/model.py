@@ -1,7 +1,7 @@
 """A Megatron-Core model of a Hugging Face base: the only file that touches layer specs and provider settings."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -13,9 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_lora.config.schema import PolicyConfig
-from megatron_lora.conversion.base_model import find_base
-from megatron_lora.conversion.inventory import open_model
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
+from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
@@ -23,8 +23,9 @@ from megatron_lora.policy.megatron.architecture import (
     replace_core_attention,
     set_rotary_frequencies,
 )
-from megatron_lora.policy.megatron.base_weights import load_base_weights
+from megatron_lora.policy.megatron.base_weights import hold_four_bit, load_base_weights, matrices_on_meta
 from megatron_lora.policy.megatron.packed import with_shared_prefixes
+from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.policy.shared_prefix import unshared_reason
 from megatron_lora.runtime.native_layers import NativeAttention
 from megatron_lora.runtime.transformer_engine import have_transformer_engine, import_bridge
@@ -42,12 +43,15 @@ FUSIONS = (
 
 @dataclass
 class BaseModel:
-    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. softcap: c, where logits x become
-    c tanh(x / c). unshared_reason: why its attention takes no rows that share prefixes; None where it does."""
+    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. weights: where its values came from, in the
+    form that they are held in. softcap: c, where logits x become c tanh(x / c). unshared_reason: why its attention
+    takes no rows that share prefixes; None where it does."""
 
     chunks: list[GPTModel]
     shapes: ModelSpec
     config: Any
+    tp: TensorParallel
+    weights: WeightSource
     softcap: float | None
     unshared_reason: str | None
 
@@ -64,8 +68,8 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
     import_bridge()
     from megatron.bridge import AutoBridge
 
-    folder = find_base(None, policy.model_name, policy.model_name)
-    model, weights = open_model(policy.model_name, folder, policy.hf_config_overrides)
+    model, weights = open_base(policy)
+    four_bit = isinstance(weights, FourBitSource)
     with _bridge_errors(policy.model_name):
         provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
     shapes = model.shapes
@@ -77,7 +81,8 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
         on_gpu=world.device.type == "cuda" and have_transformer_engine(),
     )
     _configure(provider, policy, world, shared=unshared is None)
-    with redirect_stdout(StringIO()):  # bridge prints the padded vocabulary, once a chunk
+    # bridge prints the padded vocabulary, once a chunk
+    with redirect_stdout(StringIO()), matrices_on_meta() if four_bit else nullcontext():
         chunks = _provide_chunks(provider)
     set_rotary_frequencies(chunks, model)
     for chunk in chunks:
@@ -85,9 +90,23 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
         if provider.recompute_granularity == "full" and hasattr(chunk, "embedding"):
             # Recompute gives gradients only to inputs that want one; a frozen embedding's output would not.
             chunk.embedding.register_forward_hook(_require_grad)
+    tp = TensorParallel(
+        group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
+        size=world.tp,
+        rank=world.tp_rank,
+        sequence_parallel=bool(provider.sequence_parallel),
+    )
+    if four_bit:
+        hold_four_bit(chunks, weights, shapes, tp, world.device)
     load_base_weights(chunks, weights, shapes, world)
     return BaseModel(
-        chunks=chunks, shapes=shapes, config=provider, softcap=model.final_softcap, unshared_reason=unshared
+        chunks=chunks,
+        shapes=shapes,
+        config=provider,
+        tp=tp,
+        weights=weights,
+        softcap=model.final_softcap,
+        unshared_reason=unshared,
     )
 
 

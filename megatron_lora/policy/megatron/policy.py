@@ -1,5 +1,6 @@
 """The Megatron-Core backend behind `Policy`."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -14,7 +15,6 @@ from torch import Tensor
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
-from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.init import given_factors, initial_factors
 from megatron_lora.lora.inject import AdapterOptions, inject
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
@@ -36,6 +36,7 @@ from megatron_lora.policy.learning_rate import build_scheduler
 from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_checksums import adapter_checksums
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
+from megatron_lora.policy.megatron.base_weights import stored_weights
 from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
@@ -65,12 +66,7 @@ class MegatronPolicy(Policy):
         self.config = policy
         self.world = world
         self.base: BaseModel = build_base(policy, world)
-        self.tp = TensorParallel(
-            group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
-            size=world.tp,
-            rank=world.tp_rank,
-            sequence_parallel=bool(self.base.config.sequence_parallel),
-        )
+        self.tp = self.base.tp
         self.spec: AdapterSpec | None = None
         self.adapted: list[LoRALinear] = []
         if policy.megatron_cfg.peft.enabled:
@@ -102,14 +98,15 @@ class MegatronPolicy(Policy):
             dropout=peft.dropout,
             dropout_before=peft.dropout_position == "pre",
             all_to_all=peft.a2a_experimental,
-            dtype=DTYPES[peft.lora_dtype] if peft.lora_dtype else None,
+            dtype=getattr(torch, peft.lora_dtype) if peft.lora_dtype else None,
             keeps_derived=peft.dora_cached_norms,
         )
         if start.tensors is not None:
             factors = given_factors(start.spec, start.tensors)
         else:
             methods = (peft.lora_A_init_method, peft.lora_B_init_method)
-            factors = initial_factors(start.spec, *methods, seed, base_reader(start.spec))
+            read = base_reader(start.spec, self.base.weights, DTYPES[self.config.precision])
+            factors = initial_factors(start.spec, *methods, seed, read)
         self.adapted = inject(self.base.chunks, start.spec, factors, options, self.tp)
 
     def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
@@ -229,9 +226,10 @@ class MegatronPolicy(Policy):
             raise ValueError("full fine-tuning has no adapter")
         return adapter_checksums(self.adapted, self.spec.shapes, dtype)
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        factors = gather_adapter(self.adapted, self.spec) if self.spec is not None else {}
-        return merged_hf_weights(self.base, self.world, self.spec, factors)
+    def hf_weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+        spec = self.spec if merged else None
+        factors = gather_adapter(self.adapted, spec) if spec is not None else {}
+        return merged_hf_weights(self.base, self.world, spec, factors)
 
     def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool = False) -> PendingSave | None:
         state = self._weights_state()
@@ -275,6 +273,7 @@ class MegatronPolicy(Policy):
                 split = getattr(parameter, "tensor_model_parallel", False)
                 if id(parameter) not in adapters and not copy and (split or self.world.tp_rank == 0):
                     count += parameter.numel()
+            count += sum(math.prod(weight.shape) for weight in stored_weights(chunk).values())
         total = torch.tensor(count, dtype=torch.int64, device=self.world.device)
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
         base = int(total)
