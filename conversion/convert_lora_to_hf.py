@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--hf-ckpt-path", required=True, help="the folder to write; must not exist")
     parser.add_argument("--hf-model-name", help="base model: hub name or HF folder; default: the one trained on")
     parser.add_argument("--base-ckpt", help="the base: HF folder or Megatron checkpoint")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="merged: dtype to write; default: the base's")
+    parser.add_argument("--dtype", help=f"merged: dtype to write, of {', '.join(DTYPES)}; default: the base's")
     parser.add_argument(
         "--uniform-scale",
         action="store_true",

@@ -18,7 +18,7 @@ from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprin
 from megatron_lora.conversion.hf_model import read_hf_model
 from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.conversion.merge import Merger
-from megatron_lora.conversion.model_source import check_base, open_base, overrides_of_run
+from megatron_lora.conversion.model_source import as_trained_over, check_base, open_base, overrides_of_run
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
 from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
@@ -61,7 +61,7 @@ def export_lora_adapter_to_hf(
                 overrides,
             )
         if base_ckpt is not None or check_logits:
-            base = open_base(base_ckpt, hf_model_name, spec.base_model_name, overrides)
+            base = as_trained_over(spec, open_base(base_ckpt, hf_model_name, spec.base_model_name, overrides))
             check_base(spec, base)
         config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale)
         if not check_logits:
@@ -120,15 +120,19 @@ def merge_lora_to_hf(
     """Write base + adapter as a plain HF model, merged in fp32, one tensor at a time; returns hf_ckpt_path.
 
     The base is base_ckpt (an HF folder or a Megatron checkpoint), else hf_model_name, else the model named in the
-    checkpoint. dtype: `bfloat16`, `float16` or `float32`; by default each tensor's own. Raises UserError; writes all or
-    nothing.
+    checkpoint; an adapter that was trained over 4-bit values is merged into those, made dense. dtype: `bfloat16`,
+    `float16` or `float32`; by default each tensor's own. Raises UserError; writes all or nothing.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"dtype={dtype!r} is none that a merged model is written in; use one of {', '.join(DTYPES)} (not 4 bits: "
+            "rounding the sum again would lose most of the update; export the adapter to serve it over a 4-bit base)"
+        )
     target = None if dtype is None else DTYPES[dtype]
     with output_folder(hf_ckpt_path) as out:
         spec, factors = _read_checked(adapter_ckpt)
-        base = open_base(base_ckpt, hf_model_name, spec.base_model_name, _overrides(adapter_ckpt))
+        overrides = _overrides(adapter_ckpt)
+        base = as_trained_over(spec, open_base(base_ckpt, hf_model_name, spec.base_model_name, overrides))
         check_base(spec, base)
         merger = Merger(spec, factors, base.weights, target)
         metadata = {FINGERPRINT: fingerprint_adapter(factors)}

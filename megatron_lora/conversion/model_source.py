@@ -17,13 +17,15 @@ from megatron_lora.checksums import check_as_written
 from megatron_lora.conversion.base_model import WEIGHT_ENDINGS, find_base, read_config
 from megatron_lora.conversion.config_overrides import overridden
 from megatron_lora.conversion.fingerprint import fingerprint_weights
-from megatron_lora.conversion.hf_model import read_hf_model
+from megatron_lora.conversion.four_bit_folder import FourBitFolder, QuantizedWeights
+from megatron_lora.conversion.hf_model import QUANTIZATION, read_hf_model
 from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.shard_writer import write_shards
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
+from megatron_lora.lora.four_bit import weight_names
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,10 @@ class ModelSource:
                 shutil.copyfile(path, out / path.name)
         if self.overrides:
             _write_config(out, overridden(read_config(out), self.overrides))
+        if isinstance(self.weights, FourBitFolder):
+            # What is written beside it is dense.
+            config = read_config(out)
+            _write_config(out, {name: value for name, value in config.items() if name != QUANTIZATION})
         if dtype is not None:
             write_config_dtype(out, dtype)
         if self.tokenizer is not None:
@@ -141,6 +147,15 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
         if used.is_dir():
             check_as_written(used)
     return source
+
+
+def as_trained_over(spec: AdapterSpec, base: ModelSource) -> ModelSource:
+    """The base with the values that the adapter's run computed with: in 4 bits, where its recipe asked for them."""
+    kind = spec.settings.get("quantization")
+    if kind is None or isinstance(base.weights, FourBitFolder):
+        return base
+    double = bool(spec.settings.get("double_quantization"))
+    return replace(base, weights=QuantizedWeights(base.weights, weight_names(spec.shapes), kind, double=double))
 
 
 def check_base(spec: AdapterSpec, base: ModelSource) -> None:

@@ -9,6 +9,7 @@ import torch
 from megatron_lora.checksums import seal
 from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.fingerprint import fingerprint_weights
+from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.model_names import ModelParameter, fuse, model_parameters
@@ -40,6 +41,11 @@ def convert_hf_to_megatron(
     with output_folder(megatron_ckpt_path) as out:
         folder = find_base(None, hf_model_name, hf_model_name)
         model, stored = open_model(hf_model_name, folder)
+        if isinstance(stored, FourBitFolder):
+            raise UserError(
+                f"{folder} holds its linears in 4 bits, a Megatron checkpoint holds them dense; train adapters over "
+                "the folder itself, or convert the model in bfloat16"
+            )
         source = ModelSource(folder, stored)
         shapes = model.shapes
         _check_layout(shapes, tp, pp)

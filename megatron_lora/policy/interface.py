@@ -119,6 +119,11 @@ class Policy(ABC):
         Raises DifferentCopies where ranks differ in what they hold together.
         """
 
+    @property
+    def base_is_rounded(self) -> bool:
+        """Whether the base's values are not those of its folder as another engine would load it: it is in 4 bits."""
+        return False
+
     @abstractmethod
     def hf_weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         """Full weights under HF names, one tensor at a time, made dense where they are in 4 bits; on every rank.

@@ -119,6 +119,7 @@ class Generator(ABC):
     num_replicas: engines that answer different prompts at once. block_size: tokens in a block of the KV cache.
     dtype: that it computes in, and holds an adapter's factors in.
     version: of the weights it holds, as given with them; -1 before the first refit.
+    base_weights: gives the base's weights where they are not those of the model's folder (held in 4 bits); else None.
     on_answers: told of each few answers that are done, for a progress bar; another replica's are guessed from its own.
     """
 
@@ -126,6 +127,7 @@ class Generator(ABC):
     block_size: int = 1
     dtype: torch.dtype = torch.float32
     version: int = -1
+    base_weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
     on_answers: Callable[[int], None] = staticmethod(_say_nothing)
 
     @abstractmethod

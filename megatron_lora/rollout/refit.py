@@ -78,14 +78,25 @@ class Refitter:
         self.mode: RefitMode = mode
         self.probe = probe_contexts(prompts, generator.block_size, max_length)
         self.agreement = Agreement(generator.dtype)
+        if policy.base_is_rounded:
+            generator.base_weights = lambda: policy.hf_weights(merged=False)
         self.reports: list[RefitReport] = []
 
     def measure_base(self, *, has_adapter: bool) -> float:
         """The distance between the two while both are the base alone, which no refit can have spoiled: what rounding
         does in this run. Collective; before the first refit. has_adapter: False: the trainer's weights are the base's.
 
-        Raises RolloutError where they are further apart than rounding can bring them.
+        A base that the trainer holds in 4 bits is handed over first, made dense. Raises RolloutError where it does not
+        arrive, or the two are further apart than rounding can bring them.
         """
+        if self.generator.base_weights is not None:
+            handover = self.generator.load_weights(self.generator.base_weights(), self.generator.version)
+            held = self.generator.held_fingerprint()
+            if held != handover.fingerprint:
+                raise RolloutError(
+                    f"the base, which the trainer holds in 4 bits, did not arrive: it handed over "
+                    f"{handover.fingerprint}, the rollout engine holds {held}"
+                )
         with self.policy.adapters_disabled() if has_adapter else nullcontext():
             distance = self._distance()
         if not self.agreement.accepts(distance):

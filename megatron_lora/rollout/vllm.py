@@ -93,7 +93,7 @@ class VllmGenerator(Generator):
             raise ValueError("the engine was built without adapter slots; give VllmGenerator the adapter")
         if self._mode == "merge":
             # The adapter goes on the base, not on merged weights.
-            self._worker(vllm_worker.reload_weights, None)
+            self._worker(vllm_worker.reload_weights, self.base_weights() if self.base_weights is not None else None)
         factors = scaled_factors(adapter, self.dtype, self.world.device)
         with torch.no_grad():
             self._worker(vllm_worker.swap_adapter, factors)

@@ -188,7 +188,11 @@ def engine_arguments(
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, max_model_len, dtype)
         arguments["worker_cls"] = CPU_WORKER
     fields = overridden_fields(policy, model)
-    if fields:
+    four_bit = read_base(policy).stored_four_bit
+    if four_bit:
+        # The engine computes with dense weights, which the trainer hands over before the first answer.
+        arguments["load_format"] = "dummy"
+    if fields or four_bit:
         arguments["hf_overrides"] = partial(_with_fields, fields)
     if adapter_rank is not None:
         arguments |= {
@@ -202,6 +206,9 @@ def engine_arguments(
 
 
 def _with_fields(fields: Mapping[str, Any], config: Any) -> Any:
+    """The config with other fields, of dense weights."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     for name, value in fields.items():
         setattr(config, name, copy.deepcopy(value))  # vLLM writes into what it is given
     return config

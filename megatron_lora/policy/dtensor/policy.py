@@ -208,6 +208,10 @@ class DTensorPolicy(Policy):
             raise ValueError("full fine-tuning has no adapter")
         return adapter.checksums(self.base.hf, dtype)
 
+    @property
+    def base_is_rounded(self) -> bool:
+        return bool(four_bit_linears(self.base.hf))
+
     def hf_weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         adapted = adapter.adapted_linears(self.base.hf)
         factors = {id(factor) for linear in adapted.values() for factor in linear.factors.values()}

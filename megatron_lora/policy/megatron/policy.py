@@ -41,6 +41,7 @@ from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
 from megatron_lora.policy.megatron.packed import RotaryPositions
+from megatron_lora.policy.quantization import FourBitSource
 from megatron_lora.policy.scores import collect_rows
 from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
@@ -225,6 +226,10 @@ class MegatronPolicy(Policy):
         if self.spec is None:
             raise ValueError("full fine-tuning has no adapter")
         return adapter_checksums(self.adapted, self.spec.shapes, dtype)
+
+    @property
+    def base_is_rounded(self) -> bool:
+        return isinstance(self.base.weights, FourBitSource)
 
     def hf_weights(self, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
         spec = self.spec if merged else None
