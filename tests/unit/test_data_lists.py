@@ -38,15 +38,20 @@ def prepared(folder: Path, algorithm: str = "sft", **data: Any) -> PreparedData:
     return prepare_data(load(folder, algorithm, **data).recipe)
 
 
+def held_out(data: PreparedData) -> Any:
+    assert data.validation is not None
+    return data.validation
+
+
 def texts(data: PreparedData, rows: Any) -> list[str]:
-    return [data.tokenizer.decode(rows[position][0].input_ids) for position in range(len(rows))]
+    return [str(data.tokenizer.decode(rows[position][0].input_ids)) for position in range(len(rows))]
 
 
 def test_the_rows_follow_one_another_each_by_its_own_keys(folder: Path) -> None:
     other = block(folder, "b", system_prompt_file=str(folder / "system.txt"))
     data = prepared(folder, train=[block(folder, "a"), other], validation=[block(folder, "c"), block(folder, "a")])
     train = texts(data, data.train)
-    assert len(train) == 14 and len(data.validation) == 6
+    assert len(train) == 14 and len(held_out(data)) == 6
     assert all("a" in text and "brief" not in text for text in train[:4])
     assert all("Be brief." in text for text in train[4:])
     assert data.train.stats.rows == 14 and data.train.stats.target_tokens > 0 and len(data.train.group_lengths()) == 14
@@ -59,11 +64,11 @@ def test_the_rows_follow_one_another_each_by_its_own_keys(folder: Path) -> None:
 def test_held_out_rows_join_the_validation_rows(folder: Path) -> None:
     held = [block(folder, "a", split_validation_size=0.5), block(folder, "b", split_validation_size=0.2, seed=3)]
     data = prepared(folder, train=held, validation=block(folder, "c"))
-    assert len(data.train) == 2 + 8 and len(data.validation) == 2 + 2 + 2
-    everything = texts(data, data.train) + texts(data, data.validation)
+    assert len(data.train) == 2 + 8 and len(held_out(data)) == 2 + 2 + 2
+    everything = texts(data, data.train) + texts(data, held_out(data))
     assert len(set(everything)) == 16
     alone = prepared(folder, train=held)
-    assert texts(alone, alone.validation) == texts(data, data.validation)[:4]
+    assert texts(alone, held_out(alone)) == texts(data, held_out(data))[:4]
     assert prepared(folder, train=block(folder, "a")).validation is None
 
 
@@ -71,7 +76,7 @@ def test_prompts_of_one_entry_are_repeated(folder: Path) -> None:
     validation = [block(folder, "c", repeat=3), block(folder, "a")]
     data = prepared(folder, "grpo", train=[block(folder, "b"), block(folder, "c")], validation=validation)
     assert len(data.train) == 12
-    assert [prompt.index for prompt in data.validation] == [1, 2, 1, 2, 1, 2, 1, 2, 3, 4]
+    assert [prompt.index for prompt in held_out(data)] == [1, 2, 1, 2, 1, 2, 1, 2, 3, 4]
 
 
 def test_defaults_and_keys_without_effect_reach_every_entry(folder: Path) -> None:

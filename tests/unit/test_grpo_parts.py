@@ -175,7 +175,7 @@ def test_a_prompt_leaves_room_for_an_answer(base: Path, overrides: list[str], li
 
 
 def test_validation_reads_its_first_prompts(base: Path) -> None:
-    values = recipe(base, "data.validation={dataset_name: arithmetic}", "grpo.max_val_samples=2")
+    values: Any = recipe(base, "data.validation={dataset_name: arithmetic}", "grpo.max_val_samples=2")
     prompts: Any = ["a", "b", "c"]
     values.grpo.num_prompts_per_step, values.grpo.use_dynamic_sampling = 1, False
     _, validation = build_prompt_loaders(values, prompts, prompts)
