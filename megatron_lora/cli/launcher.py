@@ -73,7 +73,8 @@ def launch(command: Sequence[str], machines: Machines, *, only_first: bool = Fal
             ranks.wait()
         status, message = ranks.outcome()
     if sys.stdout.isatty():
-        print("\x1b[?25h", end="", flush=True)  # a progress bar that was killed leaves the cursor hidden
+        # A progress bar that was killed leaves the cursor hidden and behind it: what follows is a line of its own.
+        print("\r\x1b[K\x1b[?25h", end="", flush=True)
     if message is not None:
         print(message, file=sys.stderr, flush=True)
     return status

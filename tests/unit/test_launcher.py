@@ -1,6 +1,7 @@
 """`megatron-lora train`: real ranks (small scripts in place of the trainer), their end, and what the terminal shows."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -60,6 +61,26 @@ def test_a_rank_that_hangs_after_anothers_failure_is_ended(capfd: pytest.Capture
     assert capfd.readouterr().err == "error: rank 1 ended with status 7\n"
     left = set(psutil.Process().children()) - before
     assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_message_is_a_line_of_its_own_behind_a_bar_that_was_killed():
+    """In a terminal: the bar's line has no end where its rank could not stop it."""
+    code = "print('bar 3/400', end='', flush=True) if rank else time.sleep(0.3); tell('error: stuck'); sys.exit(1)"
+    run = "import sys; from megatron_lora.cli.launcher import Machines, launch; "
+    run += f"command = [sys.executable, '-c', {TELL + code!r}]"
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", f"{run}; sys.exit(launch(command, Machines(2)))"]
+    started = subprocess.Popen(command, env=OURS, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 65536):
+            shown += piece
+    except OSError:  # the last process that had the terminal is gone
+        pass
+    os.close(ours)
+    assert started.wait(timeout=60) == 1
+    assert b"bar 3/400\r\x1b[K" in shown and shown.rstrip().endswith(b"\x1b[?25herror: stuck")
 
 
 def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]):
