@@ -112,6 +112,7 @@ class Workers:
             "base_folder": str(self.room.base(case.family)),
             "adapter_folder": own,
             "learning_rate": case.learning_rate,
+            "adam_eps": case.adam_eps,
         }
 
 
@@ -145,7 +146,7 @@ def reference(room: Room) -> Callable[..., Training]:
             adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
             share_a = ADAPTERS.get(str(case.adapter), {"share_a": False}).get("share_a", True)
             torch.set_num_threads(1)
-            options = {"lr": case.learning_rate, "share_a": share_a} | options
+            options = {"lr": case.learning_rate, "eps": case.adam_eps, "share_a": share_a} | options
             known[key] = train(base, adapter, case_rows(case.family, asked), **options)
         return known[key]
 

@@ -17,7 +17,12 @@ def policy_config(case: dict[str, Any], megatron: dict[str, Any] | None = None) 
     """The case's recipe; `megatron` replaces its megatron_cfg where a check needs another layout."""
     megatron = dict(case["megatron"] if megatron is None else megatron)
     peft = {"enabled": case["adapter"] is not None, "init_adapter": case["adapter_folder"], "dim": 4, "alpha": 8}
-    optimizer = {"lr": case["learning_rate"], "weight_decay": 0.1, "adam_beta2": 0.98, "adam_eps": 1e-8}
+    optimizer = {
+        "lr": case["learning_rate"],
+        "weight_decay": 0.1,
+        "adam_beta2": 0.98,
+        "adam_eps": case["adam_eps"],
+    }
     sections = {"peft": peft | megatron.pop("peft", {}), "optimizer": optimizer | megatron.pop("optimizer", {})}
     defaults = {"use_fused_linear_logprobs": True, "fused_linear_logprobs_chunk_size": 16}
     values = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter
 from megatron_lora.lora.peft_format import to_hf
-from tests.distributed.dtensor_worker import OTHERS, TRAIN, learning_rate, steps, truth_of
+from tests.distributed.dtensor_worker import OTHERS, TRAIN, adam_eps, learning_rate, steps, truth_of
 from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.four_bit import save_dequantized
@@ -111,7 +111,9 @@ class Runs:
         if (family, full) not in self.references:
             base = self.folder / truth_of(family)
             adapter = None if full else self.folder / f"{family}_adapter"
-            self.references[family, full] = train(base, adapter, steps(), lr=learning_rate(family, full))
+            self.references[family, full] = train(
+                base, adapter, steps(), lr=learning_rate(family, full), eps=adam_eps(family)
+            )
         return self.references[family, full]
 
 

@@ -101,6 +101,7 @@ def train(
     betas: tuple[float, float] = (0.9, 0.98),
     share_a: bool = True,
     lora_plus_ratio: float = 1.0,
+    eps: float = 1e-8,
 ) -> Training:
     """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder.
 
@@ -122,7 +123,7 @@ def train(
         {"params": [p for p in parameters if p in faster], "weight_decay": weight_decay, "lr": lr * lora_plus_ratio},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
     losses, norms = [], []
     for rows in steps:
         optimizer.zero_grad()
