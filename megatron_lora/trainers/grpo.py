@@ -40,7 +40,7 @@ from megatron_lora.trainers.rollout_batch import (
     shaped_rewards,
 )
 from megatron_lora.trainers.rollout_engine import TRAINING, RolloutEngine
-from megatron_lora.trainers.rollout_scores import OLD, REFERENCE, scores_all_ahead, with_field, with_scores
+from megatron_lora.trainers.rollout_scores import OLD, REFERENCE, mean_kl, scores_all_ahead, with_field, with_scores
 from megatron_lora.trainers.session import Session
 
 
@@ -276,7 +276,11 @@ class GRPOTrainer:
                 scored += part
         if results:
             self._learning_rate = results[-1].learning_rate
-        return mean_result(results, rows, self._learning_rate), scored
+        result = mean_result(results, rows, self._learning_rate)
+        config = self.objective.config
+        if not results and config.reference_policy_kl_penalty > 0:
+            result.metrics["kl"] = mean_kl(scored, config.reference_policy_kl_type)
+        return result, scored
 
     def _step_on(self, rows: list[Row], *, on_policy: bool) -> StepResult:
         """One update. on_policy: the first since the answers were drawn."""

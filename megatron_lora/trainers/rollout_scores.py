@@ -9,11 +9,13 @@ which the comparison with the rollout engine must not see. The reference needs o
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.batch import Row
 from megatron_lora.objectives.grpo_config import GRPOConfig
+from megatron_lora.objectives.kl import KLType, kl_estimate
 from megatron_lora.policy.interface import Policy
 
 OLD, REFERENCE = "old_logps", "reference_logps"
@@ -54,3 +56,14 @@ def with_field(rows: Sequence[Row], name: str, values: Sequence[Tensor]) -> list
     return [
         replace(row, token_fields=row.token_fields | {name: value}) for row, value in zip(rows, values, strict=True)
     ]
+
+
+def mean_kl(rows: Sequence[Row], kl_type: KLType) -> float:
+    """KL(policy || reference) in nats, the mean over all target tokens. rows: with both log-probabilities."""
+    kept = [row for row in rows if row.num_targets]
+    if not kept:
+        return 0.0
+    policy, reference = (
+        torch.cat([row.token_fields[name][row.target_mask] for row in kept]) for name in (OLD, REFERENCE)
+    )
+    return float(kl_estimate(policy, reference, kl_type).mean())

@@ -26,9 +26,7 @@ def real_case(name: str, ranks: int, megatron: dict[str, Any], **fields: Any) ->
     return Case(f"smollm2_{name}", ranks, "train", family="smollm2", adapter="small", megatron=megatron, **fields)
 
 
-LONG_TEXT = real_case(
-    "long_text", 3, TP3 | {"sequence_parallel": True} | FULL_RECOMPUTE, options=LONG, policy=PACKED
-)
+LONG_TEXT = real_case("long_text", 3, TP3 | {"sequence_parallel": True} | FULL_RECOMPUTE, options=LONG, policy=PACKED)
 
 
 @pytest.mark.parametrize(

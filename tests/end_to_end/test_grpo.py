@@ -146,6 +146,8 @@ def test_equal_rewards_move_no_weight(base: Path, tmp_path: Path, penalty: dict[
     folder = run(tmp_path, values, 1)
     lines = metrics(folder)
     assert [line["num_updates"] for line in lines] == [0, 0, 0]
+    without_reference = penalty.get("reference_policy_kl_penalty") == 0
+    assert [line.get("kl") for line in lines] == [None if without_reference else 0.0] * 3
     assert [line["zero_variance_groups"] for line in lines] == [4, 4, 4]
     assert max(line["rollout_logprob_error"] for line in lines) < 1e-5
     first, last = (adapter_of(folder / f"step_{step}") for step in (1, 3))
