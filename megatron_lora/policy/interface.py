@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.data.batch import Row
+from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.objectives.base import Objective
 
 
@@ -48,9 +49,10 @@ class Policy(ABC):
 
     notices: how the recipe was understood, for the user to read at start. unshared_reason: why rows that begin alike do
     not share what they have in common; None where they do. model_tokens: that all passes so far have sent through the
-    model, of the whole global batches, without padding.
+    model, of the whole global batches, without padding. spec: of the adapter; None where the whole model trains.
     """
 
+    spec: AdapterSpec | None
     notices: Sequence[str] = ()
     unshared_reason: str | None = None
     model_tokens: int = 0

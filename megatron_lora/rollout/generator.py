@@ -1,8 +1,8 @@
 """What a trainer may ask of whoever generates rollouts. `vllm.py` and the native generator implement `Generator`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -97,10 +97,14 @@ def exchange_samples(mine: Sequence[Sample], group: Any = None) -> list[list[Sam
 
 @dataclass(frozen=True)
 class Handover:
-    """What a refit gave the engine: bytes, and the fingerprint that the engine must then hold."""
+    """What a refit gave the engine: bytes, and the fingerprint that the engine must then hold.
+
+    columns: of merged weights those that the fingerprint is of: HF name -> number of the column -> its values [out].
+    """
 
     num_bytes: int
     fingerprint: str
+    columns: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
 
 class Decoder(Protocol):
@@ -120,6 +124,7 @@ class Generator(ABC):
     dtype: that it computes in, and holds an adapter's factors in.
     version: of the weights it holds, as given with them; -1 before the first refit.
     base_weights: gives the base's weights where they are not those of the model's folder (held in 4 bits); else None.
+    handover: the last refit's.
     on_answers: told of each few answers that are done, for a progress bar; another replica's are guessed from its own.
     """
 
@@ -128,6 +133,7 @@ class Generator(ABC):
     dtype: torch.dtype = torch.float32
     version: int = -1
     base_weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None
+    handover: Handover = Handover(0, "")
     on_answers: Callable[[int], None] = staticmethod(_say_nothing)
 
     @abstractmethod

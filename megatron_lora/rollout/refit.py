@@ -4,7 +4,8 @@ Two proofs, both before any sample is drawn. The fingerprint: checksums of the t
 over and of what is read back from the engine, which must be the same bit for bit; it does not depend on how much the
 weights changed. The probe: the engine continues prompts of the run's data, longer than a block of its cache, and the
 trainer scores what it drew; that the engine computes with what it holds, as the trainer does, shows there, up to
-rounding (`agreement.py`).
+rounding (`agreement.py`). Merged weights are the trainer's own products, rounded on the way: of them a few columns of
+every linear are held against the factors (`merged_columns.py`).
 """
 
 import time
@@ -21,6 +22,7 @@ from megatron_lora.policy.interface import Policy
 from megatron_lora.rollout.adapter_factors import trainer_fingerprint
 from megatron_lora.rollout.agreement import Agreement, logit_distance
 from megatron_lora.rollout.generator import Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.merged_columns import MergedColumns, adds_to_the_base
 from megatron_lora.runtime.spans import span
 
 RefitMode = Literal["adapter", "merge"]
@@ -80,6 +82,7 @@ class Refitter:
         self.agreement = Agreement(generator.dtype)
         if policy.base_is_rounded:
             generator.base_weights = lambda: policy.hf_weights(merged=False)
+        self._merged: MergedColumns | None = None
         self.reports: list[RefitReport] = []
 
     def measure_base(self, *, has_adapter: bool) -> float:
@@ -161,14 +164,30 @@ class Refitter:
         return self._check_probe(version)
 
     def _check_factors(self, version: int, held: str) -> None:
-        """Bit for bit, so that an update too small for the probe counts as any other."""
+        """Bit for bit, or up to rounding of merged weights: an update too small for the probe counts as any other."""
         if self.mode == "merge":
-            return  # merged weights are the trainer's own products, rounded on the way
+            return self._check_merged(version, held)
         trains = trainer_fingerprint(self.policy, self.generator.dtype)
         if held != trains:
             raise RolloutError(
                 f"after refit {version} (adapter) the rollout engine holds {held}, but the trainer computes with "
                 f"{trains}: what was handed over are not the trainer's present factors, so the run stops"
+            )
+
+    def _check_merged(self, version: int, held: str) -> None:
+        handover = self.generator.handover
+        if not handover.columns or not adds_to_the_base(self.policy.spec):
+            return
+        if held != handover.fingerprint:
+            raise RolloutError(
+                f"after refit {version} (merge) the rollout engine holds {held}, but was handed {handover.fingerprint}"
+            )
+        self._merged = self._merged or MergedColumns(self.policy, handover.columns)
+        if faults := self._merged.faults(handover.columns):
+            raise RolloutError(
+                f"after refit {version} (merge) what was handed over is not the trainer's base with its present "
+                f"adapter, in {len(faults)} of {len(handover.columns)} linears: {', '.join(faults[:3])}"
+                f"{', ...' if len(faults) > 3 else ''}; so the run stops"
             )
 
     def _check_probe(self, version: int) -> float:

@@ -100,7 +100,8 @@ class VllmGenerator(Generator):
         self._mode, self.version = "adapter", version
         self._forget_cache()
         num_bytes = sum(tensor.numel() * tensor.element_size() for pair in factors.values() for tensor in pair)
-        return Handover(num_bytes, factors_fingerprint(factors))
+        self.handover = Handover(num_bytes, factors_fingerprint(factors))
+        return self.handover
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
         sent = _SentWeights(weights, self.dtype, self.world.device)
@@ -109,7 +110,9 @@ class VllmGenerator(Generator):
             self._worker(vllm_worker.reload_weights, iter(sent))
         self._mode, self.version = "merge", version
         self._forget_cache()
-        return Handover(sent.num_bytes, digest("merge", join_ranks([to_numbers(sent.pieces)])))
+        fingerprint = digest("merge", join_ranks([to_numbers(sent.pieces)]))
+        self.handover = Handover(sent.num_bytes, fingerprint, sent.columns)
+        return self.handover
 
     def held_fingerprint(self) -> str:
         kind = "adapter" if self._mode == "adapter" else "merge"
@@ -248,6 +251,7 @@ class _SentWeights:
     def __init__(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device):
         self.weights, self.dtype, self.device = weights, dtype, device
         self.pieces: dict[tuple[str, int, int], Tensor] = {}
+        self.columns: dict[str, dict[int, Tensor]] = {}
         self.num_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -255,6 +259,7 @@ class _SentWeights:
             tensor = tensor.to(device=self.device, dtype=self.dtype)
             self.num_bytes += tensor.numel() * tensor.element_size()
             if name.startswith("model.layers.") and name.endswith("_proj.weight"):
-                for column in vllm_worker.sampled_columns(tensor.shape[1]):
-                    self.pieces[name, 0, column] = checksum(tensor[:, column, None] + 0.0, 0, column)
+                self.columns[name] = {c: tensor[:, c] + 0.0 for c in vllm_worker.sampled_columns(tensor.shape[1])}
+                for column, values in self.columns[name].items():
+                    self.pieces[name, 0, column] = checksum(values[:, None], 0, column)
             yield name, tensor

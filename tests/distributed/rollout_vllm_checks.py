@@ -34,8 +34,10 @@ from tests.distributed.rollout_models import (
     read_adapter,
     write_adapter,
 )
+from tests.support import real_text
 from tests.support.planted_faults import FAULTS, plant, plant_merged
-from tests.support.reference import make_rows
+from tests.support.reference import make_rows, save_adapter
+from tools.smollm2 import cached_model
 
 SAMPLED = SamplingOptions(max_new_tokens=12, temperature=1.0, seed=3)
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0.0)
@@ -230,9 +232,16 @@ def check_planted(
     refitter.mode = "merge"
     for fault in FAULTS:
         wrong = plant_merged(fault, merged, before[1], base)
-        policy.hf_weights = lambda wrong=wrong: iter(wrong.items())  # type: ignore[method-assign]
+        policy.hf_weights = lambda merged=True, wrong=wrong: (  # type: ignore[method-assign]
+            iter(wrong.items()) if merged else hf_weights(merged=False)
+        )
         found["planted"]["merge"][fault] = message(refitter.refit, 1)
     policy.hf_weights = hf_weights  # type: ignore[method-assign]
+    refitter.refit(1)
+    with torch.no_grad():
+        policy.adapted[0].lora_B[0, 0] += 1e-4
+    found["tiny_update_not_merged"] = message(refitter.check, 1)
+    found["update_merged"] = refitter.refit(1).probe_error
     refitter.mode = "adapter"
     refitter.refit(1)
     # An update far below what any probe could see.
@@ -332,6 +341,34 @@ def check_llama(folder: Path, found: dict[str, Any]) -> None:
     found["dead_engine_again"] = message(refitter.refit, 3)
 
 
+def check_real_model(folder: Path, found: dict[str, Any]) -> None:
+    """SmolLM2 with word problems: a step at PP=2, exported; what two engines draw with it, under stock peft."""
+    base = cached_model()
+    config = policy_config(base.parent, base.name, vllm_tp=1, pipeline_model_parallel_size=2)
+    config.generation.stop_strings = None
+    config.megatron_cfg.peft.init_adapter = str(folder / "real_adapter")
+    if dist.get_rank() == 0:
+        save_adapter(base, folder / "real_adapter", std=0.01)
+    dist.barrier()
+    world = init_megatron_world(config, 0)
+    policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=10)
+    policy.train_step([[row] for row in real_text.text_rows(2)], SFTObjective())
+    adapter = policy.adapter()
+    if dist.get_rank() == 0:
+        write_adapter(adapter, folder / "real_trained")
+    dist.barrier()
+    generator = VllmGenerator(config, world, real_text.tokenizer(), adapter)
+    generator.start()
+    generator.load_adapter(adapter, 1)
+    samples = generator.generate(real_text.prompts(2), 2, SAMPLED)
+    found["real_text"] = [sample.text for sample in samples]
+    found["real_error"] = worst(Reference(base, folder / "real_trained"), samples)
+    found["real_against_start"] = worst(Reference(base, folder / "real_adapter"), samples)
+    scores = policy.score([as_row(s.prompt_ids + s.completion_ids) for s in samples])
+    found["real_trainer_error"] = rollout_logprob_error(scores, samples)
+    generator.close()
+
+
 def main(folder: Path) -> None:
     faulthandler.dump_traceback_later(540, exit=True)
     world = init_distributed()
@@ -341,6 +378,7 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     policy = check_tensor_parallel(folder, found)
     check_replicas(folder, policy, found)
+    check_real_model(folder, found)
     check_llama(folder, found)
     (folder / f"found_{world.rank}.json").write_text(json.dumps(found))
 
