@@ -1,6 +1,7 @@
 """Writes `step_N/`, whole or not at all, now or in the background; a failure is the same short message on every
 rank."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,9 +79,11 @@ class CheckpointWriter:
 
     def _write_small_files(self, number: int, adapter: AdapterTensors | None) -> None:
         partial = self.folder.partial(number)
+        self.tokenizer.save_pretrained(partial / "policy" / "tokenizer")
         if adapter is not None:
             write_peft_folder(partial / "hf_adapter", adapter.config, adapter.tensors)
-        self.tokenizer.save_pretrained(partial / "policy" / "tokenizer")
+            # Whoever serves the adapter needs the run's template and end token, as with an exported one.
+            shutil.copytree(partial / "policy" / "tokenizer", partial / "hf_adapter", dirs_exist_ok=True)
         (partial / "config.yaml").write_text(dump_recipe(self.recipe))
 
     def _complete(self, number: int, info: Mapping[str, Any]) -> None:

@@ -143,6 +143,9 @@ def test_nemo_rls_recipe_runs_with_another_model(answers: Answers):
     answer, run_dir = answers.by_name["NeMo RL"], answers.root / "nemo"
     assert answer["status"] == 0, answer["stderr"]
     assert len(read_metrics(run_dir)) == 2
-    assert json.loads((run_dir / "step_2" / "hf_adapter" / "adapter_config.json").read_text())["r"] == 128
+    step = run_dir / "step_2"
+    assert json.loads((step / "hf_adapter" / "adapter_config.json").read_text())["r"] == 128
+    for path in (step / "policy" / "tokenizer").iterdir():
+        assert (step / "hf_adapter" / path.name).read_bytes() == path.read_bytes()
     notices = [line for line in answer["stdout"].splitlines() if "without effect" in line]
     assert len(notices) == 1, answer["stdout"]
