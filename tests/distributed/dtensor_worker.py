@@ -21,6 +21,7 @@ from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world
 from tests.distributed.megatron_case import ADAM_EPS
 from tests.support.cached_norms import scores_after_changes
+from tests.support.config_sweep import all_flips, sampled_flips, sweep
 from tests.support.fingerprints import fingerprints
 from tests.support.grouped import grouped_numbers
 from tests.support.reference import make_rows
@@ -264,6 +265,12 @@ def cached_norms(folder: Path, name: str, options: dict[str, Any]) -> dict[str, 
     return found
 
 
+def config_sweep(folder: Path, names: list[str]) -> dict[str, Any]:
+    return sweep(
+        folder / "sweep", names, lambda base: make_policy(base.parent, base.name, {"full": True}), megatron=False
+    )
+
+
 OTHERS: dict[str, tuple[int, Any]] = {
     "resume_one": (1, lambda f: resume(f, "one", "qwen3", {"lora_cfg": DROPS})),
     "resume_full": (1, lambda f: resume(f, "full", "qwen2", {"full": True})),
@@ -276,6 +283,8 @@ OTHERS: dict[str, tuple[int, Any]] = {
     "bfloat16": (1, lambda f: bfloat16(f, {})),
     "bfloat16_full": (1, lambda f: bfloat16(f, {"full": True})),
     "named_optimizer": (1, named_optimizer),
+    "config_sweep": (1, lambda f: config_sweep(f, sampled_flips())),
+    "config_sweep_all": (1, lambda f: config_sweep(f, list(all_flips()))),
     "shared_one": (1, lambda f: shared_prefix(f, "gemma3", {"activation_checkpointing": True})),
     "shared_sp": (2, lambda f: shared_prefix(f, "qwen3", SP2)),
     "shared_head": (2, lambda f: shared_prefix(f, "llama3_head", TP2)),

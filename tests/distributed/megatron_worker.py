@@ -14,9 +14,15 @@ from pathlib import Path
 import torch
 
 from megatron_lora.runtime.world import init_distributed
-from tests.distributed import megatron_cost_checks, megatron_failure_checks, megatron_training_checks
+from tests.distributed import (
+    megatron_config_checks,
+    megatron_cost_checks,
+    megatron_failure_checks,
+    megatron_training_checks,
+)
 
 CHECKS = megatron_training_checks.CHECKS | megatron_cost_checks.CHECKS | megatron_failure_checks.CHECKS
+CHECKS |= megatron_config_checks.CHECKS
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from megatron_lora.lora.peft_format import to_hf
 from tests.distributed.dtensor_worker import OTHERS, TRAIN, adam_eps, learning_rate, steps, truth_of
 from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences
+from tests.support.config_sweep import assert_honoured
 from tests.support.four_bit import save_dequantized
 from tests.support.grouped import assert_same_numbers
 from tests.support.launch import chosen
@@ -28,8 +29,8 @@ TOLERANCE = 1e-4
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
 
 
-# Compiling and peft's own DoRA take a minute each.
-SLOW = {"one_dora_compiled", "one_dora_compiled_recompute", "one_dora_peft_forward", "norms_one"}
+# Compiling, peft's own DoRA and all fields of all configs take a minute each.
+SLOW = {"one_dora_compiled", "one_dora_compiled_recompute", "one_dora_peft_forward", "norms_one", "config_sweep_all"}
 
 
 def named(cases: dict[str, Any], start: str = "") -> list[Any]:
@@ -120,6 +121,12 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(folder: Path, request: pytest.FixtureRequest) -> Runs:
     return Runs(folder, chosen(request, [*TRAIN, *OTHERS]))
+
+
+@pytest.mark.parametrize("name", named(OTHERS, "config_sweep"))
+def test_a_field_of_the_config_is_honoured_or_refused(runs: Runs, name: str) -> None:
+    [got] = runs[name]
+    assert_honoured(got, megatron=False)
 
 
 @pytest.mark.parametrize("name", named(OTHERS, "shared_"))

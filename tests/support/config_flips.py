@@ -105,6 +105,34 @@ EXTRAS: list[dict[str, Any]] = [
     {"auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}},
 ]
 
+# What is refused of all flips, and by which word; the others are taken. Of one family: under its own name.
+REFUSED = {
+    "num_attention_heads-1": "num_attention_heads=3",
+    "num_key_value_heads-2": "num_key_value_heads=3",
+    "head_dim-1": "head_dim=7",
+    "hidden_act-5": "hidden_act='no_such_activation'",
+    "pad_token_id-1": "pad_token_id=500",
+    "layer_types-3": "sliding_window is off",
+    "layer_types-4": "chunked_attention",
+    "is_encoder_decoder-0": "is_encoder_decoder=True",
+    "use_bidirectional_attention-0": "use_bidirectional_attention=True",
+    "attn_logit_softcapping-0": "attn_logit_softcapping=2.0",
+    "rope_parameters-7": "partial_rotary_factor",
+    "extra-is_causal": "is_causal=False",
+    "extra-quantization_config": "awq",
+    "gemma3_text-sliding_window-1": "sliding_window is off",
+}
+REFUSED_BY_MEGATRON = {
+    "gemma3_text-rope_parameters-3": "attention factor",
+    "gemma3_text-rope_parameters-5": "attention factor",
+}
+
+
+def refused_word(flip: str, *, megatron: bool) -> str | None:
+    """What the refusal of `<family>-<what is changed>` says; None where it is taken."""
+    known = REFUSED | (REFUSED_BY_MEGATRON if megatron else {})
+    return known.get(flip) or known.get(flip.partition("-")[2])
+
 
 def flips(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what is changed, the fields to set over `SIZES` and `BASE`), for every field of the family's class."""

@@ -10,6 +10,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
@@ -116,14 +117,18 @@ UNUSUAL: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 
 def save_model(folder: Path, family: str, seed: int = 0, **changes: object) -> Path:
-    """A random fp32 model, norms and biases away from their defaults so that losing one shows."""
+    random_model(family_config(family, **changes), seed).save_pretrained(folder)
+    return folder
+
+
+def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """In fp32, norms and biases away from their defaults so that losing one shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(family_config(family, **changes)).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-    return folder
+    return model

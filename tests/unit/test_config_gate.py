@@ -13,26 +13,8 @@ from megatron_lora.conversion import config_gate
 from megatron_lora.conversion.config_gate import check_config
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.errors import UserError
-from tests.support.config_flips import BASE, FAMILIES, SIZES, config_content, flips
+from tests.support.config_flips import BASE, FAMILIES, SIZES, config_content, flips, refused_word
 
-# What is refused of all flips, and by which word; the others are taken.
-REFUSED = {
-    "num_attention_heads-1": "num_attention_heads=3",
-    "num_key_value_heads-2": "num_key_value_heads=3",
-    "head_dim-1": "head_dim=7",
-    "hidden_act-5": "hidden_act='no_such_activation'",
-    "pad_token_id-1": "pad_token_id=500",
-    "layer_types-3": "sliding_window is off",
-    "layer_types-4": "chunked_attention",
-    "is_encoder_decoder-0": "is_encoder_decoder=True",
-    "use_bidirectional_attention-0": "use_bidirectional_attention=True",
-    "attn_logit_softcapping-0": "attn_logit_softcapping=2.0",
-    "rope_parameters-7": "partial_rotary_factor",
-    "extra-is_causal": "is_causal=False",
-    "extra-quantization_config": "awq",
-}
-MORE = {("gemma3_text", name): "attention factor" for name in ("rope_parameters-3", "rope_parameters-5")}
-MORE[("gemma3_text", "sliding_window-1")] = "sliding_window is off"
 FLIPS = [(family, name, changes) for family in FAMILIES for name, changes in flips(family)]
 
 
@@ -50,7 +32,7 @@ def test_every_field_is_in_a_table(family: str) -> None:
 
 @pytest.mark.parametrize("family, name, changes", FLIPS, ids=[f"{family}-{name}" for family, name, _ in FLIPS])
 def test_a_flipped_field_is_taken_or_refused_by_name(family, name, changes, tmp_path) -> None:
-    word = MORE.get((family, name)) or REFUSED.get(name)
+    word = refused_word(f"{family}-{name}", megatron=True)
     if word is None:
         check_config(write_config(tmp_path, family, **changes), megatron=True, max_length=64)
     else:
