@@ -152,6 +152,11 @@ def _attention(model: HFModel) -> Iterator[str]:
     kinds = getattr(model.config, "layer_types", None)
     if model.family in ("llama", "mistral", "gemma"):
         kinds = None  # not read
+    if model.family == "mistral" and "layer_types" in model.content:
+        yield (
+            f"layer_types={_shown(model.content['layer_types'])}: with it transformers takes a Mistral for a Ministral "
+            "model, whose layers see different windows and which is not supported; leave it out if all are alike"
+        )
     window = getattr(model.config, "sliding_window", None)
     if kinds is not None:
         unknown = sorted({str(kind) for kind in kinds} - set(_LAYER_TYPES))

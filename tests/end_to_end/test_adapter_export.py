@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_lora.checksums import seal
 from megatron_lora.conversion.adapter_checkpoint import write_adapter
 from megatron_lora.conversion.export import export_lora_adapter_to_hf, import_hf_adapter, merge_lora_to_hf
 from megatron_lora.conversion.fingerprint import fingerprint_base
@@ -202,28 +206,81 @@ def test_a_mistake_ends_with_status_2_and_one_message(ready, tmp_path):
     assert "Traceback" in run_tool("convert_lora_to_hf", *arguments, "--debug").stderr
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_left(ready, tmp_path, monkeypatch):
+def cut_base(base: Path, step: Path, folder: Path) -> dict[str, Any]:
+    shutil.copytree(base, folder / "cut")
+    shard = next((folder / "cut").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 8)
+    return {"base_ckpt": folder / "cut"}
+
+
+def empty_base(base: Path, step: Path, folder: Path) -> dict[str, Any]:
+    (folder / "empty").mkdir()
+    return {"base_ckpt": folder / "empty"}
+
+
+def sealed_step(step: Path, folder: Path) -> Path:
+    """A copy with checksums, as a run leaves it."""
+    shutil.copytree(step, folder / "sealed")
+    seal(folder / "sealed")
+    return folder / "sealed"
+
+
+def flipped_bit(base: Path, step: Path, folder: Path) -> dict[str, Any]:
+    sealed = sealed_step(step, folder)
+    path = max(sealed.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return {"adapter_ckpt": sealed}
+
+
+def edited_scale(base: Path, step: Path, folder: Path) -> dict[str, Any]:
+    sealed = sealed_step(step, folder)
+    path = next(sealed.rglob("adapter.json"))
+    path.write_text(path.read_text().replace('"alpha": 6', '"alpha": 12'))
+    return {"adapter_ckpt": sealed}
+
+
+def lost_file(base: Path, step: Path, folder: Path) -> dict[str, Any]:
+    sealed = sealed_step(step, folder)
+    next(sealed.rglob("*.distcp")).unlink()
+    return {"adapter_ckpt": sealed}
+
+
+# What is planted (from base, step and an empty folder: the arguments), and what is printed.
+EXPORT_FAULTS: dict[str, tuple[Callable[[Path, Path, Path], dict[str, Any]], str]] = {
+    "a base of another family": (
+        lambda base, step, folder: {"base_ckpt": write_base(folder / "other", "qwen2")},
+        "model_type=qwen2 .llama.",
+    ),
+    "a base that is cut short": (cut_base, "is truncated"),
+    "a base without files": (empty_base, "is neither a Hugging Face folder"),
+    "a base that is nowhere": (
+        lambda base, step, folder: {"hf_model_name": "no-one/no-such-model"},
+        "no-one/no-such-model is neither a folder",
+    ),
+    "a dtype that nobody has": (lambda base, step, folder: {"dtype": "int4"}, "dtype='int4'"),
+    "a folder without a checkpoint": (
+        lambda base, step, folder: {"adapter_ckpt": base},
+        "adapter.json",
+    ),
+    "a bit of the weights": (flipped_bit, "a file of it is damaged"),
+    "an edited scale": (edited_scale, "adapter.json has another content"),
+    "a lost file": (lost_file, "lacks its shard"),
+}
+
+
+@pytest.mark.parametrize("fault", EXPORT_FAULTS)
+def test_a_planted_fault_is_told_and_nothing_is_left(fault, ready, tmp_path, monkeypatch):
     base, step = ready
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    other = write_base(tmp_path / "other", "qwen2")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for path in base.iterdir():
-        (damaged / path.name).write_bytes(path.read_bytes())
-    shard = next(damaged.glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-8])
-    (tmp_path / "megatron").mkdir()
-    cases = [
-        (dict(base_ckpt=str(other)), "model_type=qwen2 .llama."),
-        (dict(base_ckpt=str(damaged)), "is truncated"),
-        (dict(base_ckpt=str(tmp_path / "megatron")), "is neither a Hugging Face folder"),
-        (dict(hf_model_name="no-one/no-such-model"), "no-one/no-such-model is neither a folder"),
-        (dict(dtype="int4"), "dtype='int4'"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(UserError, match=message):
-            merge_lora_to_hf(adapter_ckpt=str(step), hf_ckpt_path=str(tmp_path / "out"), **arguments)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "megatron", "other"]
+    plant, message = EXPORT_FAULTS[fault]
+    arguments = {"adapter_ckpt": step} | plant(base, step, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message) as told:
+        merge_lora_to_hf(hf_ckpt_path=str(tmp_path / "out"), **{name: str(value) for name, value in arguments.items()})
+    assert "\n" not in str(told.value)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_another_base_of_the_same_shape_is_warned_of(ready, tmp_path, caplog):

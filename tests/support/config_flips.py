@@ -120,6 +120,7 @@ REFUSED = {
     "rope_parameters-7": "partial_rotary_factor",
     "extra-is_causal": "is_causal=False",
     "extra-quantization_config": "awq",
+    "mistral-extra-layer_types": "takes a Mistral for a Ministral model",
     "gemma3_text-sliding_window-1": "sliding_window is off",
 }
 REFUSED_BY_MEGATRON = {

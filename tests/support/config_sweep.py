@@ -24,7 +24,7 @@ LONGEST = 64
 # What the fast suite looks at; the long one goes through every field of every family.
 SAMPLE = {
     "llama": ("attention_bias-0", "hidden_act-4", "rope_parameters-3", "extra-rope_scaling-rope_theta"),
-    "mistral": ("sliding_window-0", "head_dim-0"),
+    "mistral": ("sliding_window-0", "head_dim-0", "extra-layer_types"),
     "qwen2": ("layer_types-0", "rms_norm_eps-0"),
     "qwen3": ("attention_bias-0", "num_key_value_heads-0"),
     "gemma3_text": ("final_logit_softcapping-0", "query_pre_attn_scalar-0", "use_bidirectional_attention-0"),

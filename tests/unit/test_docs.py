@@ -5,12 +5,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import test_model_folder
+import test_planted_rows
+import test_rewards_calling
 
 from megatron_lora.cli.options import build_parser, parse_run
 from megatron_lora.config import load_recipe
 from megatron_lora.config.other_names import key_here
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import walk_fields
+from tests.end_to_end.test_adapter_export import EXPORT_FAULTS
+from tests.end_to_end.test_run_folder_faults import FAULTS as RUN_FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 WHY_WORSE = (ROOT / "docs/why-worse.md").read_text()
@@ -73,3 +78,37 @@ def test_keys_of_the_migration_page_exist():
     assert len(keys) > 30
     assert {key.rstrip(".") for key in keys} <= known
     assert all(key_here(key, {}) in (None, key) or key in known for key in keys)
+
+
+def _messages() -> dict[str, dict[str, str]]:
+    """docs/messages.md: heading -> what was planted -> what was printed."""
+    parts = re.split(r"^## (.*)\n", (ROOT / "docs/messages.md").read_text(), flags=re.MULTILINE)[1:]
+    tables = {}
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        rows = re.findall(r"^\| (.*?) \| (.*) \|$", text, re.MULTILINE)
+        tables[name] = {planted: printed.replace("\\|", "|") for planted, printed in rows[1:]}
+    return tables
+
+
+# The tests' tables: what was planted -> expressions that are found in what is printed.
+PLANTED: dict[str, dict[str, list[str]]] = {
+    "Model folders": {name: [*map(re.escape, words)] for name, (_, words) in test_model_folder.FAULTS.items()},
+    "Rows": {name: [says] for name, (_, _, says) in test_planted_rows.REFUSED.items()},
+    "Files of rows": {name: [re.escape(says)] for name, (_, _, says) in test_planted_rows.FILES.items()},
+    "Reward functions": {name: [says] for name, (_, _, says) in test_rewards_calling.REFUSALS.items()},
+    "Exports": {name: [says] for name, (_, says) in EXPORT_FAULTS.items()},
+    "Resumes and run folders": {name: [*map(re.escape, fault.said)] for name, fault in RUN_FAULTS.items()},
+}
+
+
+@pytest.mark.parametrize("table", PLANTED)
+def test_the_page_of_messages_has_what_the_tests_plant(table: str):
+    page, planted = _messages()[table], PLANTED[table]
+    assert list(page) == list(planted)
+    for name, printed in page.items():
+        missing = [says for says in planted[name] if not re.search(says, printed)]
+        assert not missing or printed.endswith(" ..."), (name, missing)
+
+
+def test_the_page_of_messages_has_no_other_table():
+    assert list(_messages()) == list(PLANTED)
