@@ -83,7 +83,8 @@ class _Watch(threading.Thread):
         if self.ended.is_set() or activity.current() != now:
             return  # it came on meanwhile
         found = blame(looks[0], looks[1], self.size) if len(looks) == 2 else {0: "it holds the ranks' store"}
-        print(f"rank {self.rank} did not come on for {limit:g} s while {now.what}:", file=sys.stderr, flush=True)
+        # Not sys.stderr, which a live bar shows: this belongs into the log.
+        print(f"rank {self.rank} did not come on for {limit:g} s while {now.what}:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(file=sys.stderr.fileno(), all_threads=True)
         if self.rank == min(set(range(self.size)) - set(found), default=0):
             tell(_message(found, now, limit))
