@@ -20,6 +20,8 @@ BUILT_FROM = frozenset(
     {
         *SIZES,
         "attention_bias",
+        "attn_logit_softcapping",
+        "decoder_sparse_step",
         "final_logit_softcapping",
         "hidden_act",
         "hidden_activation",
@@ -27,6 +29,12 @@ BUILT_FROM = frozenset(
         "max_position_embeddings",
         "max_window_layers",
         "mlp_bias",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
         "query_pre_attn_scalar",
         "rms_norm_eps",
         "rope_parameters",
@@ -51,6 +59,8 @@ WITHOUT_EFFECT = frozenset(
         "pretraining_tp",
         "problem_type",
         "return_dict",
+        "router_aux_loss_coef",  # counts with output_router_logits alone
+        "router_jitter_noise",  # of transformers' own training
         "transformers_version",
         "use_cache",
     }
@@ -58,6 +68,7 @@ WITHOUT_EFFECT = frozenset(
 # Field -> the values that are taken, and why no other is.
 MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((None, False), "attention is causal here"),
+    "output_router_logits": ((False, None), "the router's auxiliary loss is no part of the loss here"),
     "is_encoder_decoder": ((False, None), "the model is a decoder"),
     # Not of any class; transformers looks for them all the same.
     "is_causal": ((None, True), "attention is causal here"),
@@ -67,7 +78,6 @@ MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Per family: what its class has and transformers' model does not apply.
 NOT_APPLIED = {"gemma3_text": ("attn_logit_softcapping",)}
-APPLIED = {"gemma2": ("attn_logit_softcapping",)}
 # Names of older configs, and of fields that transformers looks for without declaring them.
 LEGACY = frozenset(
     {
@@ -115,7 +125,7 @@ def _switches(model: HFModel) -> Iterator[str]:
         if name in NOT_APPLIED.get(model.family, ()):
             if value is not None:
                 yield f"{name}={_shown(value)}: transformers reads it and does not apply it; set it to null"
-        elif name not in BUILT_FROM | WITHOUT_EFFECT | MUST_BE.keys() | set(APPLIED.get(model.family, ())):
+        elif name not in BUILT_FROM | WITHOUT_EFFECT | MUST_BE.keys():
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if value != default:
                 yield f"{name}={_shown(value)}: this release does not know the field; the default is {default!r}"
@@ -134,6 +144,8 @@ def _sizes(model: HFModel) -> Iterator[str]:
             f"num_key_value_heads={shapes.num_query_groups} does not divide "
             f"num_attention_heads={shapes.num_attention_heads}"
         )
+    if shapes.num_experts and not 1 <= shapes.num_experts_per_token <= shapes.num_experts:
+        yield f"num_experts_per_tok={shapes.num_experts_per_token} of num_experts={shapes.num_experts}"
     if shapes.head_dim % 2:
         yield f"head_dim={shapes.head_dim}: rotary embeddings need an even one"
     pad = config.pad_token_id
@@ -146,11 +158,13 @@ def _sizes(model: HFModel) -> Iterator[str]:
         yield f"rms_norm_eps={_shown(config.rms_norm_eps)}: wanted 0 or more"
     if model.final_softcap is not None and not model.final_softcap > 0:
         yield f"final_logit_softcapping={_shown(model.final_softcap)}: wanted a positive number or null"
+    if model.attention_softcap is not None and not model.attention_softcap > 0:
+        yield f"attn_logit_softcapping={_shown(model.attention_softcap)}: wanted a positive number or null"
 
 
 def _attention(model: HFModel) -> Iterator[str]:
     kinds = getattr(model.config, "layer_types", None)
-    if model.family in ("llama", "mistral", "gemma"):
+    if "layer_types" not in {field.name for field in dataclasses.fields(model.config)}:
         kinds = None  # not read
     if model.family == "mistral" and "layer_types" in model.content:
         yield (

@@ -30,7 +30,7 @@ SIZES = (
 BIAS_SWITCHES = {"attention_bias", "mlp_bias"}
 QUANTIZATION = "quantization_config"
 # Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
-_WINDOW_EVERYWHERE = ("mistral",)
+_WINDOW_EVERYWHERE = ("mistral", "qwen3_moe")
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
 _SOFTCAPPED = ("gemma2", "gemma3_text")
 # What an override may name although no class declares it: older spellings of `rope_parameters`.
@@ -95,6 +95,11 @@ class HFModel:
     def final_softcap(self) -> float | None:
         """c, where logits x become c tanh(x / c) (Gemma 2)."""
         return self.config.final_logit_softcapping if self.family in _SOFTCAPPED else None
+
+    @property
+    def attention_softcap(self) -> float | None:
+        """c, where scores x of attention become c tanh(x / c) (Gemma 2; Gemma 3 has the field and does not use it)."""
+        return self.config.attn_logit_softcapping if self.family == "gemma2" else None
 
     @property
     def softmax_scale(self) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lora.conversion.experts import expert_shapes, is_fused
 from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.conversion.merge import FLOATS
@@ -61,7 +62,9 @@ def expected_tensors(model: HFModel) -> dict[str, tuple[int, ...]]:
     found = {name: tuple(value.shape) for name, value in model.empty.named_parameters(remove_duplicate=False)}
     if model.shapes.tied_embeddings:
         del found[HEAD]
-    return found
+    return {name: shape for name, shape in found.items() if not is_fused(name, model.shapes)} | expert_shapes(
+        model.shapes
+    )
 
 
 def is_derived(name: str) -> bool:

@@ -27,8 +27,8 @@ class ModelParameter:
     """One parameter of the whole model (TP=1, no vocabulary padding).
 
     name: Megatron's. hf_names: the HF tensors in it, in the order of the linear's segments. fusion: the kind of linear
-    in which several lie; None for one that is stored as it is. tp_axis: what tensor parallelism splits, None where
-    every rank has all.
+    in which several lie; None for one that is stored as it is. tp_axis: what tensor parallelism splits (of an expert's,
+    expert tensor parallelism), None where every rank has all. expert: its number in the layer, if it is an expert's.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ModelParameter:
     shape: tuple[int, ...]
     tp_axis: int | None = None
     fusion: str | None = None
+    expert: int | None = None
 
     @property
     def is_vocabulary(self) -> bool:
@@ -73,11 +74,12 @@ def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
         fusion = linear.kind if len(linear.parts) > 1 else None
         axis = 0 if linear.parallel == "column" else 1
         shape = (linear.out_features, linear.in_features)
-        result.append(ModelParameter(f"{name}.weight", tuple(f"{n}.weight" for n in names), shape, axis, fusion))
+        weights, biases = (tuple(f"{hf}.{end}" for hf in names) for end in ("weight", "bias"))
+        result.append(ModelParameter(f"{name}.weight", weights, shape, axis, fusion, expert))
         if linear.bias:
             # A row-parallel linear adds its bias once, to the sum over the ranks.
             axis = 0 if axis == 0 else None
-            result.append(ModelParameter(f"{name}.bias", tuple(f"{n}.bias" for n in names), shape[:1], axis, fusion))
+            result.append(ModelParameter(f"{name}.bias", biases, shape[:1], axis, fusion, expert))
     return result
 
 

@@ -85,7 +85,7 @@ def convert_megatron_to_hf(
 def _check_layout(shapes: ModelSpec, tp: int, pp: int) -> None:
     if tp < 1 or pp < 1:
         raise UserError(f"--tp {tp} --pp {pp}: both must be at least 1")
-    for linear in shapes.linears[:-1]:
+    for linear in (linear for linear in shapes.linears[:-1] if not linear.experts):
         placement("B", linear.kind, shapes, 0, tp)
         placement("A", linear.kind, shapes, 0, tp)
     if pp > shapes.num_layers:

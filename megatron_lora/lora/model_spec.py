@@ -451,7 +451,9 @@ def _expert_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     if number is None:
         raise KeyError("num_experts")
     # Qwen3-MoE's rule: transformers' Qwen3MoeDecoderLayer.
-    step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or ()
+    step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple):
+        raise UserError(f"mlp_only_layers={dense!r} in the base model's config.json: wanted a list of layer numbers")
     sparse = [n for n in range(num_layers) if n not in dense and (n + 1) % step == 0]
     return {
         "num_experts": int(number),

@@ -39,6 +39,7 @@ def select_linears(
             f"{key}.exclude_modules={list(exclude_modules)} needs empty {key}.target_modules, got "
             f"{list(target_modules)}; name the targets alone, or the exclusions alone"
         )
+    check_no_expert(shapes, [*target_modules, *exclude_modules], f"{key}.target_modules or exclude_modules")
     linears = list(hf_linears(shapes).values())
     matcher = _Matcher(linears, key, naming)
     wanted = {linear.name for linear in linears if linear.layer is not None}
@@ -53,7 +54,26 @@ def select_linears(
             f"{key}.target_modules names the output layer, but this model's output layer is its embedding (tied): an "
             "adapter there trains but cannot be exported without untying; leave it out"
         )
-    return Selection([linear for linear in linears if linear.name in wanted], list(matcher.notices))
+    notices = list(matcher.notices)
+    if shapes.num_experts and not target_modules:
+        notices.append(
+            f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; the linears of "
+            "attention are adapted"
+        )
+    return Selection([linear for linear in linears if linear.name in wanted], notices)
+
+
+def check_no_expert(shapes: ModelSpec, patterns: Sequence[str], key: str) -> None:
+    """Raise UserError for a pattern that names the experts or the router of a model that has them."""
+    projections = {f"{end}_proj" for end in ("gate", "up", "down")}
+    parts = {"experts", "router", "gate", "linear_fc1", "linear_fc2"} | projections
+    for pattern in patterns:
+        named = parts & set(pattern.split("."))
+        if shapes.num_experts and named:
+            raise UserError(
+                f"{pattern!r} in {key} names {', '.join(sorted(named))}, which a {shapes.model_type} model has in its "
+                "experts alone, and these carry no adapters here: they stay frozen; leave it out"
+            )
 
 
 def build_modules(

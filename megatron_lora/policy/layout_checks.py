@@ -12,6 +12,7 @@ _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
 
 def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> None:
     """Refuse a layout of the active backend that the model or `world_size` ranks do not allow. Raises UserError."""
+    _check_frozen_experts(policy, shape)
     if policy.backend == "megatron":
         megatron = policy.megatron_cfg
         _check_tensor_parallel(f"{_MEGATRON}.tensor_model_parallel_size", megatron.tensor_model_parallel_size, shape)
@@ -53,10 +54,12 @@ def sequence_multiple(policy: PolicyConfig) -> int:
 
 def _check_tensor_parallel(key: str, size: int, shape: ModelSpec) -> None:
     # Each rank holds whole query groups with their query heads, and an equal part of the MLP.
+    # Experts are split by a size of their own.
+    width = shape.ffn_hidden_size if "linear_fc1" in shape.kinds else shape.hidden_size
     fits = [
         candidate
         for candidate in _divisors(shape.num_query_groups)
-        if shape.num_attention_heads % candidate == 0 and shape.ffn_hidden_size % candidate == 0
+        if shape.num_attention_heads % candidate == 0 and width % candidate == 0
     ]
     if size in fits:
         return
@@ -65,7 +68,7 @@ def _check_tensor_parallel(key: str, size: int, shape: ModelSpec) -> None:
     elif shape.num_query_groups % size:
         what = f"{shape.num_query_groups} query groups"
     else:
-        what = f"MLP width of {shape.ffn_hidden_size}"
+        what = f"MLP width of {width}"
     raise UserError(f"{key}={size} does not divide the model's {what}; use {_choices(fits)}")
 
 
@@ -109,6 +112,26 @@ def _check_virtual_stages(megatron: MegatronConfig, layers_of_stages: list[int])
         raise UserError(f"{key} does not divide the {counts} layers of a pipeline stage; use {_choices(fits)}")
 
 
+def _check_frozen_experts(policy: PolicyConfig, shape: ModelSpec) -> None:
+    if not shape.num_experts:
+        return
+    key = f"{_MEGATRON}.peft" if policy.backend == "megatron" else f"{_DTENSOR}.lora_cfg"
+    _check_dense_weights(policy, shape, key)
+    if not policy.adapter.enabled:
+        raise UserError(
+            f"{key}.enabled=false: a {shape.model_type} model has experts, which are not trained in full; set it to "
+            "true, and they stay frozen"
+        )
+
+
+def _check_dense_weights(policy: PolicyConfig, shape: ModelSpec, key: str) -> None:
+    if policy.adapter.quantization is not None:
+        raise UserError(
+            f"{key}.quantization={policy.adapter.quantization}: a {shape.model_type} model has experts, which are not "
+            "held in 4 bits here; set it to null"
+        )
+
+
 def _check_experts(megatron: MegatronConfig, shape: ModelSpec, world_size: int) -> None:
     experts, tensor = megatron.expert_model_parallel_size, megatron.expert_tensor_parallel_size
     if not shape.num_experts:
@@ -117,6 +140,14 @@ def _check_experts(megatron: MegatronConfig, shape: ModelSpec, world_size: int) 
                 raise UserError(f"{_MEGATRON}.{name}={size}, but the model ({shape.model_type}) has no experts; use 1")
         return
     _check_divides(f"{_MEGATRON}.expert_model_parallel_size", experts, shape.num_experts, "experts of the model")
+    _check_divides(
+        f"{_MEGATRON}.expert_tensor_parallel_size", tensor, shape.moe_ffn_hidden_size, "features of an expert"
+    )
+    if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
+        raise UserError(
+            f"{_MEGATRON}.tensor_model_parallel_size={megatron.tensor_model_parallel_size} of a model with experts "
+            f"({shape.model_type}) needs {_MEGATRON}.sequence_parallel=true: each token is routed once"
+        )
     ranks = experts * tensor * megatron.pipeline_model_parallel_size
     if world_size % ranks:
         raise UserError(

@@ -12,7 +12,7 @@ from megatron_lora.conversion.hf_model import ROPE_NAMES, HFModel, read_hf_model
 from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.errors import UserError
 
-MEGATRON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+MEGATRON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
 
 
 def read_base(policy: PolicyConfig) -> HFModel:

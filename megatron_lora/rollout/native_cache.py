@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_lora.runtime.native_layers import NativeAttention
+from megatron_lora.runtime.native_layers import NativeAttention, capped_attention
 
 # Tokens of the cache are read in multiples of this (what lies behind a row's newest token is masked): attention kernels
 # want aligned masks, and see few different shapes.
@@ -157,6 +157,8 @@ class CachedAttention(torch.nn.Module):
         query = query.unflatten(1, (keys.shape[1], -1))
         scale = attention.scale if attention.scale is not None else query.shape[-1] ** -0.5
         mask = visible.expand(-1, -1, query.shape[2], -1)
+        if attention.softcap is not None:
+            return capped_attention(query, keys, values, mask, scale, attention.softcap).flatten(1)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).flatten(1)
 
 

@@ -134,6 +134,20 @@ def _stand_in_for_random_state() -> None:
     megatron_random._set_cuda_rng_state = set_state
 
 
+def stand_in_for_token_dispatch() -> None:
+    """Numbers of tokens as an all-to-all wants them: Megatron-Core brings them there from CUDA tensors alone. To be
+    called once Megatron's layers may be imported; does nothing where CUDA is there."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher: Any = token_dispatcher
+    dispatcher.maybe_move_tensor_to_cpu = moved
+
+
 def _stand_in_for_tensor_methods() -> None:
     tensor: Any = torch.Tensor
     original_type = torch.Tensor.type

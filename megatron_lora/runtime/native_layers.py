@@ -105,7 +105,7 @@ class SharedPrefixParams(PackedSeqParams):
 
 
 class NativeAttention(torch.nn.Module):
-    """Core attention over packed sequences, causal within each, with GQA, sliding window and context
+    """Core attention over packed sequences, causal within each, with GQA, sliding window, capped scores and context
     parallelism, or with prefixes that rows share.
 
     query [T, heads, d], key and value [T, groups, d] with `packed_seq_params` (T is the local part under context
@@ -131,6 +131,7 @@ class NativeAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale if softmax_scale is not None else config.softmax_scale
         self.window = layer_window(config, layer_number)
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
         self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
@@ -199,7 +200,7 @@ class NativeAttention(torch.nn.Module):
         scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
         simple = positions is None and queries == keys and (self.window is None or keys <= self.window)
-        if simple:
+        if simple and self.softcap is None:
             out = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True
             )
@@ -210,10 +211,24 @@ class NativeAttention(torch.nn.Module):
         visible = distance >= 0
         if self.window is not None:
             visible &= distance < self.window
+        if self.softcap is not None:
+            return capped_attention(query, key, value, visible, scale, self.softcap).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2)
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """Attention whose scores x become softcap tanh(x / softcap) (Gemma 2, arXiv 2408.00118, section 2). query
+    [B, heads, S, d], key and value [B, groups, S_kv, d], visible [S, S_kv] -> [B, heads, S, d]."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:

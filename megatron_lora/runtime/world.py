@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.runtime.cpu import install_cpu_stand_ins
+from megatron_lora.runtime.cpu import install_cpu_stand_ins, stand_in_for_token_dispatch
 from megatron_lora.runtime.transformer_engine import prepare_transformer_engine
 
 # Between the seeds of ranks that see different tokens; those of stages, TP ranks and experts lie closer together.
@@ -18,7 +18,8 @@ SEED_STRIDE = 1_000_003
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is. device: where its tensors live. tp, pp, cp, dp: sizes; *_rank: this process's place."""
+    """Who this process is. device: where its tensors live. tp, pp, cp, dp: sizes; *_rank: this process's place. ep,
+    etp: ranks that share the experts, and each expert's matrices."""
 
     rank: int
     size: int
@@ -32,6 +33,10 @@ class World:
     pp_rank: int = 0
     cp_rank: int = 0
     dp_rank: int = 0
+    ep: int = 1
+    etp: int = 1
+    ep_rank: int = 0
+    etp_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -87,6 +92,8 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
     world = init_distributed()
     install_cpu_stand_ins()
     prepare_transformer_engine()
+    if policy.megatron_cfg.expert_model_parallel_size * policy.megatron_cfg.expert_tensor_parallel_size > 1:
+        stand_in_for_token_dispatch()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -123,6 +130,10 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
         pp_rank=pp_rank,
         cp_rank=cp_rank,
         dp_rank=parallel_state.get_data_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
+        etp=parallel_state.get_expert_tensor_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
 
 

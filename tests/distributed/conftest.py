@@ -20,6 +20,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "shared": {},
     "own": {"share_a": False},
     "query_value": {"targets": ["q_proj", "v_proj"], "share_a": False},
+    "attention": {"targets": TARGETS[:4]},
     "dora": {"use_dora": True},
     "dora_own": {"use_dora": True, "share_a": False},
     "dora_query_value_head": {"use_dora": True, "targets": ["q_proj", "v_proj", "lm_head"], "share_a": False},

@@ -42,6 +42,7 @@ TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
     "one_recompute": (1, "qwen3", {"activation_checkpointing": True}),
     "one_offload": (1, "qwen3", {"cpu_offload": True}),
     "one_gemma": (1, "gemma3", {"packed": True}),
+    "one_experts": (1, "qwen3_moe", {"packed": True}),
     "one_head": (1, "llama3_head", {}),
     "one_full": (1, "qwen2", {"full": True}),
     "one_dora": (1, "llama3_dora", DORA),

@@ -13,6 +13,8 @@ TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
 SP: dict[str, Any] = TP | {"sequence_parallel": True}
 PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 VPP: dict[str, Any] = PP | {"virtual_pipeline_model_parallel_size": 2}
+EP: dict[str, Any] = {"expert_model_parallel_size": 2}
+ETP: dict[str, Any] = SP | {"expert_tensor_parallel_size": 2}
 CP: dict[str, Any] = {"context_parallel_size": 2}
 FULL_RECOMPUTE: dict[str, Any] = {"activation_checkpointing": True}
 PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
@@ -24,7 +26,7 @@ PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 # of SmolLM2 reaches 25,000; in fp32 transformers is as far from fp64 as this project is), so there steps are gradients.
 ADAM_EPS = {"gemma3": 1e-5, "gemma3_softcap": 1e-5, "llama_biases": 1e-5, "smollm2": 1.0}
 # Over 4-bit values some of DoRA's magnitudes have gradients near zero, too.
-LEARNING_RATES = {"smollm2": 1.0, "qwen3_even": 2e-3, "qwen3_even_nf4": 2e-3}
+LEARNING_RATES = {"smollm2": 1.0, "gemma2": 2e-4, "qwen3_even": 2e-3, "qwen3_even_nf4": 2e-3}
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             "config": exported.config,
             "fingerprints": fingerprints(policy, exported),
         }
+        if case["options"].get("merged"):
+            found["merged"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
     else:
         found["weights"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
     found["dtypes"] = sorted({str(p.dtype) for linear in policy.adapted for p in (linear.lora_A, linear.lora_B)})

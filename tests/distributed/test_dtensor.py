@@ -46,6 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dtensor")
     for family in FAMILIES:
         save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+    # peft takes names of an MLP for parameters of the experts.
+    experts = save_model(folder / "qwen3_moe", "qwen3_moe")
+    save_adapter(experts, folder / "qwen3_moe_adapter", targets=TARGETS[:4])
     save_adapter(folder / "llama3", folder / "llama3_head_adapter", targets=[*TARGETS, "lm_head"])
     for family in ("llama3", "qwen2"):
         save_adapter(folder / family, folder / f"{family}_dora_adapter", use_dora=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.megatron_case import CP, PP, SP, TP, VPP, Case
+from tests.distributed.megatron_case import CP, EP, ETP, PP, SP, TP, VPP, Case
 from tests.support.compare import largest_difference, relative_differences
 
 pytestmark = pytest.mark.timeout(2700)
@@ -37,6 +37,7 @@ SAME = [
     case("dora_lora_plus", 2, TP | DORA, {"dp": DORA, "pp": PP | DORA}, adapter="dora"),
     case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
     case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}}),
+    case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="attention"),
     case("full", 2, TP, {"dp": {}, "pp": PP}, family="qwen2", adapter=None),
 ]
 REFUSED = [FROM_ONE_RANK]

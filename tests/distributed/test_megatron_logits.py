@@ -7,14 +7,24 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.megatron_case import CP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
+from tests.distributed.megatron_case import CP, EP, ETP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
 from tests.support.models import FAMILIES, UNUSUAL
 from tests.support.reference import cut_logits, of_targets
 
 pytestmark = pytest.mark.timeout(2700)
 
 TOLERANCE = 1e-4
-LAYOUTS = {"tp1": (1, {}), "tp": (2, TP), "sp": (2, SP), "pp": (2, PP), "cp": (2, CP), "tp_pp": (4, TP | PP)}
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp": (2, TP),
+    "sp": (2, SP),
+    "pp": (2, PP),
+    "cp": (2, CP),
+    "tp_pp": (4, TP | PP),
+    "ep": (2, EP),
+    "etp": (2, ETP),
+    "sp_ep": (4, SP | EP),
+}
 
 
 def case(layout: str, family: str) -> Case:
@@ -31,13 +41,15 @@ CASES += [
     case("cp", "qwen3_yarn"),
     case("pp", "gemma3_softcap"),
 ]
+CASES += [case(layout, "qwen3_moe") for layout in ("tp1", "sp", "pp", "cp", "ep", "etp")]
+CASES += [case(layout, family) for layout in ("tp1", "sp", "pp") for family in ("gemma", "gemma2")]
 
 
 @pytest.fixture(scope="module")
 def transformers_logits(room: Any) -> dict[str, list[torch.Tensor]]:
     """family -> each row's logits [S, vocabulary]."""
     logits = {}
-    for family in (*FAMILIES, *UNUSUAL):
+    for family in dict.fromkeys(case.family for case in CASES):
         model = AutoModelForCausalLM.from_pretrained(room.base(family), attn_implementation="eager")
         with torch.no_grad():
             logits[family] = [model(row.input_ids[None]).logits[0] for row in scored_rows()]

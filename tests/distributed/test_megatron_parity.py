@@ -99,6 +99,7 @@ CASES = [
     case("sp_mistral", 2, SP, family="mistral"),
     case("sp_gemma3", 2, SP, family="gemma3"),
     case("pp_gemma3", 2, PP, family="gemma3"),
+    case("sp_gemma2", 2, SP, family="gemma2"),
     case("sp_llama_biases", 2, SP, family="llama_biases"),
     case("sp_gemma3_softcap", 2, SP, family="gemma3_softcap"),
     case("vpp_qwen2", 2, VPP, family="qwen2"),

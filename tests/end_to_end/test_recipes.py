@@ -68,6 +68,7 @@ def stand_ins(recipe: Path, room: Path) -> list[str]:
     layout = {
         "tensor_model_parallel_size": min(2, tp_size),
         "pipeline_model_parallel_size": 1,
+        "expert_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": "null",
     }
     return [

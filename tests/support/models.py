@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 SIZES = {
@@ -46,8 +49,16 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Qwen2Config(**sizes, tie_word_embeddings=True)
     if family == "qwen3":
         return Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=False)
+    if family == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+        return Qwen3MoeConfig(**sizes | {"head_dim": 32, "tie_word_embeddings": False} | experts)
     if family == "mistral":
         return MistralConfig(**sizes, head_dim=32, sliding_window=None)
+    if family == "gemma":
+        return GemmaConfig(**sizes, head_dim=32)
+    if family == "gemma2":
+        caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        return Gemma2Config(**sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=24, **caps)
     if family == "gemma3":
         return Gemma3TextConfig(
             **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LLAMA_8B = ModelSpec("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
 LLAMA_1B = ModelSpec("llama", 2048, 8192, 16, 32, 8, 64, 128256, True)
 LLAMA_70B = ModelSpec("llama", 8192, 28672, 80, 64, 8, 128, 128256, False)
-MIXTURE = ModelSpec("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, num_experts=8)
+MIXTURE = ModelSpec("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, num_experts=8, moe_ffn_hidden_size=14336)
 
 TP, PP, VPP, CP, EP = (
     "tensor_model_parallel_size",
@@ -54,7 +54,7 @@ def refusal(configured: PolicyConfig, shape: ModelSpec, world_size: int) -> str:
         ({PP: 2, FIRST: 20, LAST: 12}, LLAMA_8B, 2),
         ({PP: 3, FIRST: 8, VPP: 4}, LLAMA_8B, 3),
         ({TP: 8, PP: 4, VPP: 5, "sequence_parallel": True}, LLAMA_70B, 64),
-        ({TP: 2, EP: 4}, MIXTURE, 8),
+        ({TP: 2, "sequence_parallel": True, EP: 4}, MIXTURE, 8),
         ({TP: 2, "sequence_parallel": True, "peft": {"enabled": True, "a2a_experimental": True}}, LLAMA_8B, 2),
         ({"peft": {"enabled": True, "target_modules": ["output_layer"]}}, LLAMA_8B, 1),
     ],
@@ -92,6 +92,9 @@ def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelSpec, world_size
         ),
         ({EP: 2}, LLAMA_1B, 2, "expert_model_parallel_size=2, but the model (llama) has no experts; use 1"),
         ({EP: 3}, MIXTURE, 3, "=3 does not divide the 8 experts of the model; use 1, 2, 4 or 8"),
+        ({TP: 2}, MIXTURE, 2, "needs policy.megatron_cfg.sequence_parallel=true: each token is routed once"),
+        ({"peft": {"enabled": False}}, MIXTURE, 1, "has experts, which are not trained in full"),
+        ({"expert_tensor_parallel_size": 3}, MIXTURE, 3, "=3 does not divide the 14336 features of an expert"),
         ({EP: 8}, MIXTURE, 4, "expert_model_parallel_size=8 x expert_tensor_parallel_size=1"),
         (
             {TP: 2, "peft": {"enabled": True, "a2a_experimental": True}},

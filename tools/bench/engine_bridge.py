@@ -48,7 +48,8 @@ def _model(task: Task, lora: bool) -> tuple[list[Any], Any, int]:
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
     if lora:
-        provider.register_pre_wrap_hook(_lora_hook(task.rank))
+        has_experts = bool(provider.num_moe_experts)
+        provider.register_pre_wrap_hook(_lora_hook(task.rank, has_experts))
     # A single process has nothing to split the optimizer over; its recipes for one GPU leave that off too.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     chunks = provider.provide_distributed_model(
@@ -76,10 +77,13 @@ def _prepare_for_cpu(provider: Any) -> None:
         setattr(provider, name, False)
 
 
-def _lora_hook(rank: int) -> Callable[[list[Any]], list[Any]]:
+def _lora_hook(rank: int, has_experts: bool) -> Callable[[list[Any]], list[Any]]:
     from megatron.bridge.peft.lora import LoRA
 
+    # This project adapts no experts: the same linears for both.
     peft = LoRA(dim=rank, alpha=rank, dropout=0.0)
+    if has_experts:
+        peft.target_modules = ["linear_qkv", "linear_proj"]
 
     def hook(chunks: list[Any]) -> list[Any]:
         transformed = peft(chunks, training=True)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_lora.errors import UserError
 
@@ -18,12 +18,28 @@ _QWEN = {
 
 @dataclass(frozen=True)
 class Shape:
-    """sizes: of a Qwen2.5 configuration. rows x length: tokens of a step, one micro-batch."""
+    """sizes: of a Qwen2.5 configuration, or of a Qwen3-MoE one where there are experts. rows x length: tokens of a
+    step, one micro-batch."""
 
     sizes: dict
     rows: int
     length: int
 
+
+# A layer of Qwen3-30B-A3B: 3.3B of 30.5B parameters are used for a token at 48 layers.
+_A3B = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
 
 SHAPES = {
     "qwen2.5-1.5b": Shape(
@@ -65,6 +81,8 @@ SHAPES = {
         rows=1,
         length=4096,
     ),
+    "qwen3-30b-a3b": Shape(_A3B | {"num_hidden_layers": 48}, rows=2, length=4096),
+    "qwen3-30b-a3b-12-layers": Shape(_A3B | {"num_hidden_layers": 12}, rows=4, length=4096),
     # Its sizes in Qwen2's architecture, which has biases that SmolLM2 has not.
     "smollm2-135m": Shape(
         {
@@ -78,6 +96,24 @@ SHAPES = {
         },
         rows=4,
         length=1600,
+    ),
+    "tiny-experts": Shape(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 264,
+            "tie_word_embeddings": False,
+        },
+        rows=2,
+        length=32,
     ),
     "tiny": Shape(
         {
@@ -144,7 +180,8 @@ def shape_of(name: str) -> Shape:
 
 
 def config_of(shape: Shape) -> PretrainedConfig:
-    return Qwen2Config(**_QWEN, **shape.sizes)
+    kind = Qwen3MoeConfig if "num_experts" in shape.sizes else Qwen2Config
+    return kind(**_QWEN, **shape.sizes)
 
 
 def save_random_model(shape: Shape, folder: Path, device: str) -> None:

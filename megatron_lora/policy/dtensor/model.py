@@ -12,9 +12,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import Placement, distribute_tensor
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.experts import fused_tensors, read_fused
 from megatron_lora.conversion.hf_model import build_empty
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.model_spec import LinearSpec
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.dtensor import adapter, attention
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears, weight_name
@@ -65,7 +67,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     root = PolicyModule(hf, policy, mesh["tp"], shapes, model.final_softcap)
     values = start.tensors if start is not None else {}
-    summed = _fill_and_shard(root, _Source(weights, values, policy, world), plan, mesh, policy)
+    summed = _fill_and_shard(root, _Source(weights, values, policy, world, fused_tensors(shapes)), plan, mesh, policy)
     return BaseModel(root, hf, shapes, mesh, start, summed, notices)
 
 
@@ -81,12 +83,14 @@ def _fused_notices(policy: PolicyConfig, world: World) -> list[str]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a parameter's whole value comes from: the base's files, or the starting adapter."""
+    """Where a parameter's whole value comes from: the base's files, or the starting adapter. fused: tensors of all
+    experts, which the files hold one by one."""
 
     weights: WeightSource
     factors: Mapping[str, Tensor]
     policy: PolicyConfig
     world: World
+    fused: Mapping[str, tuple[LinearSpec, int]]
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """The value of the transformers model's parameter `name`, on this rank's device."""
@@ -95,7 +99,10 @@ class _Source:
             # Factors train: fp32, whatever the base is in.
             return self.factors[f"{PREFIX}{full}"].to(self.world.device, torch.float32)
         stored = name.replace(".base_layer.", ".")
-        value = self.weights.read(stored)
+        if stored in self.fused:
+            value = read_fused(*self.fused[stored], self.weights.read)
+        else:
+            value = self.weights.read(stored)
         assert value.shape == shape, f"{stored}: {tuple(value.shape)} for {tuple(shape)}"
         # In full fine-tuning FSDP keeps the weights in fp32 and casts what it gathers.
         dtype = DTYPES[self.policy.precision] if self.factors else torch.float32

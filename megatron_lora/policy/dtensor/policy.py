@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.experts import split_fused
 from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, FactorKey
@@ -226,7 +227,8 @@ class DTensorPolicy(Policy):
                 }
                 update = WeightUpdate(self.spec, parts, linear.scaling[adapter.ADAPTER_NAME])
                 value = update.merged(value)
-            yield name.replace(".base_layer.", "."), value.to(dtype)
+            stored = name.replace(".base_layer.", ".")
+            yield from split_fused(stored, value.to(dtype), self.base.shapes)
 
     def _base_weights(self, factors: set[int]) -> Iterator[tuple[str, Tensor]]:
         """(name in the model, whole tensor) of all that is not an adapter's, made dense one at a time. Collective."""

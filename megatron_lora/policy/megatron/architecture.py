@@ -16,6 +16,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_lora.conversion.hf_model import HFModel, activation
+from megatron_lora.runtime.native_layers import NativeAttention
 
 GEMMA = "gemma3_text"
 _ACTIVATIONS = {"silu": F.silu, "swish": F.silu}
@@ -38,7 +39,8 @@ def plain_config(model: HFModel) -> Any:
         config.sliding_window = 1
     else:
         config.hidden_act = "silu"
-        config.sliding_window = None
+        # Gemma 2's bridge counts with it.
+        config.sliding_window = 1 if model.family == "gemma2" else None
     return config
 
 
@@ -64,8 +66,24 @@ def apply_config(provider: Any, model: HFModel) -> None:
     provider.rotary_percent = 1.0
     provider.seq_len_interpolation_factor = None
     provider.rope_scaling = False
+    if shapes.num_experts:
+        _apply_experts(provider, model)
     _apply_attention(provider, model)
     _change_layers(provider, model)
+
+
+def _apply_experts(provider: Any, model: HFModel) -> None:
+    shapes = model.shapes
+    provider.num_moe_experts = shapes.num_experts
+    provider.moe_router_topk = shapes.num_experts_per_token
+    provider.moe_ffn_hidden_size = shapes.moe_ffn_hidden_size
+    provider.moe_layer_freq = 1
+    # The softmax over all experts and then the best of them, or over the best alone, which makes their sum 1.
+    provider.moe_router_pre_softmax = not model.config.norm_topk_prob
+    provider.moe_router_dtype = "fp32"
+    # The loss is the objective's alone.
+    provider.moe_router_load_balancing_type = "none"
+    provider.moe_aux_loss_coeff, provider.moe_z_loss_coeff = 0.0, None
 
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -87,6 +105,9 @@ def _apply_attention(provider: Any, model: HFModel) -> None:
     # Cosine and sine of queries and of keys are multiplied by the factor (yarn), so scores by its square.
     factor = next(factor for _, factor in model.rotary.values())
     provider.softmax_scale = model.softmax_scale * factor**2
+    # Of the head's logits: `logprobs.cap_logits`.
+    provider.final_logit_softcapping = None
+    provider.attn_logit_softcapping = model.attention_softcap
 
 
 def _change_layers(provider: Any, model: HFModel) -> None:
@@ -100,6 +121,9 @@ def _change_layers(provider: Any, model: HFModel) -> None:
         if model.family == GEMMA:
             attention.module = LayeredRopeAttention
             attention.submodules.core_attention = transformer_engine.TEDotProductAttention
+        if model.attention_softcap is not None:
+            # Transformer Engine's attention caps no scores.
+            attention.submodules.core_attention = NativeAttention
         if model.shapes.linear("linear_proj").bias:
             # Added within the linear: Gemma's norm behind it sees the sum.
             attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj, skip_bias_add=False)

@@ -1,5 +1,6 @@
 """A base's Hugging Face tensors into this rank's part of a Megatron model."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,14 @@ from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.quantization import local_matrix
 from megatron_lora.runtime.world import World
 
+# An expert's parameters as Megatron-Core's modules name them: one module an expert, or all in one (grouped products).
+_SEQUENTIAL = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)")
+_GROUPED = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
 
-def global_names(chunk: GPTModel) -> dict[str, Tensor]:
-    """A chunk's parameters by name, with the global layer number (from 0)."""
+
+def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
+    """A chunk's parameters by name, with the global layer number (from 0) and the global number of an expert, the first
+    of which that this rank holds is `first_expert`."""
     layers: Any = chunk.decoder.layers
     numbers = {str(index): layer.layer_number - 1 for index, layer in enumerate(layers)}
     result = {}
@@ -30,7 +36,7 @@ def global_names(chunk: GPTModel) -> dict[str, Tensor]:
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(numbers[parts[2]])
-        result[".".join(parts)] = parameter
+        result[_with_expert(".".join(parts), first_expert)] = parameter
     return result
 
 
@@ -93,12 +99,25 @@ def replaced(parameter: Tensor, value: Tensor) -> torch.nn.Parameter:
     return new
 
 
+def first_expert(shapes: ModelSpec, world: World) -> int:
+    return world.ep_rank * (shapes.num_experts // world.ep)
+
+
+def _with_expert(name: str, first: int) -> str:
+    """`...experts.linear_fc1.<expert>.weight`, as `conversion.model_names` has it, for an expert's parameter."""
+    found = _SEQUENTIAL.fullmatch(name)
+    if found:
+        return f"{found[1]}.{found[3]}.{first + int(found[2])}.{found[4]}"
+    found = _GROUPED.fullmatch(name)
+    return f"{found[1]}.{found[2]}.{first + int(found[4])}.{found[3]}" if found else name
+
+
 @torch.no_grad()
 def load_base_weights(chunks: Sequence[GPTModel], weights: WeightSource, shapes: ModelSpec, world: World) -> None:
     """Fill every parameter of the chunks, a fused tensor at a time. No communication: each rank reads what it needs."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
     for chunk in chunks:
-        for name, value in global_names(chunk).items():
+        for name, value in global_names(chunk, first_expert(shapes, world)).items():
             if value.numel() == 0:
                 continue  # Transformer Engine's stand-in for a bias that is not there
             entry = table.get(name)
@@ -111,6 +130,7 @@ def load_base_weights(chunks: Sequence[GPTModel], weights: WeightSource, shapes:
 
 def _local(entry: ModelParameter, value: Tensor, weights: WeightSource, shapes: ModelSpec, world: World) -> Tensor:
     parts = [weights.read(name).to(value.dtype) for name in entry.hf_names]
-    local = shard_parameter(entry, fuse(entry, parts, shapes), world.tp_rank, world.tp, value.shape[0], shapes)
+    rank, size = (world.tp_rank, world.tp) if entry.expert is None else (world.etp_rank, world.etp)
+    local = shard_parameter(entry, fuse(entry, parts, shapes), rank, size, value.shape[0], shapes)
     assert local.shape == value.shape, f"{entry.name}: {tuple(local.shape)} for {tuple(value.shape)}"
     return local

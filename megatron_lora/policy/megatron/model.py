@@ -146,6 +146,9 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: boo
     # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
     provider.calculate_per_token_loss = True
     provider.moe_token_dispatcher_type = "alltoall"
+    grouped = world.device.type == "cuda" and have_transformer_engine()
+    provider.moe_grouped_gemm = provider.moe_permute_fusion = grouped and policy.precision == "bfloat16"
+    provider.moe_router_fusion = False
     provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
     provider.perform_initialization = False
     provider.hidden_dropout = provider.attention_dropout = 0.0

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.model_names import model_parameters
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.init import given_factors, initial_factors
@@ -36,7 +37,6 @@ from megatron_lora.policy.learning_rate import build_scheduler
 from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, schedule
 from megatron_lora.policy.megatron.adapter_checksums import adapter_checksums
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
-from megatron_lora.policy.megatron.base_weights import stored_weights
 from megatron_lora.policy.megatron.export import merged_hf_weights
 from megatron_lora.policy.megatron.logprobs import HeadOptions
 from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
@@ -269,19 +269,7 @@ class MegatronPolicy(Policy):
             checkpoint.load_optimizer(self.optimizer, self.scheduler, self._weights_state(), optimizer, self.world)
 
     def trainable_parameters(self) -> tuple[int, int]:
-        adapters = {id(factor) for factor in self._factors()}
-        count = 0
-        for chunk in self.base.chunks:
-            for parameter in chunk.parameters():
-                # Tied embeddings are held by the first and the last stage.
-                copy = getattr(parameter, "shared", False) and not chunk.pre_process
-                split = getattr(parameter, "tensor_model_parallel", False)
-                if id(parameter) not in adapters and not copy and (split or self.world.tp_rank == 0):
-                    count += parameter.numel()
-            count += sum(math.prod(weight.shape) for weight in stored_weights(chunk).values())
-        total = torch.tensor(count, dtype=torch.int64, device=self.world.device)
-        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-        base = int(total)
+        base = sum(math.prod(parameter.shape) for parameter in model_parameters(self.base.shapes))
         if self.spec is None:
             return base, base
         trainable = sum(map(self.spec.num_parameters, self.spec.modules))

@@ -1,0 +1,60 @@
+"""The experts of a layer: files hold a matrix of each, transformers' model one tensor of all of them.
+
+transformers names them `experts.gate_up_proj` [experts, 2 f, h] and `experts.down_proj` [experts, h, f], without
+`.weight`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lora.lora.model_spec import LinearSpec, ModelSpec, resolve
+
+FUSED_NAMES = {("gate", "up"): "gate_up_proj", ("down",): "down_proj"}
+
+
+def fused_tensors(spec: ModelSpec) -> dict[str, tuple[LinearSpec, int]]:
+    """transformers' name of each tensor of all experts -> (the linear, the layer); empty without experts."""
+    result = {}
+    for linear in spec.linears:
+        if linear.experts:
+            before = linear.parts[0].name.rpartition(".*.")[0]
+            for layer in range(spec.num_layers) if linear.layers is None else linear.layers:
+                result[f"{resolve(before, layer)}.{FUSED_NAMES[linear.segments]}"] = (linear, layer)
+    return result
+
+
+def is_fused(name: str, spec: ModelSpec) -> bool:
+    return bool(spec.num_experts) and name in fused_tensors(spec)
+
+
+def expert_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """HF name in the files -> shape, of every expert's matrices."""
+    return {
+        f"{resolve(part.name, layer, expert)}.weight": (part.rows, linear.in_features)
+        for linear, layer in fused_tensors(spec).values()
+        for expert in range(linear.experts)
+        for part in linear.parts
+    }
+
+
+def read_fused(linear: LinearSpec, layer: int, read: Callable[[str], Any]) -> Tensor:
+    """transformers' tensor of a layer's experts, from the matrices of each."""
+    experts = range(linear.experts)
+    return torch.stack(
+        [torch.cat([read(f"{resolve(part.name, layer, n)}.weight") for part in linear.parts]) for n in experts]
+    )
+
+
+def split_fused(name: str, value: Tensor, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of transformers' model under the names that files have: that of all experts as one of each."""
+    if not is_fused(name, spec):
+        yield name, value
+        return
+    linear, layer = fused_tensors(spec)[name]
+    for number, expert in enumerate(value.unbind()):
+        parts = expert.split([part.rows for part in linear.parts])
+        for part, rows in zip(linear.parts, parts, strict=True):
+            yield f"{resolve(part.name, layer, number)}.weight", rows

@@ -1,0 +1,158 @@
+"""Write docs/models.md: every decoder that megatron-bridge maps and transformers knows, and what became of trying it.
+
+    python -m tools.models_page
+
+A family that is not refused is tried as a small random model in fp32, in one process: log-probabilities of the Megatron
+backend against transformers', and Hugging Face to a Megatron checkpoint and back, bit for bit.
+"""
+
+import dataclasses
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_lora.data.batch import Row
+from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import families, unknown_reason
+from megatron_lora.policy.weights_check import MEGATRON_FAMILIES, check_base, read_base
+from megatron_lora.runtime.world import init_megatron_world
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "sliding_window": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADING = """# Models
+
+Written by `python -m tools.models_page` on {date} (megatron-bridge {bridge}, megatron-core {core}, transformers {hf}):
+every causal language model that megatron-bridge maps and transformers has a class for.
+
+- **trains**: adapters, checkpoints, export, import and merging work on the Megatron backend. The numbers are of a small
+  random model in fp32, in one process: the largest difference of a log-probability to transformers', and whether
+  Hugging Face to a Megatron checkpoint and back is the same bits. Layouts, ten training steps and resuming are compared
+  in tests/distributed (`test_megatron_logits.py`, `test_megatron_experts.py`, `test_megatron_parity.py`).
+- **not verified**: the description (docs/architecture.md) has a place for every tensor, but the model was not built
+  with Megatron-Core's layers and compared; the Megatron backend refuses it. The DTensor backend takes it, untested.
+- **refused**: the tensor named has no place in the description, so neither backend takes it.
+
+Models with experts: the experts and their router stay frozen, adapters go on attention; expert parallelism (EP) and
+expert tensor parallelism (ETP) split them, and TP above 1 needs sequence parallelism. The router's auxiliary loss is
+not added. Adapters on experts, full fine-tuning of such a model and native rollouts at EP above 1 are refused.
+Vision-language models, Mamba hybrids and latent attention (DeepSeek) are refused.
+
+| model_type | class in transformers | state | log-probability | there and back |
+|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    bridge, core, hf = (version(name) for name in ("megatron-bridge", "megatron-core", "transformers"))
+    heading = HEADING.format(date=datetime.now(UTC).date(), bridge=bridge, core=core, hf=hf)
+    rows = [f"| {' | '.join(cells)} |" for cells in _table()]
+    PAGE.write_text(heading + "\n".join(rows) + "\n")
+
+
+def _table() -> Iterator[tuple[str, ...]]:
+    for family, entry in families().items():
+        reason = unknown_reason(family)
+        start = (f"`{family}`", f"`{entry['architecture']}`")
+        if reason is not None:
+            yield (*start, f"refused{reason}", "", "")
+        elif family not in MEGATRON_FAMILIES:
+            yield (*start, "not verified", "", "")
+        else:
+            with tempfile.TemporaryDirectory() as name:
+                yield (*start, *_try(family, Path(name)))
+
+
+def _try(family: str, folder: Path) -> tuple[str, str, str]:
+    """(state, largest difference of a log-probability, whether there and back is bit for bit)."""
+    try:
+        reference = _save_model(family, folder / "hf")
+        same = _there_and_back(folder)
+        return "trains", f"{_largest_difference(folder / 'hf', reference):.1e}", "same bits" if same else "differs"
+    except (UserError, RuntimeError, AssertionError) as error:
+        return f"fails: {str(error).splitlines()[0]}", "", ""
+
+
+def _save_model(family: str, folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = CONFIG_MAPPING[family]
+    declared = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
+    config = kind(**{name: value for name, value in SIZES.items() if name in declared or name == "head_dim"})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def _there_and_back(folder: Path) -> bool:
+    checkpoint, again = folder / "megatron", folder / "again"
+    convert_hf_to_megatron(hf_model_name=str(folder / "hf"), megatron_ckpt_path=str(checkpoint), show_progress=False)
+    convert_megatron_to_hf(megatron_ckpt_path=str(checkpoint), hf_ckpt_path=str(again), show_progress=False)
+    first, second = SafetensorsFolder(folder / "hf"), SafetensorsFolder(again)
+    return first.entries.keys() == second.entries.keys() and all(
+        tensor_bytes(first.read(name)) == tensor_bytes(second.read(name)) for name in first.entries
+    )
+
+
+def _largest_difference(folder: Path, reference: Any) -> float:
+    config = PolicyConfig.model_validate(
+        {
+            "model_name": str(folder),
+            "precision": "float32",
+            "max_total_sequence_length": 64,
+            "megatron_cfg": {"enabled": True, "peft": {"enabled": True, "dim": 4, "alpha": 8}},
+        }
+    )
+    check_base(config, read_base(config))
+    world = init_megatron_world(config, seed=0)
+    from megatron_lora.policy.megatron.policy import MegatronPolicy
+
+    policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=1)
+    generator = torch.Generator().manual_seed(1)
+    lengths = (9, 17, 30)
+    ids = [torch.randint(3, SIZES["vocab_size"], (length,), generator=generator) for length in lengths]
+    rows = [Row(row, torch.ones(len(row), dtype=torch.bool), number) for number, row in enumerate(ids)]
+    found = policy.score(rows)
+    worst = 0.0
+    for row, logps in zip(ids, found, strict=True):
+        with torch.no_grad():
+            logits = reference(row[None]).logits[0, :-1]
+        wanted = logits.log_softmax(-1).gather(1, row[1:, None]).squeeze(1)
+        worst = max(worst, float((logps[1:] - wanted).abs().max()))
+    return worst
+
+
+if __name__ == "__main__":
+    main()
