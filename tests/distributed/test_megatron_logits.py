@@ -62,8 +62,9 @@ def token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros(1), logps])
 
 
-# Context parallelism cuts the sequence; there log-probabilities are compared alone.
-@pytest.mark.parametrize("case", [case for case in CASES if case.megatron != CP], ids=str)
+# Context parallelism cuts the sequence, and of ranks that share experts one sees the row; there log-probabilities are
+# compared alone.
+@pytest.mark.parametrize("case", [case for case in CASES if case.megatron not in (CP, EP)], ids=str)
 def test_logits(case: Case, ranks_found: list[dict[str, Any]], transformers_logits: dict[str, Any]) -> None:
     seen = [found["logits"] for found in ranks_found if found["logits"]]
     assert len(seen) == case.ranks // case.megatron.get("pipeline_model_parallel_size", 1)
@@ -95,7 +96,5 @@ def test_parameters_are_counted_once(case: Case, found: dict[str, Any], room: An
     model = AutoModelForCausalLM.from_pretrained(room.base(case.family))
     base = sum(parameter.numel() for parameter in model.parameters())
     trainable, everything = found["trainable"]
-    padding = everything - trainable - base
-    tensor_parallel = case.megatron.get("tensor_model_parallel_size", 1)
-    copies = 1 if model.config.tie_word_embeddings else 2
-    assert padding == (-VOCAB_SIZE % tensor_parallel) * model.config.hidden_size * copies
+    # Without the padding of the vocabulary, which depends on the layout.
+    assert everything - trainable == base
