@@ -1,5 +1,6 @@
 """What a worker can be asked about adapters' communication, gradients and dropout."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,10 +13,12 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.megatron import schedule
+from megatron_lora.policy.megatron.base_weights import global_names, stored_weights
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from tests.distributed.megatron_build import build_policy
 from tests.distributed.megatron_case import scored_rows, training_rows
 from tests.support.adapted_linear import VARIANTS, Variant, draw, run_on_rank
+from tests.support.live_memory import LiveFloats
 from tests.support.recorder import Recorder
 
 
@@ -97,4 +100,19 @@ def _masks_recorded(masks: dict[str, list[Tensor]]) -> Iterator[None]:
         LoRALinear._mask = original  # type: ignore[method-assign]
 
 
-CHECKS = {"communication": communication, "arithmetic": arithmetic, "dropout": dropout}
+def loading(case: dict[str, Any]) -> dict[str, Any]:
+    """Floating-point bytes that are alive at most while the policy is built, and what its parts take afterwards."""
+    with LiveFloats() as live:
+        policy = build_policy(case)
+    chunk = policy.base.chunks[0]
+    stored = stored_weights(chunk)
+    linears = [linear for name, linear in global_names(chunk).items() if ".linear_" in name and linear.dim() == 2]
+    return {
+        "peak": live.peak,
+        "stored": sum(weight.num_bytes for weight in stored.values()),
+        "dense_linears": sum(linear.nbytes for linear in linears if not linear.requires_grad),
+        "dense_size": 4 * sum(math.prod(weight.shape) for weight in stored.values()),
+    }
+
+
+CHECKS = {"loading": loading, "communication": communication, "arithmetic": arithmetic, "dropout": dropout}

@@ -272,3 +272,21 @@ DORA = {"peft": {"type": "dora"}}
 def test_norms_are_kept_until_the_factors_change(case: Case, ranks_found: list[dict[Any, Any]]) -> None:
     for found in ranks_found:
         assert_never_stale(kept=found[True], anew=found[False])
+
+
+NF4 = {"peft": {"quantization": "nf4", "double_quantization": True, "lora_dtype": "float32"}}
+LOADING = {
+    name: Case(f"loading_{name}", 1, "loading", family="qwen3_even", megatron=megatron)
+    for name, megatron in (("dense", {}), ("nf4", NF4))
+}
+
+
+@pytest.mark.parametrize("case", [LOADING["nf4"]], ids=str)
+@pytest.mark.parametrize("beside", [LOADING["dense"]], ids=str)
+def test_a_base_in_four_bits_is_never_there_in_full(case: Case, beside: Case, workers: Any) -> None:
+    held, dense = workers.found(case)[0], workers.found(beside)[0]
+    assert dense["stored"] == 0 and held["dense_linears"] == 0
+    # Half a byte a value, and what belongs to blocks and (short ones here) rows.
+    assert held["dense_size"] == dense["dense_linears"] > 5.5 * held["stored"]
+    # All but the passing copies of one linear at a time.
+    assert dense["peak"] - held["peak"] > 0.9 * held["dense_size"]
