@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -91,5 +92,5 @@ class LengthStats:
 def joined_stats(parts: Sequence[LengthStats]) -> LengthStats:
     """Counts and lengths of several data sets together; which rows were dropped, and why, each tells itself."""
     counts = [entry.name for entry in fields(LengthStats) if entry.type == "int" or entry.type is int]
-    sums = {name: sum(getattr(part, name) for part in parts) for name in counts if name != "max_length"}
+    sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in counts if name != "max_length"}
     return LengthStats(parts[0].max_length, lengths=[length for part in parts for length in part.lengths], **sums)

@@ -131,9 +131,9 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
         cp_rank=cp_rank,
         dp_rank=parallel_state.get_data_parallel_rank(),
         ep=parallel_state.get_expert_model_parallel_world_size(),
-        etp=parallel_state.get_expert_tensor_parallel_world_size(),
+        etp=parallel_state.get_expert_tensor_parallel_world_size() or 1,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
     )
 
 
