@@ -9,6 +9,7 @@ from megatron_lora.config.schema_base import Fraction, Place, PositiveFloat, Pos
 DTYPES = ("float32", "bfloat16", "float16")
 InitMethod = Literal["xavier", "uniform", "normal", "zero"]
 DropoutPosition = Literal["pre", "post"]
+InitLoraWeights = Annotated[str, Field(pattern=r"^pissa(_niter_\d+)?$")]
 AdapterType = Literal["lora", "canonical_lora", "dora"]
 
 
@@ -36,6 +37,20 @@ def _module_patterns(value: Any) -> Any:
 ModulePatterns = Annotated[list[str], BeforeValidator(_module_patterns)]
 
 
+def _module_names(value: Any) -> Any:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        raise ValueError(f"wanted a list: [{value}]")
+    return value
+
+
+def _no_biases(value: Any) -> Any:
+    if value not in (None, "none"):
+        raise ValueError("wanted none: trained biases are not there; name what trains whole in modules_to_save")
+    return "none"
+
+
 class _Adapter(Section):
     enabled: bool = Field(default=False, description="Train adapters; off: full fine-tuning.")
     type: AdapterType = Field(
@@ -52,9 +67,22 @@ class _Adapter(Section):
         default_factory=list,
         description="Linears left alone, in the same forms; needs empty `target_modules`.",
     )
+    modules_to_save: Annotated[list[str], BeforeValidator(_module_names)] = Field(
+        default_factory=list,
+        description="Modules that train whole beside the adapters: norms, `embed_tokens`, `lm_head`, by name, path or "
+        "wildcard.",
+    )
+    bias: Annotated[Literal["none"], BeforeValidator(_no_biases)] = Field(
+        default="none", description="peft's key, at its default only: biases stay frozen."
+    )
     dim: PositiveInt = Field(default=8, description="Rank of the adapters.")
     alpha: PositiveFloat = Field(default=32, description="The update is scaled by alpha / dim.")
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(dim) instead (rsLoRA).")
+    init_lora_weights: InitLoraWeights | None = Field(
+        default=None,
+        description="`pissa`: A and B start as the largest singular values of the weights, the base keeps the rest "
+        "(PiSSA); `pissa_niter_N`: found by N subspace iterations, much faster; null: A's init method, B zero.",
+    )
     rank_pattern: dict[str, PositiveInt] = Field(
         default_factory=dict,
         description="Other ranks by linear, named in the forms of `target_modules`; the first that fits counts.",
@@ -111,6 +139,20 @@ class _Adapter(Section):
             raise ValueError(
                 f"quantization={self.quantization} needs lora_dtype: the adapters' dtype follows the base weights', "
                 "and those have none in 4 bits; set lora_dtype=bfloat16 or float32 (DTensor backend: float32)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init_lora_weights is not None and self.init_adapter is not None:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights} draws what the adapter starts with, and "
+                f"init_adapter={self.init_adapter} gives it; keep one of the two"
+            )
+        if self.init_lora_weights is not None and self.quantization is not None:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights} changes the base's weights, and quantization="
+                f"{self.quantization} holds them in 4 bits, where the change would be lost; keep one of the two"
             )
         return self
 

@@ -1,13 +1,19 @@
 """Adapter-only distributed checkpoints: the factors and `adapter.json`, read and written in one process."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
 from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder, write_torch_dist
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.peft_format import check_tensors
+from megatron_lora.lora.principal import STARTED, against_the_base
+
+# The A and B that the base of an adapter of its residual lacks (`AdapterSpec.residual`), whole, by `<module>.<factor>`.
+START_FILE = "start.safetensors"
 
 
 def weights_folder(checkpoint: Path | str) -> Path:
@@ -46,7 +52,8 @@ def read_adapter(checkpoint: Path | str) -> tuple[AdapterSpec, dict[str, Tensor]
         )
     tensors = stored.read(list(wanted))
     for name in tensors:
-        if name.startswith("output_layer.") and tensors[name].shape[0] > wanted[name][0]:
+        padded = name.startswith("output_layer.") or name in spec.saved
+        if padded and tensors[name].shape[0] > wanted[name][0]:
             # Written with the vocabulary padding of its tensor-parallel layout.
             tensors[name] = tensors[name][: wanted[name][0]].clone()
     check_tensors(spec, tensors)
@@ -60,3 +67,31 @@ def write_adapter(folder: Path | str, spec: AdapterSpec, tensors: dict[str, Tens
     entries = {name: StoredTensor(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_torch_dist(folder, entries, tensors.__getitem__)
     spec.save(folder / ADAPTER_FILE)
+
+
+def read_plain_adapter(checkpoint: Path | str) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """`read_adapter`, as an adapter of the base itself whatever the run trained against. Raises UserError."""
+    spec, tensors = read_adapter(checkpoint)
+    if not spec.residual:
+        return spec, tensors
+    return against_the_base(spec, tensors, read_start(weights_folder(checkpoint), spec))
+
+
+def write_start(folder: Path, start: Mapping[str, Tensor]) -> None:
+    """Beside the weights in `folder`, whole or not at all."""
+    partial = folder / f"{START_FILE}.partial"
+    write_tensor_dict(partial, {name: value.contiguous() for name, value in start.items()})
+    partial.replace(folder / START_FILE)
+
+
+def read_start(folder: Path, spec: AdapterSpec) -> dict[str, Tensor]:
+    """What `write_start` wrote for this adapter. Raises UserError where the file is missing or of another adapter."""
+    entries, _ = read_header(folder / START_FILE)
+    wanted = {
+        f"{module.name}.{factor.name}": module.factor_shape(factor, spec.shapes)
+        for module in spec.modules
+        for factor in STARTED
+    }
+    if {name: tuple(entry.shape) for name, entry in entries.items()} != wanted:
+        raise UserError(f"{folder / START_FILE} is not of the adapter in {ADAPTER_FILE} beside it")
+    return {name: read_tensor(entry) for name, entry in entries.items()}

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_lora.checksums import check_as_written, seal
-from megatron_lora.conversion.adapter_checkpoint import read_adapter, weights_folder, write_adapter
+from megatron_lora.conversion.adapter_checkpoint import (
+    read_adapter,
+    read_plain_adapter,
+    weights_folder,
+    write_adapter,
+)
 from megatron_lora.conversion.base_model import find_adapter, find_base
 from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_stream, fingerprint_weights
 from megatron_lora.conversion.hf_model import read_hf_model
@@ -21,9 +26,11 @@ from megatron_lora.conversion.merge import Merger
 from megatron_lora.conversion.model_source import as_trained_over, check_base, open_base, overrides_of_run
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import read_header, read_tensor, write_tensor_dict
+from megatron_lora.conversion.saved_modules import check_saved
 from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.peft_format import from_hf, to_hf
 
 logger = logging.getLogger(__name__)
@@ -81,8 +88,8 @@ def _overrides(adapter_ckpt: str) -> dict[str, Any]:
 
 
 def _read_checked(adapter_ckpt: str) -> tuple[AdapterSpec, dict[str, Tensor]]:
-    """`read_adapter` of files that are as they were written. Raises UserError."""
-    found = read_adapter(adapter_ckpt)
+    """`read_plain_adapter` of files that are as they were written. Raises UserError."""
+    found = read_plain_adapter(adapter_ckpt)
     check_as_written(weights_folder(adapter_ckpt))
     return found
 
@@ -143,7 +150,9 @@ def merge_lora_to_hf(
         if check_logits:
             from megatron_lora.conversion.logit_check import check_merged_logits
 
-            coarsest = max((merger.target_dtype(name) for name in merger.targets), key=lambda d: torch.finfo(d).eps)
+            coarsest = max(
+                (merger.target_dtype(name) for name in (*merger.targets, *spec.saved)), key=lambda d: torch.finfo(d).eps
+            )
             with base.as_hf_folder(out.parent) as folder:
                 logger.info("logits agree to %.1e", check_merged_logits(folder, spec, factors, out, coarsest))
     return str(hf_ckpt_path)
@@ -165,6 +174,7 @@ def import_hf_adapter(
         fingerprint = fingerprint_weights(open_weights(model, base)) if has_weights else None
         name = hf_model_name or trained_on or str(base)
         spec, factors = from_hf(config, tensors, model.shapes, name, fingerprint)
+        check_saved(model.shapes, spec.saved, list(merge_targets(spec)), f"{hf_adapter}, modules_to_save")
         write_adapter(out / "policy" / "weights", spec, factors)
         _check_import(out, spec, factors)
         seal(out)

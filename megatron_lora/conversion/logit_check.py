@@ -56,6 +56,8 @@ def _fused_logits(base: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> 
     for name, target in merge_targets(spec).items():
         weight = modules[name].get_parameter("weight").data
         weight.add_(target.weight_update(factors).of_rows(weight))
+    for name in spec.saved:
+        modules[name.removesuffix(".weight")].get_parameter("weight").data.copy_(factors[name])
     return _logits(model, spec.shapes.vocab_size)
 
 

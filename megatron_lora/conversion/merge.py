@@ -83,6 +83,9 @@ class Merger:
                     f"the adapter is for {(outputs, inputs)}"
                 )
             targets[name] = target
+        for name, shape in self.spec.saved.items():
+            if name not in self.base.entries or tuple(self.base.entries[name].shape) != tuple(shape):
+                raise UserError(f"{self.base.folder} has no {name} of shape {tuple(shape)}, which the adapter replaces")
         return targets
 
     def target_dtype(self, name: str) -> torch.dtype:
@@ -93,6 +96,8 @@ class Merger:
 
     def merged(self, name: str) -> Tensor:
         """One tensor of the merged model. Raises UserError where it is not finite."""
+        if name in self.spec.saved:
+            return self.factors[name].to(self.target_dtype(name))
         weight = self.base.read(name)
         dtype = self.target_dtype(name)
         if name not in self.targets:

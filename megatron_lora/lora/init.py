@@ -17,13 +17,23 @@ Factors = Callable[[ModuleLayout], dict[str, Tensor]]
 
 
 def initial_factors(
-    spec: AdapterSpec, a_method: str, b_method: str, seed: int, read: ReadWeight | None = None
+    spec: AdapterSpec,
+    a_method: str,
+    b_method: str,
+    seed: int,
+    read: ReadWeight | None = None,
+    start: Factors | None = None,
 ) -> Factors:
-    """Freshly drawn. read: the base's weights by HF name, for kinds that start from them."""
+    """Freshly drawn. read: the weights of the model by HF name, for kinds that start from them. start: factors that are
+    given, not drawn."""
     methods = {"A": a_method, "B": b_method}
 
     def draw(module: ModuleLayout) -> dict[str, Tensor]:
+        given = {} if start is None else start(module)
+
         def fresh(factor: Factor) -> Tensor:
+            if factor.name in given:
+                return given[factor.name].clone()
             shape: Any = module.factor_shape(factor, spec.shapes)
             name = f"{module.name}.{factor.name}"
             if factor.axes[0] != "rank" or len(module.blocks) == 1:

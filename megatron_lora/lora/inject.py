@@ -1,6 +1,6 @@
 """Put adapters into a Megatron model: replace each targeted linear by its adapted one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,31 @@ def inject(
                 setattr(parent, attribute, linear)
                 adapted.append(linear)
     return adapted
+
+
+@torch.no_grad()
+def put_factors(adapted: Sequence[LoRALinear], spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's part of whole factors, `<module>.<factor>` where they are given, into the modules."""
+    for linear in adapted:
+        kind, tp = linear.layout.kind, linear.tp
+        for held in linear.held_factors:
+            whole = tensors.get(f"{linear.layout.name}.{held.factor.name}")
+            if whole is None:
+                continue
+            padded = linear.base_weight().shape[0] * tp.size if kind == "output_layer" else None
+            piece = shard(
+                whole,
+                held.factor.key,
+                kind,
+                tp.rank,
+                tp.size,
+                spec.shapes,
+                a2a=linear.all_to_all,
+                padded_vocab_size=padded,
+            )
+            held.parameter.copy_(piece)
+    for linear in adapted:
+        linear.factors_changed()
 
 
 def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:

@@ -186,6 +186,9 @@ class AdapterSpec:
 
     settings: the run's adapter settings (dim, alpha, dropout, ...), kept for the reader and for `lora_dropout`.
     base_fingerprint: `conversion.fingerprint.fingerprint_base` of the base's HF folder; None where unknown.
+    saved: modules that train whole (peft's `modules_to_save`), as HF tensor name -> shape; each lies under that name
+    among the adapter's tensors.
+    residual: the factors are added to what `principal.residual_reader` leaves of the base (PiSSA), not to the base.
     """
 
     base_model_name: str
@@ -194,6 +197,8 @@ class AdapterSpec:
     base_fingerprint: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     type: str = "lora"
+    residual: bool = False
+    saved: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -201,16 +206,22 @@ class AdapterSpec:
         return FACTORS_OF_TYPE[self.type]
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """`<module>.<factor>` -> its full shape, in the order of `modules`."""
-        return {
+        """`<module>.<factor>` -> its full shape, in the order of `modules`; then what is `saved`."""
+        factors = {
             f"{module.name}.{factor.name}": module.factor_shape(factor, self.shapes)
             for module in self.modules
             for factor in self.factors
         }
+        return factors | self.saved
 
     def num_parameters(self, module: ModuleLayout) -> int:
         """Entries of a module's factors that train."""
         return sum(module.num_trained(factor, self.shapes) for factor in self.factors)
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that train, each counted once."""
+        return sum(map(self.num_parameters, self.modules)) + sum(map(math.prod, self.saved.values()))
 
     def of_module(self, module: ModuleLayout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A module's own factors, by factor name, from those of the whole adapter."""
@@ -254,6 +265,8 @@ class AdapterSpec:
                 base_fingerprint=content["base_fingerprint"],
                 settings=dict(content["settings"]),
                 type=content["type"],
+                residual=bool(content.get("residual", False)),
+                saved={name: tuple(shape) for name, shape in content.get("saved", {}).items()},
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"{source} is damaged: {type(error).__name__}: {error}") from error

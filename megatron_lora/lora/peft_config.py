@@ -27,6 +27,8 @@ REFUSED = {
     "velora_config": "VeLoRA (velora_config) is not supported",
     "monteclora_config": "MonteCLoRA (monteclora_config) is not supported",
 }
+# Kinds of peft that train inputs of the model, not its weights.
+PROMPT_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CARTRIDGE")
 # The setting that says that an adapter is of another kind than plain LoRA.
 FLAG_OF_TYPE = {"dora": "use_dora"}
 # Initialisations that change the base's weights too: peft would repeat the change on loading.
@@ -48,6 +50,12 @@ class PeftPatterns:
     use_rslora: bool
     dropout: float
     type: str
+    modules_to_save: tuple[str, ...] = ()
+
+    def saves(self, tensor: str) -> bool:
+        """Whether a tensor of the HF model is of a module that is trained whole; peft compares the ends of names."""
+        module, _, parameter = tensor.rpartition(".")
+        return ".lora_" not in tensor and parameter == "weight" and module.endswith(self.modules_to_save)
 
     def matches(self, name: str) -> bool:
         """Whether the linear `name` (as the HF model calls it) carries an adapter."""
@@ -82,13 +90,10 @@ class PeftPatterns:
 def read_patterns(config: Mapping[str, Any]) -> PeftPatterns:
     """Parse an adapter_config.json's content. Raises UserError, by name, for whatever is not a plain LoRA adapter."""
     if config.get("peft_type") != "LORA":
-        raise UserError(f"adapter_config.json has peft_type={config.get('peft_type')!r}; only LORA is supported yet")
+        raise _other_kind(config.get("peft_type"))
     for key, reason in REFUSED.items():
         if config.get(key):
             raise UserError(f"{reason}: adapter_config.json has {key}={config[key]!r}")
-    if config.get("modules_to_save"):
-        names = ", ".join(config["modules_to_save"])
-        raise UserError(f"adapter_config.json has modules_to_save={names}: fully trained modules are not supported")
     if config.get("bias", "none") != "none":
         raise UserError(f"adapter_config.json has bias={config['bias']!r}: trained biases are not supported")
     init = config.get("init_lora_weights", True)
@@ -112,8 +117,21 @@ def read_patterns(config: Mapping[str, Any]) -> PeftPatterns:
         alpha_pattern={key: float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
         use_rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
+        modules_to_save=_tuple(config.get("modules_to_save") or ()),
         type=next((name for name, flag in FLAG_OF_TYPE.items() if config.get(flag)), "lora"),
     )
+
+
+def _other_kind(peft_type: Any) -> UserError:
+    what_works = "LoRA is read, with rsLoRA, DoRA and modules_to_save, and PiSSA where it was saved as a plain LoRA"
+    if peft_type in PROMPT_KINDS:
+        fix = "it is no change of the weights, so it cannot be merged either: train a LoRA instead"
+    else:
+        fix = (
+            "merge it with peft (merge_and_unload(), then save_pretrained()) and use the merged folder as "
+            "policy.model_name, or train a LoRA instead"
+        )
+    return UserError(f"adapter_config.json has peft_type={peft_type!r}, a kind that is not there: {what_works}; {fix}")
 
 
 def build_config(
@@ -145,7 +163,7 @@ def build_config(
         "init_lora_weights": True,
         "target_modules": shortest_targets(list(patterns), all_names),
         "exclude_modules": None,
-        "modules_to_save": None,
+        "modules_to_save": [name.removesuffix(".weight") for name in spec.saved] or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "layer_replication": None,

@@ -120,6 +120,7 @@ def to_hf(
             for factor in spec.factors:
                 whole = tensors[f"{module.name}.{factor.name}"]
                 result[peft_name(name, factor)] = segment_part(factor, module, segment, whole, spec.shapes)
+    result |= {f"{PREFIX}{name}": tensors[name] for name in spec.saved}
     use_rslora = any(block.use_rslora for module in spec.modules for block in module.blocks)
     if uniform_scale:
         patterns = _fold_scales(patterns, scales, result)
@@ -154,7 +155,7 @@ def fuse(tensors: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
                 for segment in _written(factor, module)
             }
             fused[f"{module.name}.{factor.name}"] = _fuse(factor, module, parts, spec.shapes)
-    return fused
+    return fused | {name: tensors[f"{PREFIX}{name}"] for name in spec.saved}
 
 
 def peft_name(linear: str, factor: Factor) -> str:
@@ -179,11 +180,17 @@ def from_hf(
 
     HF linears of one fused linear share a block where their A, rank and scale are bitwise equal; otherwise each has its
     own. `to_hf` of the result returns the same factors bit for bit (a module that mixes dtypes is held in the wider).
-    Raises UserError for what is not supported (named), for tensors that config and shapes do not agree with.
+    Whether the model has what is trained whole (`spec.saved`) is for the caller to check
+    (`conversion.saved_modules.check_saved`). Raises UserError for what is not supported (named), for tensors that
+    config and shapes do not agree with.
     """
     patterns = read_patterns(config)
     table = FACTORS_OF_TYPE[patterns.type]
-    found = _collect_factors(tensors, table, patterns, shapes)
+    saved = {
+        key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if patterns.saves(key.removeprefix(PREFIX))
+    }
+    factors = {key: tensor for key, tensor in tensors.items() if key.removeprefix(PREFIX) not in saved}
+    found = _collect_factors(factors, table, patterns, shapes)
     fused: dict[str, Tensor] = {}
     modules: list[ModuleLayout] = []
     for layer in [*range(shapes.num_layers), None]:
@@ -201,7 +208,9 @@ def from_hf(
                 fused[f"{name}.{factor.name}"] = _fuse(factor, module, parts, shapes)
     settings = {"dim": patterns.rank, "alpha": patterns.alpha, "dropout": patterns.dropout, "dropout_position": "pre"}
     name = base_model_name or config.get("base_model_name_or_path") or ""
-    return AdapterSpec(name, shapes, modules, base_fingerprint, settings, patterns.type), fused
+    whole = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    spec = AdapterSpec(name, shapes, modules, base_fingerprint, settings, patterns.type, saved=whole)
+    return spec, fused | saved
 
 
 def _fuse(factor: Factor, module: ModuleLayout, parts: Mapping[str, Tensor], shapes: ModelSpec) -> Tensor:

@@ -1,6 +1,7 @@
 """The adapter a run starts with: drawn from a seed, or read from an HF PEFT folder."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.conversion.export import read_peft_folder
 from megatron_lora.conversion.four_bit_folder import FourBitFolder, QuantizedWeights
+from megatron_lora.conversion.saved_modules import check_saved, select_saved
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
+from megatron_lora.lora.init import Factors, given_factors, initial_factors
 from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelSpec, ModuleLayout, segments_of
+from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.methods import ReadWeight, method_of
 from megatron_lora.lora.peft_format import from_hf
+from megatron_lora.lora.principal import check_ranks, principal_start, residual_reader
 from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
 from megatron_lora.policy.weights_check import local_fingerprint, read_base
 
@@ -23,11 +28,36 @@ from megatron_lora.policy.weights_check import local_fingerprint, read_base
 @dataclass(frozen=True)
 class StartingAdapter:
     """spec: what is adapted. tensors: the whole factors, fused, or None where they are to be drawn. notices: how the
-    recipe was understood, for the user."""
+    recipe was understood, for the user. init: peft's name of a start from the base's singular values, or None."""
 
     spec: AdapterSpec
     tensors: Mapping[str, Tensor] | None
     notices: list[str] = field(default_factory=list)
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class DrawnStart:
+    """What the modules of a run start with. factors: a module's whole factors. principal: of these A and B, where the
+    base keeps what they leave of it; else None. saved: what a folder gives for the modules that train whole; the base's
+    otherwise."""
+
+    spec: AdapterSpec
+    factors: Factors
+    principal: Factors | None = None
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def changed_base(self) -> Callable[[ReadWeight], ReadWeight] | None:
+        """From how the base is read to how the model's weights are; None where they are the base's."""
+        principal = self.principal
+        return None if principal is None else lambda read: residual_reader(read, self.spec, principal)
+
+    def principal_of(self, names: Collection[str]) -> dict[str, Tensor]:
+        """`<module>.<factor>` -> the principal factors of the modules of these names."""
+        assert self.principal is not None
+        modules = [module for module in self.spec.modules if module.name in names]
+        return {f"{module.name}.{key}": value for module in modules for key, value in self.principal(module).items()}
 
 
 def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_name: str) -> StartingAdapter:
@@ -44,11 +74,56 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_n
                 f"{config.type!r}; set it to {spec.type!r}"
             )
         spec.settings = settings
+        adapted = list(merge_targets(spec))
+        check_saved(shapes, spec.saved, adapted, f"{config.init_adapter}, modules_to_save")
+        wanted = select_saved(shapes, config.modules_to_save, adapted, f"{_section(config)}.modules_to_save")
+        if wanted != spec.saved:
+            found = [name.removesuffix(".weight") for name in spec.saved]
+            raise UserError(
+                f"{config.init_adapter} trains modules_to_save={found} whole, and {_section(config)}.modules_to_save="
+                f"{config.modules_to_save}; set it to {found}"
+            )
         return StartingAdapter(spec, fused, _unused_settings(config, spec, shapes))
     chosen = _select(config, shapes)
     modules = _modules_of_keys(config, chosen, shapes)
-    spec = AdapterSpec(model_name, shapes, modules, fingerprint, settings, method.type)
-    return StartingAdapter(spec, None, chosen.notices)
+    adapted = [linear.name for linear in chosen.linears]
+    saved = select_saved(shapes, config.modules_to_save, adapted, f"{_section(config)}.modules_to_save")
+    spec = AdapterSpec(model_name, shapes, modules, fingerprint, settings, method.type, saved=saved)
+    if config.init_lora_weights is not None:
+        spec.residual = True
+        check_ranks(spec, f"{_section(config)}.init_lora_weights={config.init_lora_weights}")
+    return StartingAdapter(spec, None, chosen.notices, config.init_lora_weights)
+
+
+def draw_start(
+    start: StartingAdapter,
+    methods: tuple[str, str],
+    seed: int,
+    dtype: torch.dtype,
+    weights: WeightSource,
+    product_dtype: torch.dtype,
+) -> DrawnStart:
+    """Values for what the recipe adapts, drawn from the seed, computed from the base, or those of `init_adapter`.
+
+    methods: how A and B are drawn. dtype: of the run's factors. weights, product_dtype: as for `base_reader`. Raises
+    UserError for a start that would change a base in 4 bits.
+    """
+    if start.tensors is not None:
+        saved = {name: start.tensors[name] for name in start.spec.saved}
+        return DrawnStart(start.spec, given_factors(start.spec, start.tensors), saved=saved)
+    spec = start.spec
+    read = base_reader(spec, weights, product_dtype)
+    if start.init is None:
+        return DrawnStart(spec, initial_factors(spec, *methods, seed, read))
+    if isinstance(weights, FourBitFolder | QuantizedWeights):
+        raise UserError(
+            f"init_lora_weights={start.init} changes the base's weights, and {spec.base_model_name} is held in 4 bits, "
+            "where the change would be lost; leave it out, or give the model in bfloat16"
+        )
+    assert read is not None
+    principal = principal_start(spec, start.init, seed, read, dtype)
+    rest = residual_reader(read, spec, principal)
+    return DrawnStart(spec, initial_factors(spec, *methods, seed, rest, principal), principal)
 
 
 def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes: ModelSpec) -> list[ModuleLayout]:
@@ -73,9 +148,9 @@ def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes:
 
 
 def base_reader(spec: AdapterSpec, weights: WeightSource, dtype: torch.dtype) -> ReadWeight | None:
-    """Reads the base's weights by HF name, as the run computes with them, for a kind of adapter whose starting values
-    need them; None for others. dtype: of products with weights in 4 bits."""
-    if not method_of(spec.type).reads_base:
+    """Reads the base's weights by HF name, as the run computes with them, for an adapter whose start or reference needs
+    them; None for others. dtype: of products with weights in 4 bits."""
+    if not (method_of(spec.type).reads_base or spec.residual or spec.saved):
         return None
 
     def read(name: str) -> Tensor:
@@ -151,6 +226,18 @@ def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) ->
             f"{folder} was trained on another model ({found.base_model_name}), with {', '.join(differing)}; set "
             "policy.model_name to that model or choose another checkpointing.checkpoint_dir"
         )
+    if wanted.residual != found.residual:
+        theirs, ours = ("pissa", "null") if found.residual else ("null", "pissa")
+        raise UserError(
+            f"{folder} holds an adapter of a run with init_lora_weights {theirs}, and this run's is {ours}: they are "
+            "of different bases; restore the recipe's key or choose another checkpointing.checkpoint_dir"
+        )
+    if wanted.saved != found.saved:
+        theirs, ours = ([name.removesuffix(".weight") for name in spec.saved] for spec in (found, wanted))
+        raise UserError(
+            f"{folder} has modules_to_save={theirs}, and this run trains {ours} whole; restore the recipe's "
+            "modules_to_save or choose another checkpointing.checkpoint_dir"
+        )
     if wanted.type != found.type:
         raise UserError(
             f"{folder} holds an adapter of type {found.type!r}, and this run's is of type {wanted.type!r}; "
@@ -202,6 +289,17 @@ def describe_modules(spec: AdapterSpec) -> list[tuple[str, ...]]:
             f"{sum(map(spec.num_parameters, modules)):,}",
         )
         for (label, *sizes), modules in rows.items()
+    ] + _describe_saved(spec)
+
+
+def _describe_saved(spec: AdapterSpec) -> list[tuple[str, ...]]:
+    """Modules that train whole, those of one name in one row."""
+    counts: dict[str, list[int]] = {}
+    for name, shape in spec.saved.items():
+        counts.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(math.prod(shape))
+    return [
+        (f"{leaf} (whole)", f"{len(sizes)} in all", "-", "-", "-", "-", f"{sum(sizes):,}")
+        for leaf, sizes in counts.items()
     ]
 
 

@@ -22,11 +22,12 @@ def describe_plan(recipe: Recipe, loader: GroupLoader, num_ranks: int) -> list[s
         lines += _full(recipe, count_parameters(read_base(recipe.policy).shapes), num_ranks)
     else:
         spec = planned.spec
-        trainable = sum(map(spec.num_parameters, spec.modules))
+        trainable = spec.num_trainable
         base = count_parameters(spec.shapes)
         kinds = ", ".join(dict.fromkeys(module.kind for module in spec.modules))
         lines.append(
-            f"trainable: {trainable:,} parameters in {len(spec.modules)} linears ({kinds}); the base has about {base:,}"
+            f"trainable: {trainable:,} parameters in {len(spec.modules)} linears ({kinds})"
+            f"{f' and {len(spec.saved)} modules that train whole' if spec.saved else ''}; the base has about {base:,}"
         )
         lines.append(_memory(recipe, base, trainable, num_ranks))
     return [*lines, _steps(recipe, loader)]

@@ -24,6 +24,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "dora_own": {"use_dora": True, "share_a": False},
     "dora_query_value_head": {"use_dora": True, "targets": ["q_proj", "v_proj", "lm_head"], "share_a": False},
+    "saved": {"share_a": False, "modules_to_save": ["embed_tokens", "input_layernorm", "model.norm", "lm_head"]},
     "head": {"targets": [*TARGETS, "lm_head"]},
     # Of a trained model: its text stays text.
     "small": {"std": 0.01},

@@ -32,6 +32,11 @@ SP2 = TP2 | {"sequence_parallel": True}
 DORA: dict[str, Any] = {"lora_cfg": {"type": "dora"}}
 NF4: dict[str, Any] = {"quantization": "nf4", "lora_dtype": "float32"}
 RECOMPUTE = {"activation_checkpointing": True}
+SAVED: dict[str, Any] = {"lora_cfg": {"modules_to_save": ["embed_tokens", "input_layernorm", "norm", "lm_head"]}}
+PISSA: dict[str, Any] = {
+    "lora_cfg": {"init_adapter": None, "init_lora_weights": "pissa", "type": "canonical_lora", "dim": 4, "alpha": 8}
+}
+PISSA_SAVED = {"lora_cfg": PISSA["lora_cfg"] | SAVED["lora_cfg"]}
 DROPS = {"init_adapter": None, "dropout": 0.3}
 
 # name -> (world size, family, dtensor_cfg, what to do)
@@ -50,6 +55,9 @@ TRAIN: dict[str, tuple[int, str, dict[str, Any]]] = {
     "one_dora_compiled": (1, "llama3_dora", DORA | {"compile": True}),
     "one_dora_compiled_recompute": (1, "llama3_dora", DORA | {"compile": True, "activation_checkpointing": True}),
     "one_dora_recompute": (1, "qwen2_dora", DORA | {"activation_checkpointing": True}),
+    "one_saved": (1, "llama3_saved", SAVED),
+    "tp_saved": (2, "llama3_saved", TP2 | SAVED),
+    "sp_saved": (2, "llama3_saved", SP2 | SAVED),
     "dp_dora": (2, "llama3_dora", DORA),
     "tp_dora": (2, "llama3_dora", TP2 | DORA),
     "sp_dora": (2, "qwen2_dora", SP2 | DORA),
@@ -116,7 +124,7 @@ def make_policy(folder: Path, family: str, options: dict[str, Any], **changes: A
 
 def base_of(family: str) -> str:
     """The model's folder; a family may end in the kind of adapter on it."""
-    return family.removesuffix("_head").removesuffix("_dora").removesuffix("_nf4")
+    return family.removesuffix("_head").removesuffix("_dora").removesuffix("_nf4").removesuffix("_saved")
 
 
 def truth_of(family: str) -> str:
@@ -272,6 +280,17 @@ def config_sweep(folder: Path, names: list[str]) -> dict[str, Any]:
     )
 
 
+def pissa(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """`train` of an adapter of the base's residual, what is exported, and scores with and without it."""
+    policy = make_policy(folder, "llama3", options | PISSA)
+    rows = make_rows(5, 101, seed=8)
+    start = policy.score(rows)
+    found = train(policy, steps()) | {"config": policy.adapter().config, "start": start, "adapted": policy.score(rows)}
+    with policy.reference():
+        found["reference"] = policy.score(rows)
+    return found | {"merged": dict(policy.hf_weights())}
+
+
 OTHERS: dict[str, tuple[int, Any]] = {
     "resume_one": (1, lambda f: resume(f, "one", "qwen3", {"lora_cfg": DROPS})),
     "resume_full": (1, lambda f: resume(f, "full", "qwen2", {"full": True})),
@@ -290,6 +309,9 @@ OTHERS: dict[str, tuple[int, Any]] = {
     "shared_sp": (2, lambda f: shared_prefix(f, "qwen3", SP2)),
     "shared_head": (2, lambda f: shared_prefix(f, "llama3_head", TP2)),
     "shared_dp": (2, lambda f: shared_prefix(f, "llama3", {})),
+    "pissa_one": (1, lambda f: pissa(f, {})),
+    "pissa_tp": (2, lambda f: pissa(f, TP2)),
+    "resume_pissa_saved": (2, lambda f: resume(f, "pissa_saved", "llama3", TP2 | PISSA_SAVED)),
     "norms_one": (1, lambda f: cached_norms(f, "one", {"compile": True, "activation_checkpointing": True})),
     "norms_tp": (2, lambda f: cached_norms(f, "tp", TP2)),
     "resume_tp": (2, lambda f: resume(f, "tp", "qwen3", TP2)),

@@ -12,6 +12,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch import Tensor
 
+from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
@@ -168,6 +169,42 @@ def shared_prefix(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def kind(case: dict[str, Any]) -> dict[str, Any]:
+    """`train`, and what the model is then and as loaded from a checkpoint whose start is another than its own."""
+    policy = build_policy(case)
+    found: dict[str, Any] = train_steps(policy, case_rows(case["family"], case["options"]))
+    exported = policy.adapter()
+    found |= {"adapter": exported.tensors, "config": exported.config, "fingerprints": fingerprints(policy, exported)}
+    found["trained"] = _as_it_is(policy)
+    if policy.spec is not None and policy.spec.residual:
+        weights = Path(case["shared_folder"]) / f"{case['name']}_start"
+        policy.save(weights, None)
+        torch.distributed.barrier()
+        stored = read_start(weights, policy.spec)
+        start = {name: value * (1.3 if "lora_A" in name else 1.0) for name, value in stored.items()}
+        torch.distributed.barrier()
+        if policy.world.is_main:
+            write_start(weights, start)
+        torch.distributed.barrier()
+        other = build_policy(case)
+        other.load(weights, None)
+        found["other_start"] = _as_it_is(other)
+        pairs = zip(found["other_start"]["scores"], found["trained"]["scores"], strict=True)
+        found["other_start"]["far"] = max(float((mine - theirs).abs().max()) for mine, theirs in pairs)
+    return found
+
+
+def _as_it_is(policy: MegatronPolicy) -> dict[str, Any]:
+    exported, rows = policy.adapter(), scored_rows()
+    found: dict[str, Any] = {"exported": (exported.config, exported.tensors), "scores": policy.score(rows)}
+    found["merged"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
+    with policy.adapters_disabled():
+        found["base"] = policy.score(rows)
+    with policy.reference():
+        found["reference"] = policy.score(rows)
+    return found
+
+
 def cached_norms(case: dict[str, Any]) -> dict[str, Any]:
     """Scores after each change of the factors, with DoRA's norms kept and with norms of each forward pass."""
     found = {}
@@ -186,4 +223,5 @@ CHECKS = {
     "start": start,
     "checkpoint": checkpoint,
     "cached_norms": cached_norms,
+    "kind": kind,
 }

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter
+from megatron_lora.conversion.export import write_peft_folder
 from megatron_lora.lora.peft_format import to_hf
 from tests.distributed.dtensor_worker import OTHERS, TRAIN, adam_eps, learning_rate, steps, truth_of
 from tests.support.cached_norms import assert_never_stale
@@ -22,7 +23,16 @@ from tests.support.four_bit import save_dequantized
 from tests.support.grouped import assert_same_numbers
 from tests.support.launch import chosen
 from tests.support.models import save_model
-from tests.support.reference import TARGETS, cut_logits, make_rows, of_targets, save_adapter, token_logps, train
+from tests.support.reference import (
+    TARGETS,
+    changes_of,
+    cut_logits,
+    make_rows,
+    of_targets,
+    save_adapter,
+    token_logps,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
@@ -30,7 +40,16 @@ FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
 
 
 # Compiling, peft's own DoRA and all fields of all configs take a minute each.
-SLOW = {"one_dora_compiled", "one_dora_compiled_recompute", "one_dora_peft_forward", "norms_one", "config_sweep_all"}
+SLOW = {
+    "one_saved",
+    "sp_saved",
+    "pissa_one",
+    "one_dora_compiled",
+    "one_dora_compiled_recompute",
+    "one_dora_peft_forward",
+    "norms_one",
+    "config_sweep_all",
+}
 
 
 def named(cases: dict[str, Any], start: str = "") -> list[Any]:
@@ -56,6 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_dequantized(even, folder / truth_of("qwen3_even_nf4"))
     save_adapter(even, folder / "qwen3_even_nf4_adapter")
     save_adapter(even, folder / "qwen3_even_nf4_dora_adapter", use_dora=True)
+    modules = ["embed_tokens", "input_layernorm", "model.norm", "lm_head"]
+    save_adapter(folder / "llama3", folder / "llama3_saved_adapter", modules_to_save=modules)
     _save_unlike_adapter(folder / "llama3", folder / "unlike_adapter")
     return folder
 
@@ -209,6 +230,30 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
         assert set(got["merged"]) == set(merged)
         for key, value in merged.items():
             torch.testing.assert_close(got["merged"][key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", named(OTHERS, "pissa"))
+def test_an_adapter_of_the_residual_is_pefts_own(runs: Runs, folder: Path, name: str, tmp_path: Path) -> None:
+    fresh = {"init_lora_weights": "pissa"}
+    wanted = train(folder / "llama3", None, steps(), lr=learning_rate("llama3", False), share_a=False, fresh=fresh)
+    rows = make_rows(5, 101, seed=8)
+    for number, got in enumerate(runs[name]):
+        assert max(relative_differences(got["losses"], wanted.losses)) < TOLERANCE
+        assert max(relative_differences(got["grad_norms"], wanted.grad_norms)) < TOLERANCE
+        assert largest_difference(changes_of(got["config"], got["weights"]), wanted.adapter) < 10 * TOLERANCE
+        assert all(in_modules == exported for in_modules, exported in got["fingerprints"])
+        base: Any = AutoModelForCausalLM.from_pretrained(folder / "llama3", attn_implementation="eager")
+        merged: Any = AutoModelForCausalLM.from_pretrained(folder / "llama3", attn_implementation="eager")
+        merged.load_state_dict(got["merged"])
+        write_peft_folder(tmp_path / str(number), got["config"], got["weights"])
+        with torch.no_grad():
+            for row, start, reference in zip(rows, got["start"], got["reference"], strict=True):
+                assert (token_logps(base, row) - start[1:]).abs().max() < TOLERANCE
+                assert torch.equal(start, reference)
+            adapted = PeftModel.from_pretrained(base, tmp_path / str(number))
+            for row, scores in zip(rows, got["adapted"], strict=True):
+                assert (token_logps(adapted, row) - scores[1:]).abs().max() < TOLERANCE
+                assert (token_logps(merged, row) - scores[1:]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", named(OTHERS, "norms"))

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.timeout(2700)
 TOLERANCE = 1e-5
 WHOLE_OPTIMIZER = {"optimizer": {"use_distributed_optimizer": False}}
 DORA = {"peft": {"type": "dora", "lora_plus_ratio": 4.0}}
+PISSA = {"peft": {"init_lora_weights": "pissa"}}
+SAVED = {"peft": {"modules_to_save": ["embed_tokens", "input_layernorm", "norm", "lm_head"]}}
 DROPOUT = {"peft": {"dropout": 0.2}}
 
 
@@ -35,6 +37,8 @@ SAME = [
     case("pp", 2, PP, {"dp": {}, "sp": SP}),
     case("head", 2, TP, {"dp": {}, "pp": PP}, adapter="head"),
     case("dora_lora_plus", 2, TP | DORA, {"dp": DORA, "pp": PP | DORA}, adapter="dora"),
+    case("pissa", 2, TP | PISSA, {"dp": PISSA, "pp": PP | PISSA}, adapter="drawn"),
+    case("saved", 2, TP | SAVED, {"dp": SAVED, "pp": PP | SAVED}, adapter="saved"),
     case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
     case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}}),
     case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="attention"),

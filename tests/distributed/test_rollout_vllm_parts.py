@@ -123,6 +123,11 @@ def test_an_adapter_that_vllm_cannot_serve_is_merged() -> None:
         hands_over_adapter(dora, world(1))
     dora.generation.refit = "auto"
     assert not hands_over_adapter(dora, world(1))
+    dora.megatron_cfg.peft.type, dora.megatron_cfg.peft.modules_to_save = "lora", ["norm"]
+    assert not hands_over_adapter(dora, world(1))
+    dora.generation.refit = "adapter"
+    with pytest.raises(UserError, match="refit=adapter, but vLLM serves no modules_to_save with an adapter"):
+        hands_over_adapter(dora, world(1))
 
 
 def test_rank_above_max_lora_rank() -> None:

@@ -34,18 +34,25 @@ def save_adapter(
     share_a: bool = True,
     std: float = 0.1,
     use_dora: bool = False,
+    modules_to_save: list[str] | None = None,
 ) -> Path:
     """An HF PEFT adapter, B away from zero, and DoRA's magnitudes from the norms. share_a: q, k, v have one A and gate,
-    up another; else each its own. std: of the factors' entries."""
+    up another; else each its own. std: of the factors' entries. modules_to_save: trained whole, not as in
+    the base."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=targets or TARGETS, task_type="CAUSAL_LM", use_dora=use_dora
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=targets or TARGETS,
+        task_type="CAUSAL_LM",
+        use_dora=use_dora,
+        modules_to_save=modules_to_save,
     )
     model = get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "magnitude" in name:
+            if "magnitude" in name or ".modules_to_save." in name:
                 parameter.mul_(1 + torch.randn_like(parameter) * 0.1)
             elif "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * std)
@@ -102,13 +109,18 @@ def train(
     share_a: bool = True,
     lora_plus_ratio: float = 1.0,
     eps: float = 1e-8,
+    fresh: dict[str, Any] | None = None,
 ) -> Training:
     """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder.
 
     share_a: q, k, v train one A and gate, up another, as a fused adapter does; else each its own, as peft does.
-    lora_plus_ratio: B's learning rate over lr.
+    lora_plus_ratio: B's learning rate over lr. fresh: settings of peft for an adapter that it starts itself.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
+    if fresh is not None:
+        settings: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(**settings | fresh))
+        started = {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
     if adapter_folder is not None:
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
         if share_a:
@@ -133,11 +145,40 @@ def train(
         losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
         optimizer.step()
-    wanted = "lora_" if adapter_folder is not None else ""
+    if fresh is not None:
+        return Training(losses, norms, _changes(model, started))
+    wanted = ("lora_", ".modules_to_save.") if adapter_folder is not None else ("",)
     # Files hold a tied head once, and a shared A under the name of each of its linears.
     named = model.named_parameters(remove_duplicate=adapter_folder is None)
-    state = {_stored(name): value.detach().clone() for name, value in named if wanted in name}
+    state = {_stored(name): value.detach().clone() for name, value in named if any(w in name for w in wanted)}
     return Training(losses, norms, state)
+
+
+def _changes(model: Any, started: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By linear, what training has added to s B A, and the trained copies of whole modules under their own names."""
+    changes = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            now, before = (
+                source[f"{name}.lora_B.default.weight"] @ source[f"{name}.lora_A.default.weight"]
+                for source in (dict(model.named_parameters()), started)
+            )
+            changes[name] = (module.scaling["default"] * (now - before)).detach()
+    saved = {
+        name.replace(".modules_to_save.default.", "."): value.detach().clone()
+        for name, value in model.named_parameters()
+        if ".modules_to_save." in name
+    }
+    return changes | saved
+
+
+def changes_of(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same of an exported adapter (without patterns)."""
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    end = ".lora_A.weight"
+    names = [name.removesuffix(end) for name in tensors if name.endswith(end)]
+    changes = {name: scale * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}{end}"]) for name in names}
+    return changes | {name: value for name, value in tensors.items() if ".lora_" not in name}
 
 
 def cut_logits(logits: torch.Tensor, targets: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -155,4 +196,8 @@ def of_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _stored(name: str) -> str:
     """A parameter's name in a PEFT file."""
-    return name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
+    return (
+        name.replace(".modules_to_save.default", "")
+        .replace(".default", "")
+        .replace("magnitude_vector.weight", "magnitude_vector")
+    )

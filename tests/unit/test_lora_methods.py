@@ -177,6 +177,7 @@ def test_dora_starts_at_the_norms_of_base_and_update() -> None:
         ({"type": "dora", "a2a_experimental": True}, "a2a_experimental"),
         ({"lora_plus_ratio": 0.5}, "lora_plus_ratio"),
         ({"type": "lokr"}, "canonical_lora"),
+        ({"bias": "lora_only"}, "trained biases are not there"),
     ],
 )
 def test_what_a_kind_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.distributed as dist
 from peft.tuners.lora import Linear as PeftLoraLinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -20,13 +19,12 @@ from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
-from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelSpec
-from megatron_lora.lora.methods import AdapterMethod, ReadWeight, method_of
+from megatron_lora.lora.methods import AdapterMethod, method_of
 from megatron_lora.lora.peft_config import FLAG_OF_TYPE
-from megatron_lora.lora.peft_format import hf_name, peft_name, to_hf
-from megatron_lora.policy.adapter_start import base_reader, starting_adapter
-from megatron_lora.policy.checksums import Pieces, checksum, join_ranks, to_numbers
+from megatron_lora.lora.peft_format import PREFIX, hf_name, peft_name, to_hf
+from megatron_lora.policy.adapter_start import DrawnStart, base_reader, draw_start, starting_adapter
+from megatron_lora.policy.checksums import Pieces, checksum
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear
 
 ADAPTER_NAME = "default"
@@ -37,10 +35,14 @@ _WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
 class Start:
     """What a run adapts, and with which values. tensors: PEFT names -> whole factors on the CPU."""
 
-    spec: AdapterSpec
+    drawn: DrawnStart
     peft_config: dict[str, Any]
     tensors: dict[str, Tensor]
     notices: list[str]
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.drawn.spec
 
 
 def start(
@@ -52,15 +54,16 @@ def start(
     Raises UserError for a pattern that fits nothing, or a folder that does not fit the base.
     """
     found = starting_adapter(config, shapes, model_name)
-    read = base_reader(found.spec, weights, dtype)
-    fused = dict(found.tensors) if found.tensors is not None else _draw(found.spec, config, seed, read)
+    drawn = draw_start(found, (config.lora_A_init, "zero"), seed, torch.float32, weights, dtype)
+    fused = {
+        f"{module.name}.{name}": value for module in found.spec.modules for name, value in drawn.factors(module).items()
+    }
+    if found.spec.saved:
+        read = base_reader(found.spec, weights, dtype)
+        assert read is not None
+        fused |= {name: drawn.saved[name] if drawn.saved else read(name) for name in found.spec.saved}
     peft_config, tensors = to_hf(found.spec, fused)
-    return Start(found.spec, peft_config, tensors, found.notices)
-
-
-def _draw(spec: AdapterSpec, config: LoraConfig, seed: int, read: ReadWeight | None) -> dict[str, Tensor]:
-    draw = initial_factors(spec, config.lora_A_init, "zero", seed, read)
-    return {f"{module.name}.{name}": value for module in spec.modules for name, value in draw(module).items()}
+    return Start(drawn, peft_config, tensors, found.notices)
 
 
 def factor_of(parameter: str) -> Factor | None:
@@ -88,6 +91,15 @@ class AdaptedLinear(PeftLoraLinear):
     def factors(self) -> dict[FactorKey, nn.Parameter]:
         """This linear's factors, in the order of the method's table."""
         return {factor.key: self._parameter(factor) for factor in self.method.factors}
+
+    @property
+    def enabled(self) -> bool:
+        return not self._disable_adapters
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        # Not peft's own switch, which also changes what trains.
+        self._disable_adapters = not value
 
     def _parameter(self, factor: Factor) -> nn.Parameter:
         holder: Any = getattr(self, factor.peft_name.partition(".")[0])
@@ -199,7 +211,9 @@ def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, t
     wanted = peft.LoraConfig.__dataclass_fields__
     kinds = FLAG_OF_TYPE.values()  # peft would add a kind's own factors and product: both are ours
     settings = {key: value for key, value in start.peft_config.items() if key in wanted and key not in kinds}
-    peft_config = peft.LoraConfig(**{**settings, "lora_dropout": 0.0, "inference_mode": False})
+    # What trains whole is no second copy here, as it is in peft.
+    ours = {"lora_dropout": 0.0, "inference_mode": False, "modules_to_save": None}
+    peft_config = peft.LoraConfig(**{**settings, **ours})
     peft_config._register_custom_module({nn.Linear: AdaptedLinear})
     model.requires_grad_(False)
     peft.inject_adapter_in_model(peft_config, model, ADAPTER_NAME, low_cpu_mem_usage=True)  # type: ignore[arg-type]
@@ -209,6 +223,13 @@ def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, t
         module.keeps_derived = config.dora_cached_norms
         _add_own_factors(module, start.tensors[peft_name(name, FACTORS["B"])].shape[0])
     tie_shared_factors(model, start.spec)
+    for parameter in saved_parameters(model, start.spec).values():
+        parameter.requires_grad_(True)
+
+
+def saved_parameters(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:
+    """HF tensor name -> parameter of what trains whole beside the adapters."""
+    return {name: model.get_parameter(name) for name in spec.saved}
 
 
 def _add_own_factors(linear: AdaptedLinear, outputs: int) -> None:
@@ -237,10 +258,18 @@ def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
 
 
 def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(PEFT tensor name, parameter) of every factor; an A that linears share comes once for each."""
+    """(PEFT tensor name, parameter) of every factor, an A that linears share once for each; then of what trains
+    whole."""
     for name, linear in adapted_linears(model).items():
         for key, parameter in linear.factors.items():
             yield peft_name(name, FACTORS[key]), parameter
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not _is_factor(name):
+            yield f"{PREFIX}{name}", parameter
+
+
+def _is_factor(name: str) -> bool:
+    return any(f".{factor.peft_name.partition('.')[0]}" in name for factor in FACTORS.values())
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
@@ -248,17 +277,15 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
     return {name: full_tensor(parameter).cpu() for name, parameter in peft_tensors(model)}
 
 
-def checksums(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """See `Policy.adapter_checksums`."""
+def checksum_pieces(model: nn.Module, dtype: torch.dtype) -> Pieces:
+    """See `Policy.adapter_checksums`: every rank gives all of it."""
     pieces: Pieces = {}
     for name, linear in adapted_linears(model).items():
         a, b = (full_tensor(linear.factors[factor.key]) for factor in (A, B))
         scaled_b = b.float() * linear.scaling[ADAPTER_NAME]
         pieces[peft_name(name, A), 0, 0] = checksum(a.to(dtype))
         pieces[peft_name(name, B), 0, 0] = checksum(scaled_b.to(dtype))
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, to_numbers(pieces))
-    return join_ranks(everyone)
+    return pieces
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -273,12 +300,6 @@ def full_tensor(parameter: Tensor) -> Tensor:
         # FSDP has cut TP's slices: they are put together first.
         value = value.redistribute(placements=[Replicate(), value.placements[1]])
     return value.full_tensor()
-
-
-def set_enabled(model: nn.Module, enabled: bool) -> None:
-    # Not peft's own switch, which also changes what trains.
-    for linear in adapted_linears(model).values():
-        linear._disable_adapters = not enabled
 
 
 def factors_changed(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from megatron_lora.conversion.experts import fused_tensors, read_fused
 from megatron_lora.conversion.hf_model import build_empty
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.model_spec import LinearSpec
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.dtensor import adapter, attention
@@ -31,12 +32,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass
 class BaseModel:
     """root: what is called, FSDP's root. hf: the transformers model in it. summed: parameters whose gradients are
-    partial sums over TP. start: the adapter, None in full fine-tuning."""
+    partial sums over TP. weights: the base's, as the run holds them. start: the adapter, None in full fine-tuning."""
 
     root: PolicyModule
     hf: Any
     shapes: ModelSpec
     mesh: DeviceMesh
+    weights: WeightSource
     start: adapter.Start | None
     summed: list[nn.Parameter]
     notices: list[str] = field(default_factory=list)
@@ -67,8 +69,11 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     root = PolicyModule(hf, policy, mesh["tp"], shapes, model.final_softcap)
     values = start.tensors if start is not None else {}
-    summed = _fill_and_shard(root, _Source(weights, values, policy, world, fused_tensors(shapes)), plan, mesh, policy)
-    return BaseModel(root, hf, shapes, mesh, start, summed, notices)
+    changed = start.drawn.changed_base if start is not None else None
+    read = weights.read if changed is None else changed(weights.read)
+    source = _Source(weights, read, values, policy, world, fused_tensors(shapes))
+    summed = _fill_and_shard(root, source, plan, mesh, policy)
+    return BaseModel(root, hf, shapes, mesh, weights, start, summed, notices)
 
 
 def _fused_notices(policy: PolicyConfig, world: World) -> list[str]:
@@ -83,10 +88,11 @@ def _fused_notices(policy: PolicyConfig, world: World) -> list[str]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a parameter's whole value comes from: the base's files, or the starting adapter. fused: tensors of all
-    experts, which the files hold one by one."""
+    """Where a parameter's whole value comes from: the base's files (what the model is to hold of them), or the starting
+    adapter. fused: tensors of all experts, which the files hold one by one."""
 
     weights: WeightSource
+    read_base: ReadWeight
     factors: Mapping[str, Tensor]
     policy: PolicyConfig
     world: World
@@ -100,9 +106,9 @@ class _Source:
             return self.factors[f"{PREFIX}{full}"].to(self.world.device, torch.float32)
         stored = name.replace(".base_layer.", ".")
         if stored in self.fused:
-            value = read_fused(*self.fused[stored], self.weights.read)
+            value = read_fused(*self.fused[stored], self.read_base)
         else:
-            value = self.weights.read(stored)
+            value = self.read_base(stored)
         assert value.shape == shape, f"{stored}: {tuple(value.shape)} for {tuple(shape)}"
         # In full fine-tuning FSDP keeps the weights in fp32 and casts what it gathers.
         dtype = DTYPES[self.policy.precision] if self.factors else torch.float32

@@ -7,13 +7,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_dtensor import TorchSchedulerConfig
 from megatron_lora.errors import UserError
+from megatron_lora.policy.backend import local_part
 
 
 class Schedule(Protocol):
@@ -167,11 +168,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: float, max_norm: fl
 
 def _split_over_tp(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 2 and parameter.placements[1].is_shard()
-
-
-def local_part(value: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _build(path: str | None, section: str, *args: Any, **kwargs: Any) -> Any:

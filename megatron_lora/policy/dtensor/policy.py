@@ -1,10 +1,9 @@
 """The DTensor backend behind `Policy`: transformers + peft + FSDP2, with tensor parallelism."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,38 +12,39 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.experts import split_fused
-from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, FactorKey
+from megatron_lora.data.batch import MicroBatch
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, FactorKey
 from megatron_lora.lora.merge import WeightUpdate
+from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.peft_format import fuse, to_hf
 from megatron_lora.objectives.base import Objective
-from megatron_lora.policy.adapter_start import describe_modules
-from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
+from megatron_lora.policy.adapter_start import base_reader, check_same_adapter
+from megatron_lora.policy.backend import BackendPolicy, local_part
+from megatron_lora.policy.batching import BatchingOptions, Groups
+from megatron_lora.policy.checksums import Pieces
 from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
-from megatron_lora.policy.dtensor.model import build_model
-from megatron_lora.policy.frozen_start import FrozenStart
+from megatron_lora.policy.dtensor.model import DTYPES, build_model
 from megatron_lora.policy.interface import (
     AdapterTensors,
     NonFiniteLoss,
     PendingSave,
-    Policy,
     StepResult,
-    check_scores,
 )
-from megatron_lora.policy.scores import collect_rows
 from megatron_lora.runtime.activity import tick
+from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
 
 
-class DTensorPolicy(Policy):
+class DTensorPolicy(BackendPolicy):
     """A transformers model in the recipe's layout, its adapters (or all of it), and a torch optimizer.
 
     num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. keeps_start: whether
     full fine-tuning keeps its starting weights, for `reference()`. notices: what the user should know of how the recipe
     was read.
     """
+
+    a_init_key = "lora_A_init"
 
     def __init__(
         self,
@@ -63,6 +63,9 @@ class DTensorPolicy(Policy):
         self.mesh = self.base.mesh
         self.spec: AdapterSpec | None = self.base.start.spec if self.base.start is not None else None
         self.notices = self.base.notices
+        if self.base.start is not None and self.base.start.drawn.principal is not None:
+            drawn = self.base.start.drawn
+            self._principal = drawn.principal_of([module.name for module in drawn.spec.modules])
         self.unshared_reason = "policy.shared_prefix=false" if policy.shared_prefix is False else None
         self.names: dict[nn.Parameter, str] = {p: name for name, p in self.base.hf.named_parameters()}
         self.trained = [parameter for parameter in self.names if parameter.requires_grad]
@@ -74,10 +77,9 @@ class DTensorPolicy(Policy):
             total_multiple=math.lcm(policy.make_sequence_length_divisible_by, multiple),
             shares_prefixes=policy.shared_prefix is not False,
         )
-        self._gradients_checked = self.spec is None
-        keeps = keeps_start if self.spec is None else policy.reference_is_starting_adapter
-        on_cpu = self.spec is None and policy.reference_weights == "cpu"
-        self._start = FrozenStart(self._trained_parts(), on_cpu=on_cpu) if keeps else None
+        if self.spec is not None:
+            self._read_base = base_reader(self.spec, self.base.weights, DTYPES[policy.precision])
+        self._remember_start(keeps_start)
 
     def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
         rows = [row for group in groups for row in group]
@@ -108,106 +110,81 @@ class DTensorPolicy(Policy):
             logps=self._collect([kept], share, groups)[0] if kept is not None else None,
         )
 
-    def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
-        share = self._divide(groups, "evaluation")
-        rows = [row for group in groups for row in group]
-        with self._evaluating():
-            return self._run(share.batches, objective, objective.count(rows), training=False)
+    @property
+    def _linears(self) -> Mapping[str, adapter.AdaptedLinear]:
+        return adapter.adapted_linears(self.base.hf)
 
-    def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        return self._score(rows, [nullcontext()])[0]
+    def _trained(self) -> list[nn.Parameter]:
+        return self.trained
 
-    def score_with_reference(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
-        policy, reference = self._score(rows, [nullcontext(), self.reference()])
-        return policy, reference
+    def _saved_parameters(self) -> Mapping[str, nn.Parameter]:
+        return {} if self.spec is None else adapter.saved_parameters(self.base.hf, self.spec)
 
-    def _score(self, rows: Sequence[Row], passes: Sequence[AbstractContextManager[None]]) -> list[list[Tensor]]:
-        """The rows' log-probabilities within each of the contexts."""
-        groups = [[row] for row in rows]
-        share = self._divide(groups, "scoring", num_passes=len(passes))
-        batches = [batch.to(self.world.device) for batch in share.batches]
-        logps = []
-        for state in passes:
-            with self._evaluating(), state:
-                logps.append([self.root(batch) for batch in batches])
-        scores = self._collect(logps, share, groups)
-        for values in scores:
-            check_scores(rows, values)
-        return scores
+    @torch.no_grad()
+    def _put_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._saved_parameters().items():
+            checkpoint.put(parameter, tensors[name])
 
-    def _collect(self, passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups) -> list[list[Tensor]]:
-        return collect_rows(passes, share, groups, self.mesh["dp"].get_group())
+    @property
+    def _head_owner(self) -> Any:
+        return self.root
 
-    @contextmanager
-    def adapters_disabled(self) -> Iterator[None]:
-        if self.spec is None:
-            raise ValueError("full fine-tuning has no adapters to disable")
-        try:
-            adapter.set_enabled(self.base.hf, False)
-            yield
-        finally:
-            adapter.set_enabled(self.base.hf, True)
+    @property
+    def _data_parallel_group(self) -> Any:
+        return self.mesh["dp"].get_group()
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        if self._start is None:
-            with self.adapters_disabled():
-                yield
-            return
-        self._drop_gathered()
-        try:
-            with self._start.put_back(self._trained_parts()):
-                yield
-        finally:
-            self._drop_gathered()
+    def _evaluate(
+        self, batches: Sequence[MicroBatch], objective: Objective, count: float
+    ) -> tuple[float, dict[str, float]]:
+        return self._run(batches, objective, count, training=False)
 
-    def _trained_parts(self) -> list[Tensor]:
-        """What this rank holds of everything that trains."""
-        return [optim.local_part(parameter.detach()) for parameter in self.trained]
+    def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        return [self.root(batch) for batch in batches]
 
-    def _drop_gathered(self) -> None:
-        """Forget what follows from the parameters' former values: whole ones that FSDP has kept since the last forward
-        pass, and what adapters derive."""
+    def _set_training(self, training: bool) -> None:
+        self.root.train(training)
+
+    def _values_changed(self) -> None:
+        """Whole parameters that FSDP has kept since the last forward pass, and what adapters derive."""
         adapter.factors_changed(self.base.hf)
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def at_reference(self) -> bool:
-        parts = self._trained_parts()
-        if self._start is not None:
-            changed = torch.tensor([not self._start.equals(parts)], device=self.world.device).int()
-            dist.all_reduce(changed, op=dist.ReduceOp.MAX)
-            return not bool(changed.any())
-        if self.spec is None:
-            raise ValueError("full fine-tuning kept no copy of where it started")
+    def _adds_nothing(self) -> bool:
         # Ranks hold shards of every factor: only together can they say that one is zero.
         place = {parameter: number for number, parameter in enumerate(self.trained)}
+        parts = [local_part(parameter.detach()) for parameter in self.trained]
         nonzero = torch.stack([part.any() for part in parts]).to(self.world.device, torch.int32)
         dist.all_reduce(nonzero, op=dist.ReduceOp.MAX)
         flags = nonzero.tolist()
-        linears = adapter.adapted_linears(self.base.hf).values()
+        linears = self._linears.values()
         return all(any(not flags[place[linear.factors[key]]] for key in linear.method.vanishing) for linear in linears)
 
-    @contextmanager
-    def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> Iterator[None]:
-        before = self.root.head
-        try:
-            self.root.head = replace(before, temperature=temperature, top_k=top_k, top_p=top_p)
-            yield
-        finally:
-            self.root.head = before
+    def _has_gradient(self, linear: adapter.AdaptedLinear) -> bool:
+        return any(
+            parameter.grad is not None and bool(local_part(parameter.grad).any())
+            for parameter in linear.factors.values()
+        )
 
     def adapter(self) -> AdapterTensors:
-        if self.spec is None:
-            raise ValueError("full fine-tuning has no adapter")
-        config, tensors = to_hf(self.spec, fuse(adapter.gather(self.base.hf), self.spec))
+        spec = self._needs_adapter("full fine-tuning has no adapter")
+        config, tensors = to_hf(*self._against_the_base(fuse(adapter.gather(self.base.hf), spec)))
         return AdapterTensors(config=config, tensors=tensors)
 
-    def adapter_checksums(self, dtype: torch.dtype) -> dict[str, int]:
-        if self.spec is None:
-            raise ValueError("full fine-tuning has no adapter")
-        return adapter.checksums(self.base.hf, dtype)
+    def _checksum_pieces(self, dtype: torch.dtype) -> Pieces:
+        return adapter.checksum_pieces(self.base.hf, dtype)
+
+    @torch.no_grad()
+    def _put_principal(self, start: Mapping[str, Tensor], read: ReadWeight) -> None:
+        spec = self._needs_adapter("")
+        whole = fuse(adapter.gather(self.base.hf), spec) | dict(start)
+        tensors = to_hf(spec, whole)[1]
+        for name, parameter in adapter.peft_tensors(self.base.hf):
+            checkpoint.put(parameter, tensors[name])
+        for name, linear in self._linears.items():
+            checkpoint.put(linear.base_layer.weight, read(f"{name}.weight"))  # type: ignore[arg-type]
+        self._values_changed()
 
     @property
     def base_is_rounded(self) -> bool:
@@ -242,6 +219,9 @@ class DTensorPolicy(Policy):
         # Written when this returns, whether asked for in the background or not: adapters are small.
         if self.spec is not None:
             checkpoint.save_adapter(self.base.hf, self.spec, weights, self.world)
+            with same_on_every_rank(self.world.size):
+                if self.world.is_main:
+                    self._save_principal(weights)
         else:
             checkpoint.save_model(self._parameters(), weights)
         if optimizer is not None:
@@ -250,8 +230,10 @@ class DTensorPolicy(Policy):
         return None
 
     def load(self, weights: Path, optimizer: Path | None) -> None:
-        self._drop_gathered()
+        self._values_changed()
         if self.spec is not None:
+            check_same_adapter(self.spec, AdapterSpec.load(weights / ADAPTER_FILE), weights)
+            self._load_principal(weights)
             checkpoint.load_adapter(self.base.hf, self.spec, weights)
         elif megatron_checkpoint.is_whole_model(weights):
             megatron_checkpoint.load_whole_model(self._parameters(), self.base.shapes, weights)
@@ -271,9 +253,6 @@ class DTensorPolicy(Policy):
         four_bit = four_bit_linears(self.base.hf).values()
         held = sum(linear.in_features * linear.out_features for linear in four_bit)
         return sum(p.numel() for p in self.trained), sum(p.numel() for p in self.names) + held
-
-    def describe_adapters(self) -> list[tuple[str, ...]]:
-        return describe_modules(self.spec) if self.spec is not None else []
 
     def _run(
         self,
@@ -317,51 +296,5 @@ class DTensorPolicy(Policy):
         dist.all_gather_object(everyone, mine)
         return sorted({row for rows in everyone for row in rows if row >= 0})
 
-    def _lora_plus_rate(self, value: float) -> dict[str, float]:
-        return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
-
-    def _divide(self, groups: Groups, purpose: Purpose, *, num_passes: int = 1) -> Share:
-        world = self.world
-        share = divide(
-            groups,
-            self.config,
-            self.batching,
-            dp_size=world.dp,
-            dp_rank=world.dp_rank,
-            purpose=purpose,
-        )
-        self.model_tokens += num_passes * share.num_tokens
-        return share
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self.root.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.root.train()
-
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for parameter, name in self.names.items()}
-
-    def _check_gradients(self) -> None:
-        """After the first backward every adapter must have had a gradient somewhere; name those that had none."""
-        self._gradients_checked = True
-        linears = adapter.adapted_linears(self.base.hf)
-        flags = torch.tensor([float(_has_gradient(linear)) for linear in linears.values()], device=self.world.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        without = [name for name, flag in zip(linears, flags.tolist(), strict=True) if not flag]
-        if without:
-            raise UserError(
-                f"after the first step {len(without)} adapters had no gradient: {', '.join(without[:8])}"
-                f"{', ...' if len(without) > 8 else ''}; with both factors at zero nothing trains: "
-                "set lora_A_init to xavier"
-            )
-
-
-def _has_gradient(linear: adapter.AdaptedLinear) -> bool:
-    return any(
-        parameter.grad is not None and bool(optim.local_part(parameter.grad).any())
-        for parameter in linear.factors.values()
-    )

@@ -1,25 +1,21 @@
 """Checksums of the adapter as it lies in the modules, under Hugging Face names, without gathering anything."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_lora.lora.layout import A, B, ModelSpec, rows_of_part, segments_of
 from megatron_lora.lora.linear import HeldFactor, LoRALinear
 from megatron_lora.lora.peft_format import block_of, hf_name, peft_name
-from megatron_lora.policy.checksums import Pieces, checksum, join_ranks, to_numbers
+from megatron_lora.policy.checksums import Pieces, checksum
 
 
-def adapter_checksums(adapted: Sequence[LoRALinear], shapes: ModelSpec, dtype: torch.dtype) -> dict[str, int]:
-    """See `Policy.adapter_checksums`. adapted: this rank's linears. Collective over all ranks."""
+def adapter_pieces(adapted: Sequence[LoRALinear], shapes: ModelSpec, dtype: torch.dtype) -> Pieces:
+    """This rank's part of `Policy.adapter_checksums`. adapted: this rank's linears."""
     pieces: Pieces = {}
     for linear in adapted:
         pieces |= _linear_pieces(linear, shapes, dtype)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, to_numbers(pieces))
-    return join_ranks(everyone)
+    return pieces
 
 
 def _linear_pieces(linear: LoRALinear, shapes: ModelSpec, dtype: torch.dtype) -> Pieces:

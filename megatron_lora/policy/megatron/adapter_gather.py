@@ -23,7 +23,7 @@ def gather_adapter(adapted: Sequence[LoRALinear], spec: AdapterSpec) -> dict[str
                 kind, key = linear.layout.kind, held.factor.key
                 value = unshard(_gather(value, linear), key, kind, spec.shapes, a2a=linear.all_to_all)
             mine[f"{linear.layout.name}.{held.factor.name}"] = value.cpu()
-    return _over_pipeline(mine)
+    return over_pipeline(mine)
 
 
 def _gather(value: Tensor, linear: LoRALinear) -> list[Tensor]:
@@ -34,7 +34,8 @@ def _gather(value: Tensor, linear: LoRALinear) -> list[Tensor]:
     return shards
 
 
-def _over_pipeline(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+def over_pipeline(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The stages' tensors together, on every rank."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return mine
     group: Any = parallel_state.get_pipeline_model_parallel_group()

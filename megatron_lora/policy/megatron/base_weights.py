@@ -1,7 +1,7 @@
 """A base's Hugging Face tensors into this rank's part of a Megatron model."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_lora.lora.four_bit import FourBitWeight
 from megatron_lora.lora.frozen_linear import FrozenColumnParallelLinear, FrozenLinear, FrozenRowParallelLinear
 from megatron_lora.lora.inject import global_linears
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.policy.quantization import local_matrix
 from megatron_lora.runtime.world import World
 
@@ -113,23 +114,32 @@ def _with_expert(name: str, first: int) -> str:
 
 
 @torch.no_grad()
-def load_base_weights(chunks: Sequence[GPTModel], weights: WeightSource, shapes: ModelSpec, world: World) -> None:
-    """Fill every parameter of the chunks, a fused tensor at a time. No communication: each rank reads what it needs."""
+def load_base_weights(
+    chunks: Sequence[GPTModel],
+    read: ReadWeight,
+    shapes: ModelSpec,
+    world: World,
+    only: Collection[str] | None = None,
+) -> None:
+    """Fill every parameter of the chunks, or those of the names `only`, a fused tensor at a time. No communication:
+    each rank reads what it needs. read: whole tensors by HF name."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
     for chunk in chunks:
         for name, value in global_names(chunk, first_expert(shapes, world)).items():
             if value.numel() == 0:
                 continue  # Transformer Engine's stand-in for a bias that is not there
+            if only is not None and name not in only:
+                continue
             entry = table.get(name)
             if entry is None and name == "output_layer.weight":
                 # A later pipeline stage's copy of the tied embedding.
                 entry = table[EMBEDDING]
             assert entry is not None, f"no HF tensor is known for {name}"
-            value.copy_(_local(entry, value, weights, shapes, world))
+            value.copy_(_local(entry, value, read, shapes, world))
 
 
-def _local(entry: ModelParameter, value: Tensor, weights: WeightSource, shapes: ModelSpec, world: World) -> Tensor:
-    parts = [weights.read(name).to(value.dtype) for name in entry.hf_names]
+def _local(entry: ModelParameter, value: Tensor, read: ReadWeight, shapes: ModelSpec, world: World) -> Tensor:
+    parts = [read(name).to(value.dtype) for name in entry.hf_names]
     rank, size = (world.tp_rank, world.tp) if entry.expert is None else (world.etp_rank, world.etp)
     local = shard_parameter(entry, fuse(entry, parts, shapes), rank, size, value.shape[0], shapes)
     assert local.shape == value.shape, f"{entry.name}: {tuple(local.shape)} for {tuple(value.shape)}"

@@ -1,6 +1,6 @@
 """A Megatron-Core model of a Hugging Face base: the only file that touches layer specs and provider settings."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -13,10 +13,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.hf_model import HFModel
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
@@ -60,15 +62,21 @@ class BaseModel:
         return bool(self.chunks[-1].post_process)
 
 
-def build_base(policy: PolicyConfig, world: World) -> BaseModel:
-    """Build the base in the recipe's layout and load its Hugging Face weights.
+def build_base(
+    policy: PolicyConfig,
+    world: World,
+    opened: tuple[HFModel, WeightSource] | None = None,
+    changed: Callable[[ReadWeight], ReadWeight] | None = None,
+) -> BaseModel:
+    """Build the base in the recipe's layout and load its Hugging Face weights. opened: the base as `open_base` gives
+    it, if it is open already. changed: what the model holds in the weights' place, given how they are read.
 
     Raises UserError for an architecture that megatron-bridge lacks, and for weights that are not this model's.
     """
     import_bridge()
     from megatron.bridge import AutoBridge
 
-    model, weights = open_base(policy)
+    model, weights = opened or open_base(policy)
     four_bit = isinstance(weights, FourBitSource)
     with _bridge_errors(policy.model_name):
         provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
@@ -98,7 +106,7 @@ def build_base(policy: PolicyConfig, world: World) -> BaseModel:
     )
     if four_bit:
         hold_four_bit(chunks, weights, shapes, tp, world.device)
-    load_base_weights(chunks, weights, shapes, world)
+    load_base_weights(chunks, weights.read if changed is None else changed(weights.read), shapes, world)
     return BaseModel(
         chunks=chunks,
         shapes=shapes,

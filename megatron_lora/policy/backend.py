@@ -1,0 +1,315 @@
+"""What both backends do alike, written once: dividing rows, scoring, evaluating, the reference policy, the check of the
+first gradients. A backend brings its engine's forward passes and says where its parameters are."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
+from megatron_lora.data.batch import MicroBatch, Row
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.methods import ReadWeight
+from megatron_lora.lora.principal import against_the_base, given_principal, residual_reader
+from megatron_lora.objectives.base import Objective
+from megatron_lora.policy.adapter_pieces import principal_pieces
+from megatron_lora.policy.adapter_start import describe_modules
+from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
+from megatron_lora.policy.checksums import Pieces, join_ranks, to_numbers
+from megatron_lora.policy.frozen_start import FrozenStart
+from megatron_lora.policy.interface import Policy, check_scores
+from megatron_lora.policy.scores import collect_rows
+from megatron_lora.runtime.world import World
+
+
+class BackendPolicy(Policy):
+    """A model in the recipe's layout, its adapters (or all of it), and an optimizer.
+
+    spec: the adapter, None in full fine-tuning. a_init_key: the recipe's key for A's starting values.
+    """
+
+    a_init_key: str
+    config: PolicyConfig
+    world: World
+    batching: BatchingOptions
+    spec: AdapterSpec | None
+    _gradients_checked: bool
+    # What trains, in the reference policy, where that is not the base alone.
+    _start: FrozenStart | None
+    # What trains, in the base alone, where it is not enough to switch adapters off: see `_bare_parts`.
+    _bare: FrozenStart | None
+    # A and B of which the base keeps what they leave (`AdapterSpec.residual`), whole, by `<module>.<factor>`.
+    _principal: dict[str, Tensor] | None = None
+    # Reads the base's weights by HF name, where the adapter's start or reference needs them.
+    _read_base: ReadWeight | None = None
+
+    @property
+    @abstractmethod
+    def _linears(self) -> Mapping[str, Any]:
+        """This rank's adapted linears by name: each has `enabled` and `factors_changed()`."""
+
+    @abstractmethod
+    def _trained(self) -> Sequence[nn.Parameter]:
+        """This rank's part of what trains."""
+
+    @property
+    @abstractmethod
+    def _head_owner(self) -> Any:
+        """What has the `head`, the options of the log-probabilities."""
+
+    @property
+    @abstractmethod
+    def _data_parallel_group(self) -> Any:
+        """Ranks that see other rows."""
+
+    @abstractmethod
+    def _evaluate(
+        self, batches: Sequence[MicroBatch], objective: Objective, count: float
+    ) -> tuple[float, dict[str, float]]:
+        """Loss and metrics over the global batch, of this rank's micro-batches; called without gradients."""
+
+    @abstractmethod
+    def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Each micro-batch's log-probabilities of its targets; called without gradients, batches on the device."""
+
+    @abstractmethod
+    def _set_training(self, training: bool) -> None:
+        """Switch every module between training and evaluation."""
+
+    @abstractmethod
+    def _values_changed(self) -> None:
+        """Forget what follows from the parameters' former values."""
+
+    @abstractmethod
+    def _adds_nothing(self) -> bool:
+        """Whether every adapter's product is zero, on this rank as far as it can say."""
+
+    @abstractmethod
+    def _checksum_pieces(self, dtype: torch.dtype) -> Pieces:
+        """Checksums of this rank's parts of A and scale * B, under PEFT names."""
+
+    @abstractmethod
+    def _put_principal(self, start: Mapping[str, Tensor], read: ReadWeight) -> None:
+        """Put whole factors A and B (`<module>.<factor>`) into the modules, and into the weights under them what `read`
+        gives."""
+
+    @abstractmethod
+    def _saved_parameters(self) -> Mapping[str, nn.Parameter]:
+        """HF tensor name -> this rank's part of each module that trains whole beside the adapters."""
+
+    @abstractmethod
+    def _put_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy this rank's part of whole tensors, by HF name, into `_saved_parameters`; called without gradients."""
+
+    @abstractmethod
+    def _has_gradient(self, linear: Any) -> bool:
+        """Whether this rank's part of an adapted linear's factors got any gradient."""
+
+    def _remember_start(self, keeps_start: bool) -> None:
+        """Once, when the starting values are in place. keeps_start: whether full fine-tuning keeps its own."""
+        self._gradients_checked = self.spec is None
+        keeps = keeps_start if self.spec is None else self.config.reference_is_starting_adapter
+        on_cpu = self.spec is None and self.config.reference_weights == "cpu"
+        self._start = FrozenStart(self._trained_parts(), on_cpu=on_cpu) if keeps else None
+        self._bare = self._of_the_base()
+
+    @torch.no_grad()
+    def _of_the_base(self) -> FrozenStart | None:
+        """The values of `_bare_parts` with which the model is the base."""
+        parts = self._bare_parts()
+        if self.spec is None or not parts or self._principal is not None:
+            return FrozenStart(parts) if parts else None
+        read = self._read_base
+        assert read is not None
+        with self._holding(FrozenStart(parts), parts):
+            self._put_saved({name: read(name) for name in self._saved_parameters()})
+            return FrozenStart(parts)
+
+    def _trained_parts(self) -> list[Tensor]:
+        """What this rank holds of everything that trains."""
+        return [local_part(parameter.detach()) for parameter in self._trained()]
+
+    def _bare_parts(self) -> list[Tensor]:
+        """What has to change beside switching adapters off: modules that train whole; or all that trains, where the
+        base keeps the residual of the adapter's start."""
+        if self._principal is not None:
+            return self._trained_parts()
+        return [local_part(parameter.detach()) for parameter in self._saved_parameters().values()]
+
+    def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
+        share = self._divide(groups, "evaluation")
+        rows = [row for group in groups for row in group]
+        with self._evaluating():
+            return self._evaluate(share.batches, objective, objective.count(rows))
+
+    def score(self, rows: Sequence[Row]) -> list[Tensor]:
+        return self._score(rows, [nullcontext()])[0]
+
+    def score_with_reference(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
+        policy, reference = self._score(rows, [nullcontext(), self.reference()])
+        return policy, reference
+
+    def _score(self, rows: Sequence[Row], passes: Sequence[AbstractContextManager[None]]) -> list[list[Tensor]]:
+        """The rows' log-probabilities within each of the contexts."""
+        groups = [[row] for row in rows]
+        share = self._divide(groups, "scoring", num_passes=len(passes))
+        batches = [batch.to(self.world.device) for batch in share.batches]
+        logps = []
+        for state in passes:
+            with self._evaluating(), state:
+                logps.append(self._logps(batches))
+        scores = self._collect(logps, share, groups)
+        for values in scores:
+            check_scores(rows, values)
+        return scores
+
+    def _collect(self, passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups) -> list[list[Tensor]]:
+        return collect_rows(passes, share, groups, self._data_parallel_group)
+
+    def _divide(self, groups: Groups, purpose: Purpose, *, num_passes: int = 1) -> Share:
+        world = self.world
+        share = divide(groups, self.config, self.batching, dp_size=world.dp, dp_rank=world.dp_rank, purpose=purpose)
+        self.model_tokens += num_passes * share.num_tokens
+        return share
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self._set_training(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._set_training(True)
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        self._needs_adapter("full fine-tuning has no adapters to disable")
+        # Of an adapter of the residual the base is the model with the factors that it started with.
+        linears = list(self._linears.values()) if self._principal is None else []
+        before = [linear.enabled for linear in linears]
+        try:
+            for linear in linears:
+                linear.enabled = False
+            with self._holding(self._bare, self._bare_parts()):
+                yield
+        finally:
+            for linear, enabled in zip(linears, before, strict=True):
+                linear.enabled = enabled
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._start is None:
+            with self.adapters_disabled():
+                yield
+        else:
+            with self._holding(self._start, self._trained_parts()):
+                yield
+
+    @contextmanager
+    def _holding(self, values: FrozenStart | None, parts: Sequence[Tensor]) -> Iterator[None]:
+        """Within it these tensors have those values."""
+        if values is None:
+            yield
+            return
+        self._values_changed()
+        try:
+            with values.put_back(parts):
+                yield
+        finally:
+            self._values_changed()
+
+    def at_reference(self) -> bool:
+        if self._start is not None:
+            same = self._start.equals(self._trained_parts())
+        else:
+            self._needs_adapter("full fine-tuning kept no copy of where it started")
+            # Collective on one backend: every rank asks.
+            same = self._principal is not None or self._adds_nothing()
+            same = same and (self._bare is None or self._bare.equals(self._bare_parts()))
+        box = torch.tensor(float(same), device=self.world.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return bool(box)
+
+    def adapter_checksums(self, dtype: torch.dtype) -> dict[str, int]:
+        spec = self._needs_adapter("full fine-tuning has no adapter")
+        pieces = self._checksum_pieces(dtype)
+        if self._principal is not None:
+            pieces |= principal_pieces(spec, self._principal, dtype)
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, to_numbers(pieces))
+        return join_ranks(everyone)
+
+    def _against_the_base(self, factors: dict[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
+        """The whole adapter as one of the base itself."""
+        spec = self._needs_adapter("full fine-tuning has no adapter")
+        return (spec, factors) if self._principal is None else against_the_base(spec, factors, self._principal)
+
+    def _save_principal(self, weights: Path) -> None:
+        if self._principal is not None:
+            write_start(weights, self._principal)
+
+    def _load_principal(self, weights: Path) -> None:
+        """Where a checkpoint's adapter began at other values than this run's (another machine rounds otherwise), the
+        base is what those leave of it."""
+        if self._principal is None:
+            return
+        spec = self._needs_adapter("")
+        stored = read_start(weights, spec)
+        if all(torch.equal(value, stored[name]) for name, value in self._principal.items()):
+            return
+        read = self._read_base
+        assert read is not None
+        with self._holding(self._bare, self._trained_parts()):
+            self._put_principal(stored, residual_reader(read, spec, given_principal(stored)))
+            start = FrozenStart(self._trained_parts())
+        self._bare = start
+        self._principal = stored
+
+    @contextmanager
+    def sampling(self, temperature: float, *, top_k: int = -1, top_p: float = 1.0) -> Iterator[None]:
+        owner = self._head_owner
+        before = owner.head
+        try:
+            owner.head = replace(before, temperature=temperature, top_k=top_k, top_p=top_p)
+            yield
+        finally:
+            owner.head = before
+
+    def describe_adapters(self) -> list[tuple[str, ...]]:
+        return describe_modules(self.spec) if self.spec is not None else []
+
+    def _needs_adapter(self, otherwise: str) -> AdapterSpec:
+        if self.spec is None:
+            raise ValueError(otherwise)
+        return self.spec
+
+    def _lora_plus_rate(self, value: float) -> dict[str, float]:
+        return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
+
+    def _check_gradients(self) -> None:
+        """After the first backward every adapter must have had a gradient on some rank; name those that had none."""
+        self._gradients_checked = True
+        mine = {name: self._has_gradient(linear) for name, linear in self._linears.items()}
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, mine)
+        trained = {name for part in everyone for name, found in part.items() if found}
+        without = sorted({name for part in everyone for name in part} - trained)
+        if without:
+            raise UserError(
+                f"after the first step {len(without)} adapters had no gradient: {', '.join(without[:8])}"
+                f"{', ...' if len(without) > 8 else ''}; with both factors at zero nothing trains: "
+                f"set {self.a_init_key} to xavier"
+            )
+
+
+def local_part(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor, DTensor or not."""
+    return value.to_local() if hasattr(value, "to_local") else value  # type: ignore[operator]
