@@ -18,11 +18,17 @@ from tests.distributed import (
     megatron_config_checks,
     megatron_cost_checks,
     megatron_failure_checks,
+    megatron_fault_checks,
     megatron_training_checks,
 )
 
-CHECKS = megatron_training_checks.CHECKS | megatron_cost_checks.CHECKS | megatron_failure_checks.CHECKS
-CHECKS |= megatron_config_checks.CHECKS
+CHECKS = (
+    megatron_training_checks.CHECKS
+    | megatron_cost_checks.CHECKS
+    | megatron_failure_checks.CHECKS
+    | megatron_fault_checks.CHECKS
+    | megatron_config_checks.CHECKS
+)
 
 
 def main() -> None:
