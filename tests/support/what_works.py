@@ -1,0 +1,149 @@
+"""What works with what: kinds of adapters by what a run does with them, and the test that shows each.
+
+    python -m tests.support.what_works      prints the table of docs/adapters.md
+
+A cell is there only with its test: `tests/unit/test_what_works.py` looks each of them up, and compares the page.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Mark = Literal["yes", "run", "merged", "converted"]
+COLUMNS = (
+    "training",
+    "DPO",
+    "GRPO, native rollouts",
+    "GRPO, vLLM",
+    "exact resume",
+    "other layout",
+    "export",
+    "import",
+    "DTensor",
+)
+PARITY, KINDS = "tests/distributed/test_megatron_parity.py", "tests/distributed/test_megatron_kinds.py"
+CHECKPOINT, DTENSOR = "tests/distributed/test_megatron_checkpoint.py", "tests/distributed/test_dtensor.py"
+WORKER, PEFT = "tests/distributed/dtensor_worker.py", "tests/unit/test_layout_peft_format.py"
+EXPORT, SAVED = "tests/end_to_end/test_adapter_export.py", "tests/unit/test_saved_modules.py"
+PRINCIPAL = "tests/unit/test_lora_principal.py"
+GRPO, RUNS = "tests/end_to_end/test_grpo.py", "tools/kinds.py"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """file, test: which test shows it. row: the case, as it stands in that file or in `row_file`."""
+
+    mark: Mark
+    file: str
+    test: str
+    row: str = ""
+    row_file: str = ""
+
+
+def _trained(row: str, test: str = "test_ten_steps_equal_transformers_and_peft") -> Shown:
+    return Shown("yes", PARITY, test, row)
+
+
+def _resumed(row: str) -> dict[str, Shown]:
+    return {
+        "exact resume": Shown("yes", CHECKPOINT, "test_the_same_layout_goes_on_bit_for_bit", row),
+        "other layout": Shown("yes", CHECKPOINT, "test_other_layouts_go_on_alike", row),
+    }
+
+
+def _in_and_out(row: str) -> dict[str, Shown]:
+    shown = Shown("yes", PEFT, "test_any_peft_adapter_comes_back_and_loads", row)
+    return {"export": shown, "import": shown}
+
+
+def _dtensor(row: str, test: str = "test_training_equals_transformers_and_peft") -> Shown:
+    return Shown("yes", DTENSOR, test, row, WORKER)
+
+
+def _run(name: str) -> Shown:
+    return Shown("run", RUNS, "train", f'"{name}": (')
+
+
+TABLE: dict[str, dict[str, Shown]] = {
+    "`lora`": {
+        "training": _trained('case("sp", 2, SP)'),
+        "DPO": Shown("yes", "tests/end_to_end/test_dpo.py", "test_ten_steps_of_a_new_adapter_equal_trl"),
+        "GRPO, native rollouts": Shown("yes", GRPO, "test_answers_by_the_training_model"),
+        "GRPO, vLLM": Shown("yes", GRPO, "test_vllm_carries_the_adapter_at_every_step"),
+        **_resumed('case("tp", 2, TP, {"dp"'),
+        "export": Shown("yes", EXPORT, "test_both_modes_give_one_model"),
+        "import": Shown("yes", EXPORT, "test_any_hf_adapter_goes_in_and_comes_out_bit_for_bit"),
+        "DTensor": _dtensor('"tp": (2, "qwen3", TP2)'),
+    },
+    "`canonical_lora`": {
+        "training": _trained('case("own_a", 1, adapter="own")'),
+        "GRPO, native rollouts": _run("canonical_lora"),
+        "exact resume": Shown(
+            "yes", CHECKPOINT, "test_the_same_layout_goes_on_bit_for_bit", 'case("one_own_a", 1, {}, adapter="own")'
+        ),
+        **_in_and_out('"some_linears"'),
+        "DTensor": _dtensor('"pissa_tp"', "test_an_adapter_of_the_residual_is_pefts_own"),
+    },
+    "`use_rslora`": {
+        "GRPO, native rollouts": _run("rslora"),
+        **_in_and_out('"all_linear_rslora"'),
+        "DTensor": _dtensor('"scores_unlike_tp"', "test_scores"),
+    },
+    "`lora_plus_ratio`": {
+        "training": _trained('case("lora_plus_sp", 2, SP | LORA_PLUS)', "test_lora_plus_gives_b_a_rate_of_its_own"),
+        "GRPO, native rollouts": _run("lora+"),
+        **_resumed('case("dora_lora_plus", 2'),
+        "DTensor": Shown(
+            "yes",
+            "tests/distributed/test_backends.py",
+            "test_twenty_steps_are_the_same_on_both_backends",
+            '"lora_plus_ratio": 2.0',
+            "tests/distributed/backends_worker.py",
+        ),
+    },
+    "`rank_pattern`, `alpha_pattern`": {**_in_and_out('"patterns"')},
+    "`dora`": {
+        "training": _trained('dora_case("tp", 2, TP)'),
+        "GRPO, native rollouts": Shown(
+            "yes",
+            "tests/distributed/test_rollout_native.py",
+            "test_after_a_step_the_new_adapter_answers_and_a_stale_one_is_noticed",
+            '"dora": {"family": "qwen3_dora"',
+        ),
+        "GRPO, vLLM": Shown("merged", RUNS, "train", '"dora, vLLM": ('),
+        **_resumed('case("dora_lora_plus", 2'),
+        **_in_and_out('"dora"'),
+        "DTensor": _dtensor('"tp_dora": (2'),
+    },
+    "`pissa`": {
+        "training": Shown("yes", KINDS, "test_ten_steps_equal_pefts_own", 'layouts("pissa", PISSA)'),
+        "GRPO, native rollouts": _run("pissa"),
+        "GRPO, vLLM": _run("pissa, vLLM"),
+        **_resumed('case("pissa", 2'),
+        "export": Shown("converted", KINDS, "test_a_stock_peft_loads_what_is_exported", 'layouts("pissa", PISSA)'),
+        "import": Shown(
+            "converted", "tests/unit/test_lora_principal.py", "test_what_is_trained_is_an_adapter_of_the_base"
+        ),
+        "DTensor": _dtensor('"pissa_tp"', "test_an_adapter_of_the_residual_is_pefts_own"),
+    },
+    "`modules_to_save`": {
+        "training": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
+        "GRPO, native rollouts": _run("modules_to_save"),
+        **_resumed('case("saved", 2'),
+        "export": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
+        "import": Shown("yes", SAVED, "test_a_folder_of_peft_goes_in_and_out"),
+        "DTensor": _dtensor('"tp_saved": (2'),
+    },
+}
+
+
+def markdown() -> str:
+    """The table, one row a kind."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for kind, cells in TABLE.items():
+        marks = [cells[column].mark if column in cells else "-" for column in COLUMNS]
+        lines.append(f"| {kind} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
