@@ -4,7 +4,8 @@ EXTRAS ?=
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
 SITE_PACKAGES := $(CURDIR)/.venv/lib/python3.12/site-packages
-PARALLEL := --numprocesses 2 --dist loadgroup
+# Which tests stay together: tests/conftest.py.
+PARALLEL := --numprocesses 2
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help install quickstart quickstart-grpo compare test test-fast test-long lint format clean

@@ -1,8 +1,13 @@
 """Which tests must run in one process of `pytest -n`, and which are `make test-fast`."""
 
+from pathlib import PurePath
+from typing import Any
+
 import pytest
 
-RANKS_OF_ALL = "workers"  # tests/distributed/conftest.py
+# Files whose tests share ranks or a run that is started once for them all, by the start of their names; every other file
+# is a group of its own.
+TOGETHER = {"test_megatron_": "Megatron's ranks", "test_config_sweep": "Megatron's ranks", "test_sft_": "SFT's run"}
 # Besides the unit tests: a case of two ranks of each kind of path.
 FAST = (
     "test_megatron_parity.py::test_ten_steps_equal_transformers_and_peft[train_sp]",
@@ -15,12 +20,25 @@ FAST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+def group(nodeid: str) -> str:
+    """The tests that run in one process with this one."""
+    file = nodeid.split("::")[0]
+    return next((name for start, name in TOGETHER.items() if PurePath(file).name.startswith(start)), file)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is nobody to ask for it
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Scheduler(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # The tests of a file share its fixtures; those of Megatron policies share the ranks started once for them all.
-        shared = RANKS_OF_ALL in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(RANKS_OF_ALL if shared else item.location[0]))
         unit = item.path.parent.name == "unit" and item.get_closest_marker("slow") is None
         if unit or item.nodeid.endswith(FAST):
             item.add_marker(pytest.mark.fast)
