@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-# Files whose tests share ranks or a run that is started once for them all, by the start of their names; every other file
-# is a group of its own.
+# Files whose tests share ranks or a run that is started once for all of them, by the start of their names. Every other
+# file is a group of its own.
 TOGETHER = {"test_megatron_": "Megatron's ranks", "test_config_sweep": "Megatron's ranks", "test_sft_": "SFT's run"}
 # Besides the unit tests: a case of two ranks of each kind of path.
 FAST = (
