@@ -106,7 +106,7 @@ def loading(case: dict[str, Any]) -> dict[str, Any]:
         policy = build_policy(case)
     chunk = policy.base.chunks[0]
     stored = stored_weights(chunk)
-    linears = [linear for name, linear in global_names(chunk).items() if ".linear_" in name and linear.dim() == 2]
+    linears = [linear for name, linear in global_names(chunk, 0).items() if ".linear_" in name and linear.dim() == 2]
     return {
         "peak": live.peak,
         "stored": sum(weight.num_bytes for weight in stored.values()),

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -37,15 +38,25 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(sys.argv[2])
     rank = init_distributed().rank
+    failed: list[str] = []
     for name, case in cases.items():
         # The end of stderr is shown where a rank fails.
         print(f"rank {rank}, {time.process_time():.0f} s: case {name}", file=sys.stderr, flush=True)
-        found = CHECKS[case["check"]](case | {"shared_folder": str(folder)})
+        try:
+            found = CHECKS[case["check"]](case | {"shared_folder": str(folder)})
+        except Exception:
+            if len(cases) == 1 or torch.distributed.get_world_size() > 1:
+                raise  # the other ranks may wait for this one
+            traceback.print_exc()
+            failed.append(name)
+            continue
         partial = folder / f"{name}.{rank}.partial"
         torch.save(found, partial)
         partial.replace(folder / f"{name}.{rank}.pt")
         gc.collect()
     torch.distributed.destroy_process_group()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
