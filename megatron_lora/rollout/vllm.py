@@ -63,7 +63,12 @@ class VllmGenerator(Generator):
         if self._llm is not None:
             return
         arguments = vllm_engine.engine_arguments(
-            self.policy, self.world, self.adapter_rank, self.adapted, self.model_config
+            self.policy,
+            self.world,
+            self.adapter_rank,
+            self.adapted,
+            self.model_config,
+            stored_four_bit=vllm_engine.read_base(self.policy).stored_four_bit,
         )
         with self._reporting("start"):
             self._llm = vllm_engine.build_engine(arguments, self.world)

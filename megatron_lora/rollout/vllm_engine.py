@@ -155,11 +155,18 @@ def base_config(policy: PolicyConfig) -> Any:
 
 
 def engine_arguments(
-    policy: PolicyConfig, world: World, adapter_rank: int | None, adapted: list[str], model: Any
+    policy: PolicyConfig,
+    world: World,
+    adapter_rank: int | None,
+    adapted: list[str],
+    model: Any,
+    *,
+    stored_four_bit: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM`; `policy.generation.vllm_kwargs` comes last and wins.
 
-    adapted: the last name of each adapted linear (`q_proj`, ...): vLLM wraps only those.
+    adapted: the last name of each adapted linear (`q_proj`, ...): vLLM wraps only those. stored_four_bit: the folder
+    holds 4-bit linears; the engine computes with dense weights, which the trainer hands over before the first answer.
     """
     generation = policy.generation
     on_gpu = world.device.type == "cuda"
@@ -190,11 +197,9 @@ def engine_arguments(
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, max_model_len, dtype)
         arguments["worker_cls"] = CPU_WORKER
     fields = overridden_fields(policy, model)
-    four_bit = read_base(policy).stored_four_bit
-    if four_bit:
-        # The engine computes with dense weights, which the trainer hands over before the first answer.
+    if stored_four_bit:
         arguments["load_format"] = "dummy"
-    if fields or four_bit:
+    if fields or stored_four_bit:
         arguments["hf_overrides"] = partial(_with_fields, fields)
     if adapter_rank is not None:
         arguments |= {
