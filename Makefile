@@ -16,7 +16,7 @@ help:
 	@echo "make quickstart-grpo                 the same with GRPO and vLLM rollouts"
 	@echo "make compare                         one recipe on both backends, side by side"
 	@echo "make test                            the test suite (CPU)"
-	@echo "make test-fast                       unit tests and some cases of two ranks, under three minutes"
+	@echo "make test-fast                       unit tests and some cases of two ranks, a few minutes"
 	@echo "make test-long                       whole DPO and GRPO runs, cases of more ranks"
 	@echo "make lint, make format               ruff and pyright; ruff's formatter"
 	@echo "make clean                           remove caches and quickstart-output/"

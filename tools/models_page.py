@@ -107,7 +107,8 @@ def _save_model(family: str, folder: Path) -> Any:
     declared = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     config = kind(**{name: value for name, value in SIZES.items() if name in declared or name == "head_dim"})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    model = model.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)

@@ -34,6 +34,9 @@ from tests.support.reference import (
     train,
 )
 
+# The first test of a world size waits for all of its cases.
+pytestmark = pytest.mark.timeout(2700)
+
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
@@ -48,6 +51,7 @@ SLOW = {
     "one_dora_compiled_recompute",
     "one_dora_peft_forward",
     "norms_one",
+    "config_sweep",
     "config_sweep_all",
 }
 
