@@ -9,14 +9,12 @@ Reading the file takes neither bridge nor Megatron-Core, so an export needs neit
 import argparse
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from megatron_lora.lora.families import FAMILIES_FILE
 from megatron_lora.runtime.cpu import install_cpu_stand_ins
 from megatron_lora.runtime.transformer_engine import import_bridge
-
-FILE = Path(__file__).parents[1] / "megatron_lora" / "lora" / "families.json"
 
 
 def bridge_families() -> dict[str, dict[str, Any]]:
@@ -70,11 +68,11 @@ def main() -> int:
     arguments = parser.parse_args()
     text = as_text(bridge_families())
     if not arguments.check:
-        FILE.write_text(text)
+        FAMILIES_FILE.write_text(text)
         return 0
-    if FILE.read_text() == text:
+    if FAMILIES_FILE.read_text() == text:
         return 0
-    print(f"{FILE} is not what the installed megatron-bridge says; run python -m tools.bridge_families")
+    print(f"{FAMILIES_FILE} is not what the installed megatron-bridge says; run python -m tools.bridge_families")
     return 1
 
 

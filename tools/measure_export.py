@@ -18,7 +18,8 @@ import torch
 from megatron_lora.conversion.adapter_checkpoint import write_adapter
 from megatron_lora.conversion.model_names import hf_shape, model_parameters
 from megatron_lora.conversion.safetensors_io import write_tensors
-from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
+from megatron_lora.lora.describe import describe_config
+from megatron_lora.lora.layout import AdapterSpec, build_layout, module_name
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,7 +78,7 @@ ROWS = {
 
 def build(folder: Path) -> tuple[int, int]:
     """A base and an adapter checkpoint on all linears, both bf16; returns their bytes."""
-    shapes = ModelSpec.from_hf_config(CONFIG)
+    shapes = describe_config(CONFIG)
     (folder / "base").mkdir()
     (folder / "base" / "config.json").write_text(json.dumps(CONFIG))
     described = {

@@ -23,7 +23,7 @@ from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_by
 from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_spec import families, unknown_reason
+from megatron_lora.lora.families import families, unknown_reason
 from megatron_lora.policy.weights_check import MEGATRON_FAMILIES, check_base, read_base
 from megatron_lora.runtime.world import init_megatron_world
 

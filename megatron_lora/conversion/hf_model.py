@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_lora.conversion.config_overrides import ROPE_DICTS, overridden
 from megatron_lora.errors import UserError, first_line
+from megatron_lora.lora.describe import describe_config
 from megatron_lora.lora.layout import ModelSpec
 
 SIZES = (
@@ -65,7 +66,7 @@ class HFModel:
         # transformers keeps these of a family whose class does not have them, and does not apply them.
         for name in BIAS_SWITCHES - declared:
             content.pop(name, None)
-        return ModelSpec.from_hf_config(content)
+        return describe_config(content)
 
     @cached_property
     def empty(self) -> Any:

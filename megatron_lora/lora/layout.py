@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_spec import PATHS, LinearSpec, ModelSpec
+from megatron_lora.lora.describe import describe_json
+from megatron_lora.lora.model_spec import LinearSpec, ModelSpec
+from megatron_lora.lora.model_tables import PATHS
 
 Axis = Literal["rank", "in", "out"]
 FactorKey = Literal["A", "B", "magnitude"]
@@ -253,7 +255,7 @@ class AdapterSpec:
                 )
                 for module in content["modules"]
             ]
-            shapes = ModelSpec.from_json(content["shapes"])
+            shapes = describe_json(content["shapes"])
             for module in modules:
                 known = shapes.linear(module.kind).segments
                 if any(segment not in known for block in module.blocks for segment in block.segments):

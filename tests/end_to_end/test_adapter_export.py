@@ -23,7 +23,9 @@ from megatron_lora.conversion.fingerprint import fingerprint_base
 from megatron_lora.conversion.model_names import hf_shape, model_parameters
 from megatron_lora.conversion.safetensors_io import write_tensors
 from megatron_lora.errors import UserError
+from megatron_lora.lora.describe import describe, describe_config
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
+from megatron_lora.lora.model_spec import ModelSizes
 
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(3, 35)[None]
@@ -55,7 +57,7 @@ def write_base(folder: Path, family: str = "llama", tied: bool = False, dtype: t
 
 def write_step(folder: Path, base: Path, output_layer: bool = False) -> Path:
     """A step folder with a fused adapter (one shared A each) on every linear, as a run on `base` writes it."""
-    shapes = ModelSpec.from_hf_config(json.loads((base / "config.json").read_text()))
+    shapes = describe_config(json.loads((base / "config.json").read_text()))
     names = [module_name(kind, layer) for layer in range(3) for kind in shapes.kinds[:-1]]
     names += ["output_layer"] if output_layer else []
     modules = [build_layout(name, 4, 6, shapes) for name in names]
@@ -295,7 +297,7 @@ def test_another_base_of_the_same_shape_is_warned_of(ready, tmp_path, caplog):
 
 def test_nan_in_the_adapter_is_refused(ready, tmp_path):
     base, _ = ready
-    shapes = ModelSpec.from_hf_config(json.loads((base / "config.json").read_text()))
+    shapes = describe_config(json.loads((base / "config.json").read_text()))
     spec = AdapterSpec(str(base), shapes, [build_layout("decoder.layers.2.mlp.linear_fc2", 2, 4, shapes)])
     tensors = {name: torch.full(shape, float("nan")) for name, shape in spec.factor_shapes().items()}
     write_adapter(tmp_path / "step" / "policy" / "weights", spec, tensors)
@@ -339,7 +341,7 @@ def write_plain_adapter(step: Path, name: str, shapes: ModelSpec) -> int:
 
 
 def test_a_70b_shape_is_exported_in_seconds_and_little_memory(tmp_path):
-    shapes = ModelSpec("llama", 8192, 28672, 80, 64, 8, 128, 128256, False)
+    shapes = describe(ModelSizes("llama", 8192, 28672, 80, 64, 8, 128, 128256, False))
     size = write_plain_adapter(tmp_path / "step", "meta-llama/Llama-3.1-70B", shapes)
     measured = measure(
         "export_lora_adapter_to_hf", adapter_ckpt=str(tmp_path / "step"), hf_ckpt_path=str(tmp_path / "out")
@@ -349,7 +351,7 @@ def test_a_70b_shape_is_exported_in_seconds_and_little_memory(tmp_path):
 
 
 def test_a_merge_holds_a_tensor_or_two_and_not_the_model(tmp_path):
-    shapes = ModelSpec("llama", 2048, 4096, 8, 16, 4, 128, 1000, False)
+    shapes = describe(ModelSizes("llama", 2048, 4096, 8, 16, 4, 128, 1000, False))
     write_plain_adapter(tmp_path / "step", str(tmp_path / "base"), shapes)
     (tmp_path / "base").mkdir()
     config = AutoConfig.for_model(

@@ -23,7 +23,8 @@ from megatron_lora.conversion.export import (
     read_peft_folder,
 )
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
+from megatron_lora.lora.describe import describe_config
+from megatron_lora.lora.layout import AdapterSpec, build_layout, module_name
 from tests.support.launch import ROOT
 
 CONFIG = {
@@ -38,7 +39,7 @@ def step(tmp_path: Path) -> Path:
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(CONFIG))
-    shapes = ModelSpec.from_hf_config(CONFIG)
+    shapes = describe_config(CONFIG)
     names = [module_name(kind, layer) for layer in range(2) for kind in shapes.kinds[:-1]]
     spec = AdapterSpec(str(base), shapes, [build_layout(name, 3, 6, shapes) for name in names])
     torch.manual_seed(0)

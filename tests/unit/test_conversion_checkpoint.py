@@ -12,10 +12,12 @@ import torch
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, write_adapter
 from megatron_lora.conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout, module_name
+from megatron_lora.lora.describe import describe
+from megatron_lora.lora.layout import AdapterSpec, build_layout, module_name
+from megatron_lora.lora.model_spec import ModelSizes
 from tests.support.launch import ROOT
 
-SHAPES = ModelSpec("llama", 8, 12, 2, 4, 2, 2, 13, False)
+SHAPES = describe(ModelSizes("llama", 8, 12, 2, 4, 2, 2, 13, False))
 
 
 def make_adapter() -> tuple[AdapterSpec, dict[str, torch.Tensor]]:

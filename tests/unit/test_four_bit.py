@@ -18,9 +18,9 @@ from megatron_lora.conversion.model_names import fuse, model_parameters, shard_p
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, write_tensor_dict
 from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.describe import describe_config
 from megatron_lora.lora.four_bit import FourBitMatrix, FourBitWeight, check_blocks, quantize
 from megatron_lora.lora.methods import method_of
-from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.quantization import check_quantization, local_matrix, open_base
 from tests.support.four_bit import save_dequantized, save_four_bit
 from tests.support.models import family_config, save_model
@@ -168,7 +168,7 @@ def test_a_stored_base_is_not_trained_without_adapters_or_in_another_form(
 
 
 def test_sizes_that_are_no_whole_blocks_are_refused() -> None:
-    shapes = ModelSpec.from_hf_config(family_config("qwen3").to_dict())
+    shapes = describe_config(family_config("qwen3").to_dict())
     with pytest.raises(UserError, match="blocks of 64 values within rows, and those of linear_fc2 have 96"):
         check_blocks(shapes, 1, "tp")
     with pytest.raises(UserError, match="a weight's rows have 96"):

@@ -8,14 +8,17 @@ import pytest
 from megatron_lora.config import load_recipe
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_spec import ModelSpec
+from megatron_lora.lora.describe import describe
+from megatron_lora.lora.model_spec import ModelSizes, ModelSpec
 from megatron_lora.policy.layout_checks import check_layout, sequence_multiple
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA_8B = ModelSpec("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
-LLAMA_1B = ModelSpec("llama", 2048, 8192, 16, 32, 8, 64, 128256, True)
-LLAMA_70B = ModelSpec("llama", 8192, 28672, 80, 64, 8, 128, 128256, False)
-MIXTURE = ModelSpec("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, num_experts=8, moe_ffn_hidden_size=14336)
+LLAMA_8B = describe(ModelSizes("llama", 4096, 14336, 32, 32, 8, 128, 128256, False))
+LLAMA_1B = describe(ModelSizes("llama", 2048, 8192, 16, 32, 8, 64, 128256, True))
+LLAMA_70B = describe(ModelSizes("llama", 8192, 28672, 80, 64, 8, 128, 128256, False))
+MIXTURE = describe(
+    ModelSizes("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, num_experts=8, moe_ffn_hidden_size=14336)
+)
 
 TP, PP, VPP, CP, EP = (
     "tensor_model_parallel_size",

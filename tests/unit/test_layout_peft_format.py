@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lora.errors import UserError
+from megatron_lora.lora.describe import describe, describe_config
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout
 from megatron_lora.lora.merge import merge_targets
+from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.lora.peft_config import read_patterns, shortest_targets
 from megatron_lora.lora.peft_format import from_hf, hf_linears, segment_features, to_hf
 
@@ -60,16 +62,18 @@ def random_adapter(config: dict, shapes: ModelSpec, shared_a: bool) -> dict[str,
 @st.composite
 def adapters(draw) -> tuple[dict, ModelSpec, bool]:
     groups = draw(st.integers(1, 3))
-    shapes = ModelSpec(
-        "llama",
-        draw(st.integers(1, 6)),
-        draw(st.integers(1, 6)),
-        draw(st.integers(1, 12)),
-        groups * draw(st.integers(1, 3)),
-        groups,
-        draw(st.integers(1, 3)),
-        draw(st.integers(2, 9)),
-        False,
+    shapes = describe(
+        ModelSizes(
+            "llama",
+            draw(st.integers(1, 6)),
+            draw(st.integers(1, 6)),
+            draw(st.integers(1, 12)),
+            groups * draw(st.integers(1, 3)),
+            groups,
+            draw(st.integers(1, 3)),
+            draw(st.integers(2, 9)),
+            False,
+        )
     )
     names = list(hf_linears(shapes))
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -139,7 +143,7 @@ def test_any_peft_adapter_comes_back_and_loads(family, case, tmp_path, recwarn):
     model.save_pretrained(tmp_path / "before")
     config = json.loads((tmp_path / "before" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "before" / "adapter_model.safetensors")
-    shapes = ModelSpec.from_hf_config(model.base_model.model.config.to_dict())
+    shapes = describe_config(model.base_model.model.config.to_dict())
 
     spec, fused = from_hf(config, tensors, shapes, "base")
     written, again = to_hf(spec, fused)
@@ -165,7 +169,7 @@ def test_any_peft_adapter_comes_back_and_loads(family, case, tmp_path, recwarn):
     assert torch.allclose(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-SHAPES = ModelSpec("qwen3", 16, 24, 40, 4, 2, 4, 10, False)
+SHAPES = describe(ModelSizes("qwen3", 16, 24, 40, 4, 2, 4, 10, False))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,7 @@ def test_what_is_not_a_plain_matching_lora_is_refused_by_name(changes, message):
 
 def test_an_adapter_of_a_deeper_model_or_on_a_tied_head_is_refused():
     tensors = random_adapter(config_with(), SHAPES, False)
-    shallow = ModelSpec("qwen3", 16, 24, 2, 4, 2, 4, 10, True)
+    shallow = describe(ModelSizes("qwen3", 16, 24, 2, 4, 2, 4, 10, True))
     with pytest.raises(UserError, match="no linear of this qwen3 model .2 layers.: .* and 73 more"):
         from_hf(config_with(), tensors, shallow, "base")
     with pytest.raises(UserError, match="ties it to the input embeddings"):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lora.errors import UserError
+from megatron_lora.lora.describe import describe, describe_config
 from megatron_lora.lora.layout import (
     AdapterSpec,
     Block,
@@ -17,6 +18,7 @@ from megatron_lora.lora.layout import (
     segment_rows,
     segments_of,
 )
+from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.lora.sharding import shard, unshard
 
 
@@ -25,22 +27,24 @@ def model_shapes(draw) -> tuple[ModelSpec, int]:
     """Random GQA shapes and a TP size that divides them."""
     tp_size = draw(st.sampled_from([1, 2, 3, 4]))
     groups = tp_size * draw(st.integers(1, 3))
-    shapes = ModelSpec(
-        model_type="llama",
-        hidden_size=tp_size * draw(st.integers(1, 4)),
-        ffn_hidden_size=tp_size * draw(st.integers(1, 5)),
-        num_layers=1,
-        num_attention_heads=groups * draw(st.integers(1, 4)),
-        num_query_groups=groups,
-        head_dim=draw(st.sampled_from([1, 2, 4])),
-        vocab_size=draw(st.integers(1, 17)),
-        tied_embeddings=False,
-        gated=draw(st.booleans()),
+    shapes = describe(
+        ModelSizes(
+            model_type="llama",
+            hidden_size=tp_size * draw(st.integers(1, 4)),
+            ffn_hidden_size=tp_size * draw(st.integers(1, 5)),
+            num_layers=1,
+            num_attention_heads=groups * draw(st.integers(1, 4)),
+            num_query_groups=groups,
+            head_dim=draw(st.sampled_from([1, 2, 4])),
+            vocab_size=draw(st.integers(1, 17)),
+            tied_embeddings=False,
+            gated=draw(st.booleans()),
+        )
     )
     return shapes, tp_size
 
 
-SHAPES = ModelSpec("llama", 8, 6, 2, 4, 2, 3, 7, False)
+SHAPES = describe(ModelSizes("llama", 8, 6, 2, 4, 2, 3, 7, False))
 
 
 def test_qkv_rows_are_interleaved_by_query_group():
@@ -153,9 +157,9 @@ def test_a_spec_of_another_kind_is_refused(edit, message):
 
 def test_shapes_from_a_config_of_another_family_are_refused():
     with pytest.raises(UserError, match="model_type='phi3'"):
-        ModelSpec.from_hf_config({"model_type": "phi3"})
+        describe_config({"model_type": "phi3"})
     with pytest.raises(UserError, match="no 'vocab_size'"):
-        ModelSpec.from_hf_config(
+        describe_config(
             {
                 "model_type": "llama",
                 "num_attention_heads": 2,

@@ -13,14 +13,16 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora import base_weight, init
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import DenseWeight
+from megatron_lora.lora.describe import describe
 from megatron_lora.lora.init import initial_factors
-from megatron_lora.lora.layout import AdapterSpec, ModelSpec
+from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.methods import dora, method_of
+from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.policy.adapter_start import starting_adapter
 
 ALONE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
-SHAPES = ModelSpec("llama", 16, 24, 2, 4, 2, 4, 20, False)
+SHAPES = describe(ModelSizes("llama", 16, 24, 2, 4, 2, 4, 20, False))
 FUSED_ROWS = 12
 
 

@@ -6,12 +6,14 @@ import pytest
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.errors import UserError
+from megatron_lora.lora.describe import describe
 from megatron_lora.lora.init import initial_factors
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec
+from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.lora.targets import Naming, Selection, build_modules, select_linears
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
 
-SHAPES = ModelSpec("llama", 64, 96, 12, 4, 2, 16, 101, tied_embeddings=False)
+SHAPES = describe(ModelSizes("llama", 64, 96, 12, 4, 2, 16, 101, tied_embeddings=False))
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LEAVES = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 NAMINGS: tuple[Naming, ...] = ("megatron", "hf")

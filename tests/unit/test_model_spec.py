@@ -6,8 +6,10 @@ import pytest
 
 from megatron_lora.conversion.model_names import model_parameters
 from megatron_lora.errors import UserError
+from megatron_lora.lora.describe import describe_config
+from megatron_lora.lora.families import families, known_families
 from megatron_lora.lora.layout import AdapterSpec, build_layout
-from megatron_lora.lora.model_spec import ModelSpec, families, known_families
+from megatron_lora.lora.model_spec import ModelSpec
 
 SIZES = {
     "hidden_size": 8,
@@ -20,14 +22,14 @@ SIZES = {
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 
 
-def describe(family: str, **changes: object) -> ModelSpec:
-    return ModelSpec.from_hf_config({"model_type": family, **SIZES, **changes})
+def described(family: str, **changes: object) -> ModelSpec:
+    return describe_config({"model_type": family, **SIZES, **changes})
 
 
 def test_an_adapter_of_an_older_release_still_loads():
     """Version 1 files held the sizes alone, and no biases for Qwen2, which always has them."""
     for family in ("llama", "qwen2", "gemma3_text"):
-        now = describe(family)
+        now = described(family)
         spec = AdapterSpec("base", now, [build_layout("decoder.layers.1.mlp.linear_fc1", 2, 4, now)])
         content = spec.to_json()
         content["shapes"] = {
@@ -41,7 +43,7 @@ def test_an_adapter_of_an_older_release_still_loads():
 
 def test_the_description_in_a_file_counts_not_this_releases_table():
     """What a newer release calls otherwise is exported under the names that the file has."""
-    now = describe("llama")
+    now = described("llama")
     content = AdapterSpec("base", now, []).to_json()
     assert content["shapes"]["linears"][0]["parts"][0]["name"] == "model.layers.*.self_attn.q_proj"
     content["shapes"]["linears"][0]["parts"][0]["name"] = "model.layers.*.attention.wq"
@@ -51,7 +53,7 @@ def test_the_description_in_a_file_counts_not_this_releases_table():
 
 
 def test_every_expert_is_a_tensor_of_its_own():
-    spec = describe("qwen3_moe", **EXPERTS)
+    spec = described("qwen3_moe", **EXPERTS)
     names = {parameter.name: parameter for parameter in model_parameters(spec)}
     expert = names["decoder.layers.2.mlp.experts.linear_fc1.1.weight"]
     assert expert.hf_names == tuple(f"model.layers.2.mlp.experts.1.{end}_proj.weight" for end in ("gate", "up"))
@@ -70,12 +72,12 @@ def test_every_expert_is_a_tensor_of_its_own():
 )
 def test_what_cannot_be_described_is_refused(config: dict, message: str):
     with pytest.raises(UserError, match=message):
-        ModelSpec.from_hf_config(config)
+        describe_config(config)
 
 
 def test_every_known_family_has_both_linears_of_attention():
     assert set(known_families()) < set(families())
     for family in known_families():
-        kinds = describe(family, **EXPERTS).kinds
+        kinds = described(family, **EXPERTS).kinds
         assert {"linear_qkv", "linear_proj", "output_layer"} <= set(kinds)
         assert len(kinds) == 5, (family, kinds)

@@ -1,0 +1,188 @@
+"""A model's description, made from its config.json or from what an adapter's file says of it.
+
+Names are megatron-bridge's (`lora/families.py`), sizes config.json's, and `lora/model_tables.py` says how each tensor's
+follow from them. Pure: no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron_lora.errors import UserError
+from megatron_lora.lora.families import families, known_families, linear_names, mapping, unknown_reason
+from megatron_lora.lora.model_spec import (
+    EMBEDDING,
+    LAYER,
+    OUTPUT_LAYER,
+    HFPart,
+    LinearSpec,
+    ModelSizes,
+    ModelSpec,
+    ParameterSpec,
+)
+from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PATHS
+
+
+def describe(sizes: ModelSizes) -> ModelSpec:
+    """The description of a model of these sizes, with its family's names."""
+    return ModelSpec(**sizes.sizes, linears=_build_linears(sizes), others=_build_others(sizes))
+
+
+def describe_json(content: Mapping[str, Any]) -> ModelSpec:
+    """What `dataclasses.asdict` made, also of releases that wrote sizes alone. Raises KeyError or TypeError."""
+    values = dict(content)
+    linears, others = values.pop("linears", None), values.pop("others", None)
+    if linears is None and BIASES[0] in mapping(values["model_type"]):
+        # They left out the biases that every model of the family has (Qwen2).
+        values["attention_bias"] = True
+    values["dense_layers"] = tuple(values.get("dense_layers", ()))
+    built = describe(ModelSizes(**values))
+    return replace(
+        built,
+        linears=tuple(map(_linear_from_json, linears)) if linears else built.linears,
+        others=tuple(map(_parameter_from_json, others)) if others else built.others,
+    )
+
+
+def describe_config(config: Mapping[str, Any]) -> ModelSpec:
+    """The description of the model of an HF `config.json` (its content as a mapping, defaults filled in).
+
+    Raises UserError for a family that megatron-bridge does not map, or not in a way that is known here, and where a
+    size is missing.
+    """
+    family = config.get("model_type")
+    reason = unknown_reason(family)
+    if reason is not None:
+        raise UserError(
+            f"model_type={family!r} in the base model's config.json is not a family whose linears are known"
+            f"{reason}; use one of {', '.join(known_families())}"
+        )
+    try:
+        spec = describe(ModelSizes(**_sizes_of(str(family), config)))
+    except KeyError as error:
+        raise UserError(f"the base model's config.json has no {error.args[0]!r}; is the file complete?") from error
+    if spec.dense_layers and "linear_fc1" not in spec.kinds:
+        raise UserError(
+            f"layers {', '.join(map(str, spec.dense_layers))} of the model have no experts (mlp_only_layers, "
+            f"decoder_sparse_step), and megatron-bridge maps none such for {family}; use a model with experts in "
+            "every layer"
+        )
+    return spec
+
+
+def _family_of(sizes: ModelSizes) -> str:
+    # A description that an older release wrote has the form of Llama's.
+    return sizes.model_type if sizes.model_type in families() else "llama"
+
+
+def _layers(sizes: ModelSizes, in_dense: bool, in_sparse: bool) -> tuple[int, ...] | None:
+    """The layers that a row of the tables is in; None for all."""
+    if not sizes.num_experts:
+        return None if in_dense else ()
+    dense = set(sizes.dense_layers)
+    layers = tuple(n for n in range(sizes.num_layers) if (in_dense if n in dense else in_sparse))
+    return None if len(layers) == sizes.num_layers else layers
+
+
+def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
+    names = linear_names(_family_of(sizes))
+    result = []
+    for kind, row in LINEARS.items():
+        layers = _layers(sizes, row.in_dense, row.in_sparse)
+        name = LAYER + row.path
+        if name not in names or layers == ():
+            continue
+        rows, hf = row.rows(sizes), names[name]
+        parts = tuple(HFPart(key, hf if isinstance(hf, str) else hf[key], size) for key, size in rows.items())
+        result.append(
+            LinearSpec(
+                kind,
+                name,
+                parts,
+                row.in_features(sizes),
+                row.parallel,
+                query_groups=sizes.num_query_groups if kind == "linear_qkv" else 0,
+                layers=layers,
+                experts=0 if row.in_dense else sizes.num_experts,
+                bias=_has_bias(sizes, kind),
+            )
+        )
+    head = (HFPart("lm_head", "lm_head", sizes.vocab_size),)
+    return (*result, LinearSpec("output_layer", "output_layer", head, sizes.hidden_size, "column"))
+
+
+def _has_bias(sizes: ModelSizes, kind: str) -> bool:
+    if kind in ("linear_fc1", "linear_fc2"):
+        return sizes.mlp_bias
+    mapped = [name for name in BIASES if name in mapping(_family_of(sizes))]
+    # Where bridge maps no bias, the switch of transformers' class is for all four linears of attention.
+    return sizes.attention_bias and kind in ATTENTION and (not mapped or f"{LAYER}{LINEARS[kind].path}.bias" in mapped)
+
+
+def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
+    mapped = mapping(_family_of(sizes))
+    result = [ParameterSpec(EMBEDDING, mapped[EMBEDDING], (sizes.vocab_size, sizes.hidden_size))]
+    for path, (shape, in_dense, in_sparse) in OTHERS.items():
+        layers = _layers(sizes, in_dense, in_sparse)
+        if LAYER + path in mapped and layers != ():
+            result.append(ParameterSpec(LAYER + path, mapped[LAYER + path], shape(sizes), layers))
+    norm = "decoder.final_layernorm.weight"
+    return (*result, ParameterSpec(norm, mapped[norm], (sizes.hidden_size,)))
+
+
+def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    heads = int(config["num_attention_heads"])
+    hidden = int(config["hidden_size"])
+    # Where bridge maps no head of its own (Gemma), the family's is tied by default, and config.json may not say so.
+    tied = config.get("tie_word_embeddings")
+    layers = int(config["num_hidden_layers"])
+    sizes = {
+        "model_type": family,
+        "hidden_size": hidden,
+        "ffn_hidden_size": int(config["intermediate_size"]),
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "num_query_groups": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or hidden // heads),
+        "vocab_size": int(config["vocab_size"]),
+        "tied_embeddings": OUTPUT_LAYER not in mapping(family) if tied is None else bool(tied),
+        "gated": any(
+            isinstance(linear_names(family).get(LAYER + PATHS[kind]), dict)
+            for kind in ("linear_fc1", "experts.linear_fc1")
+        ),
+        "attention_bias": bool(config.get("attention_bias", BIASES[0] in mapping(family))),
+        "mlp_bias": bool(config.get("mlp_bias")),
+    }
+    if f"{LAYER}mlp.experts.linear_fc1" in linear_names(family):
+        sizes |= _expert_sizes(config, layers)
+    return sizes
+
+
+def _expert_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    number = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    if number is None:
+        raise KeyError("num_experts")
+    # Qwen3-MoE's rule: transformers' Qwen3MoeDecoderLayer.
+    step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple):
+        raise UserError(f"mlp_only_layers={dense!r} in the base model's config.json: wanted a list of layer numbers")
+    sparse = [n for n in range(num_layers) if n not in dense and (n + 1) % step == 0]
+    return {
+        "num_experts": int(number),
+        "num_experts_per_token": int(config["num_experts_per_tok"]),
+        "moe_ffn_hidden_size": int(config.get("moe_intermediate_size") or config["intermediate_size"]),
+        "dense_layers": tuple(n for n in range(num_layers) if n not in sparse),
+    }
+
+
+def _linear_from_json(content: Mapping[str, Any]) -> LinearSpec:
+    layers = content["layers"]
+    parts = tuple(HFPart(**part) for part in content["parts"])
+    return LinearSpec(**{**content, "parts": parts, "layers": None if layers is None else tuple(layers)})
+
+
+def _parameter_from_json(content: Mapping[str, Any]) -> ParameterSpec:
+    layers = content["layers"]
+    return ParameterSpec(
+        **{**content, "shape": tuple(content["shape"]), "layers": None if layers is None else tuple(layers)}
+    )

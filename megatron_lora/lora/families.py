@@ -1,0 +1,59 @@
+"""What megatron-bridge's own mapping registry says of each family, as `families.json` holds it.
+
+`python -m tools.bridge_families` writes that file, so reading it needs neither bridge nor Megatron-Core. A family whose
+every tensor has a row in `model_tables.py` is known. Pure: no torch.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_lora.lora.model_spec import LAYER
+from megatron_lora.lora.model_tables import ATTENTION, PATHS, has_place
+
+FAMILIES_FILE = Path(__file__).with_name("families.json")
+
+
+@functools.cache
+def families() -> dict[str, dict[str, Any]]:
+    """HF model_type -> what megatron-bridge says of it; see `tools/bridge_families.py`."""
+    return json.loads(FAMILIES_FILE.read_text())
+
+
+@functools.cache
+def mapping(family: str) -> dict[str, Any]:
+    """Megatron's name -> the HF name, or segment -> name."""
+    return {megatron: hf for _, megatron, hf in families().get(family, {}).get("parameters", ())}
+
+
+@functools.cache
+def linear_names(family: str) -> dict[str, Any]:
+    """A linear's Megatron name -> its HF modules by segment, or the one HF module."""
+    result = {}
+    for megatron, hf in mapping(family).items():
+        name = megatron.removesuffix("*")
+        if name.endswith(".weight"):
+            parts = hf if isinstance(hf, dict) else {"": hf}
+            modules = {key: part.removesuffix(".weight") for key, part in parts.items()}
+            result[name.removesuffix(".weight")] = modules.get("", modules)
+    return result
+
+
+@functools.cache
+def known_families() -> tuple[str, ...]:
+    """The families whose every tensor has a place in this description."""
+    return tuple(name for name in families() if unknown_reason(name) is None)
+
+
+def unknown_reason(family: object) -> str | None:
+    """Why a family cannot be described, as it follows its name in a message; None for one that can."""
+    if not isinstance(family, str) or family not in families():
+        return " (megatron-bridge maps no such family)"
+    if "failed" in families()[family]:
+        return f" (megatron-bridge gives no mapping: {families()[family]['failed']})"
+    strange = [name for name in mapping(family) if not has_place(name)]
+    if strange:
+        return f" (nothing here knows {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''})"
+    missing = [kind for kind in ATTENTION if LAYER + PATHS[kind] not in linear_names(family)]
+    return f" (it has no {', '.join(missing)})" if missing else None
