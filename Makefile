@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` install what they need first. `make install EXTRAS="rollout-cpu"` adds optional
-# parts: rollout-cpu or rollout-gpu (vLLM, one of the two), gpu (Transformer Engine, compiled here: see docs).
+# parts: rollout-cpu or rollout-gpu (vLLM, one of the two), gpu (Transformer Engine, compiled here: see docs), trackers.
 EXTRAS ?=
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
@@ -11,7 +11,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: help install quickstart quickstart-grpo compare test test-fast test-long lint format clean
 
 help:
-	@echo "make install [EXTRAS=\"rollout-cpu\"]  .venv with everything (extras: rollout-cpu, rollout-gpu, gpu)"
+	@echo "make install [EXTRAS=\"rollout-cpu\"]  .venv with everything (extras: rollout-cpu, rollout-gpu, gpu, trackers)"
 	@echo "make quickstart                      LoRA SFT of a small model at TP=2, on a CPU, with export and checks"
 	@echo "make quickstart-grpo                 the same with GRPO and vLLM rollouts"
 	@echo "make compare                         one recipe on both backends, side by side"

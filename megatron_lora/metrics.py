@@ -1,4 +1,4 @@
-"""Where a trainer reports to: metrics.jsonl, W&B, TensorBoard, the terminal and the pictures, all on one rank."""
+"""Where a trainer reports to: metrics.jsonl, the trackers, the terminal and the pictures, all on one rank."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,9 +12,10 @@ from megatron_lora.config.schema_run import LoggerConfig
 from megatron_lora.reporting.console import RunConsole
 from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_pictures
-from megatron_lora.reporting.trackers import Tracker, build_trackers
+from megatron_lora.reporting.trackers import Tracker, build_trackers, check_trackers
 
 METRICS_NAME = "metrics.jsonl"
+__all__ = ["RunReporter", "check_metrics", "check_trackers"]
 
 
 def check_metrics(run_dir: Path, step: int) -> list[str]:

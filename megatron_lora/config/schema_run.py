@@ -65,6 +65,23 @@ class WandbConfig(Section):
     name: str | None = Field(default=None, description="Name of the run; null: W&B's choice.")
 
 
+class TrackioConfig(Section):
+    """`logger.trackio`."""
+
+    project: str = Field(default="megatron-lora", description="Project.")
+    name: str | None = Field(default=None, description="Name of the run; null: Trackio's choice.")
+    space_id: str | None = Field(
+        default=None, description="Hugging Face Space to log to, `owner/name`; null: the local database."
+    )
+
+
+class SwanlabConfig(Section):
+    """`logger.swanlab`. Offline with `SWANLAB_MODE=offline` in the environment."""
+
+    project: str = Field(default="megatron-lora", description="Project.")
+    name: str | None = Field(default=None, description="Name of the run; null: SwanLab's choice.")
+
+
 class TensorboardConfig(Section):
     """`logger.tensorboard`."""
 
@@ -76,9 +93,13 @@ class TensorboardConfig(Section):
 class LoggerConfig(Section):
     """`logger`. metrics.jsonl is always written."""
 
-    log_dir: Place = Field(default="logs", description="Folder of W&B's and TensorBoard's files.")
+    log_dir: Place = Field(default="logs", description="Folder of W&B's, TensorBoard's and SwanLab's files.")
     wandb_enabled: bool = Field(default=False, description="Log to Weights & Biases.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     tensorboard_enabled: bool = Field(default=False, description="Write TensorBoard event files.")
     tensorboard: TensorboardConfig = Field(default_factory=TensorboardConfig, description="TensorBoard.")
+    trackio_enabled: bool = Field(default=False, description="Log to Trackio (extra `trackers`).")
+    trackio: TrackioConfig = Field(default_factory=TrackioConfig, description="Trackio.")
+    swanlab_enabled: bool = Field(default=False, description="Log to SwanLab (extra `trackers`).")
+    swanlab: SwanlabConfig = Field(default_factory=SwanlabConfig, description="SwanLab.")
     num_val_samples_to_print: NonNegativeInt = Field(default=0, description="GRPO: sample answers shown at validation.")

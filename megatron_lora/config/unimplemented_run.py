@@ -53,10 +53,11 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         "logger",
-        "use logger.wandb_enabled or logger.tensorboard_enabled",
-        {"mlflow_enabled": (False,), "swanlab_enabled": (False,), "trackio_enabled": (False,)},
+        "its packages ask for other versions than ours; use logger.wandb_enabled, trackio_enabled, swanlab_enabled or "
+        "tensorboard_enabled",
+        {"mlflow_enabled": (False,)},
     ),
-    Group("logger", "only read by loggers that this project lacks", any_value("mlflow.*", "swanlab.*", "trackio.*")),
+    Group("logger", "only read by a logger that this project lacks", any_value("mlflow.*")),
     Group(
         "logger",
         "step time and peak memory are always in metrics.jsonl",

@@ -1,13 +1,18 @@
-"""W&B and TensorBoard, each behind the same two methods."""
+"""W&B, TensorBoard, Trackio and SwanLab, each behind the same two methods."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from megatron_lora.config.schema_run import LoggerConfig
+from megatron_lora.config.schema_run import LoggerConfig, SwanlabConfig, TrackioConfig
 from megatron_lora.errors import UserError
+
+# `logger.NAME_enabled` -> the optional package behind it, and the extra that installs it.
+OPTIONAL = {"trackio": "trackio", "swanlab": "swanlab"}
+EXTRA = "trackers"
 
 
 class Tracker(Protocol):
@@ -51,8 +56,7 @@ class WandbTracker:
     ):
         import wandb
 
-        id_file = run_dir / "wandb_run_id.txt"
-        run_id = id_file.read_text().strip() if resume_step and id_file.exists() else uuid4().hex[:8]
+        run_id = _kept(run_dir / "wandb_run_id.txt", resume_step) or uuid4().hex[:8]
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
@@ -70,15 +74,98 @@ class WandbTracker:
                 f"logger.wandb_enabled=true, but W&B did not start ({error}); log in with `wandb login`, or set "
                 "WANDB_MODE=offline in the environment, or logger.wandb_enabled=false"
             ) from error
-        id_file.write_text(run_id + "\n")
+        (run_dir / "wandb_run_id.txt").write_text(run_id + "\n")
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
     def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
-        self._run.log({"step": step, **{f"{kind}/{name}": value for name, value in numbers(metrics).items()}})
+        self._run.log({"step": step, **_named(kind, metrics)})
 
     def close(self, succeeded: bool) -> None:
         self._run.finish(exit_code=0 if succeeded else 1)
+
+
+class TrackioTracker:
+    """A Trackio run in the local database (`TRACKIO_DIR`) that `trackio show` reads, or in a Space.
+
+    The run's name is kept in `run_dir`, so that a resumed training run goes on in the same Trackio run.
+    """
+
+    def __init__(self, options: TrackioConfig, run_dir: Path, config: Mapping[str, Any], resume_step: int):
+        import trackio
+
+        name_file = run_dir / "trackio_run_name.txt"
+        name = _kept(name_file, resume_step)
+        try:
+            self._run = trackio.init(
+                project=options.project,
+                name=name or options.name,
+                space_id=options.space_id,
+                config=dict(config),
+                resume="allow" if name else "never",
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+        except Exception as error:  # it has no error of its own: OSError, ValueError, httpx's, huggingface_hub's
+            raise UserError(
+                f"logger.trackio_enabled=true, but Trackio did not start ({_first_line(error)}); mend logger.trackio, "
+                "or set logger.trackio_enabled=false"
+            ) from error
+        name_file.write_text(self._run.name + "\n")
+
+    def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log(_named(kind, metrics), step=step)
+
+    def close(self, succeeded: bool) -> None:
+        self._run.finish()
+
+
+class SwanLabTracker:
+    """A SwanLab run, online or (SWANLAB_MODE=offline, local) on disk below `log_dir`. Its id is kept in `run_dir`, so
+    that a resumed training run goes on in the same SwanLab run."""
+
+    def __init__(
+        self, options: SwanlabConfig, log_dir: Path, run_dir: Path, config: Mapping[str, Any], resume_step: int
+    ):
+        import swanlab
+
+        id_file = run_dir / "swanlab_run_id.txt"
+        run_id = _kept(id_file, resume_step) or uuid4().hex[:8]
+        try:
+            self._run = swanlab.init(
+                project=options.project,
+                name=options.name,
+                id=run_id,
+                resume="allow",
+                log_dir=str(log_dir / "swanlab"),
+                config=dict(config),
+            )
+        except Exception as error:  # RuntimeError without a login, others of its client
+            raise UserError(
+                f"logger.swanlab_enabled=true, but SwanLab did not start ({_first_line(error)}); log in with `swanlab "
+                "login`, or set SWANLAB_MODE=offline in the environment, or logger.swanlab_enabled=false"
+            ) from error
+        id_file.write_text(run_id + "\n")
+
+    def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log(_named(kind, metrics), step=step)
+
+    def close(self, succeeded: bool) -> None:
+        self._run.finish(state="success" if succeeded else "crashed")
+
+
+def _kept(path: Path, resume_step: int) -> str | None:
+    """What an earlier start of the run left in `path`, None where this one is not resumed."""
+    return path.read_text().strip() or None if resume_step and path.exists() else None
+
+
+def _named(kind: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{kind}/{name}": value for name, value in numbers(metrics).items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -92,6 +179,16 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+def check_trackers(logger: LoggerConfig) -> None:
+    """Raise UserError where the recipe turns on a tracker whose package is not installed."""
+    for name, package in OPTIONAL.items():
+        if getattr(logger, f"{name}_enabled") and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"logger.{name}_enabled=true needs the package {package}, which is not installed: `make install "
+                f"EXTRAS={EXTRA}` adds it; or set the key to false"
+            )
+
+
 def build_trackers(
     logger: LoggerConfig, run_dir: Path, config: Mapping[str, Any], resume_step: int = 0
 ) -> list[Tracker]:
@@ -103,4 +200,8 @@ def build_trackers(
     if logger.wandb_enabled:
         wandb = logger.wandb
         trackers.append(WandbTracker(wandb.project, wandb.name, log_dir, run_dir, config, resume_step))
+    if logger.trackio_enabled:
+        trackers.append(TrackioTracker(logger.trackio, run_dir, config, resume_step))
+    if logger.swanlab_enabled:
+        trackers.append(SwanLabTracker(logger.swanlab, log_dir, run_dir, config, resume_step))
     return trackers

@@ -7,6 +7,7 @@ from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import prepare_data
 from megatron_lora.errors import UserError
+from megatron_lora.metrics import check_trackers
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.layout_checks import check_layout
@@ -39,6 +40,7 @@ class Prepared:
 
 def prepare(recipe: Recipe, world: World) -> Prepared:
     """Check layout, weights' files and data, and tokenize. Raises UserError."""
+    check_trackers(recipe.logger)
     model = read_base(recipe.policy)
     notices = check_base(recipe.policy, model)
     check_layout(recipe.policy, model.shapes, world.size)

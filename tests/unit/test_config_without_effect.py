@@ -84,7 +84,7 @@ def test_the_notice_is_one_line_that_names_the_keys():
         ("policy.megatron_cfg.mtp_num_layers", True, "mtp_num_layers=true is not implemented"),
         ("policy.megatron_cfg.pipeline_dtype", "float32", "pipeline_dtype='float32' is not implemented"),
         ("policy.dtensor_cfg.context_parallel_size", 2, "context parallelism needs policy.megatron_cfg"),
-        ("logger.mlflow_enabled", True, "use logger.wandb_enabled"),
+        ("logger.mlflow_enabled", True, "use logger.wandb_enabled, trackio_enabled"),
         ("data_plane", {"enabeld": False}, "unknown key data_plane.enabeld; did you mean data_plane.enabled?"),
     ],
 )

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_lora.config.schema_run import LoggerConfig
 from megatron_lora.errors import UserError
-from megatron_lora.metrics import RunReporter
+from megatron_lora.metrics import RunReporter, check_trackers
 from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_curve, smooth
 from megatron_lora.reporting.text_curve import text_curve
@@ -182,6 +182,58 @@ def test_wandb_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatch:
     assert ids[0] == ids[1]
     assert written and all(path.name == f"run-{ids[0].strip()}.wandb" for path in written)
     assert all(path.stat().st_size > 0 for path in written)
+
+
+def two_starts(tmp_path: Path, section: LoggerConfig, name_file: str) -> list[str]:
+    """A run of two steps that was stopped after the first; returns what `name_file` held after each start."""
+    names = []
+    for resume_step in (0, 1):
+        with RunReporter(
+            tmp_path / "run",
+            2,
+            logger=section,
+            config={"a": {"b": 1}},
+            resume_step=resume_step,
+            console=plain_console()[0],
+        ) as reporter:
+            reporter.start()
+            reporter.log("train", resume_step + 1, STEP)
+        names.append((tmp_path / "run" / name_file).read_text().strip())
+    return names
+
+
+@pytest.mark.slow
+def test_trackio_holds_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported, which is here
+    section = LoggerConfig.model_validate({"trackio_enabled": True, "trackio": {"project": "unit", "name": "a-run"}})
+    assert two_starts(tmp_path, section, "trackio_run_name.txt") == ["a-run", "a-run"]
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert SQLiteStorage.get_runs("unit") == ["a-run"]
+    logs = SQLiteStorage.get_logs("unit", "a-run")
+    assert [(row["step"], row["train/loss"]) for row in logs] == [(1, STEP["loss"]), (2, STEP["loss"])]
+
+
+@pytest.mark.slow
+def test_swanlab_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    section = LoggerConfig.model_validate({"log_dir": str(tmp_path / "logs"), "swanlab_enabled": True})
+    first, second = two_starts(tmp_path, section, "swanlab_run_id.txt")
+    written = sorted((tmp_path / "logs/swanlab").glob("run-*/run-*.swanlab"))
+    assert first == second and [path.stem for path in written] == [f"run-{first}"] * 2
+    assert all(b"train/loss" in path.read_bytes() for path in written)
+
+
+@pytest.mark.parametrize("name", ["trackio", "swanlab"])
+def test_a_tracker_whose_package_is_missing_is_told_with_the_line_that_installs_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    section = LoggerConfig.model_validate({f"{name}_enabled": True})
+    check_trackers(section)
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(UserError, match=f"logger.{name}_enabled=true .* `make install EXTRAS=trackers`"):
+        check_trackers(section)
+    check_trackers(LoggerConfig())
 
 
 def test_without_a_terminal_lines_are_few_and_whole(tmp_path: Path):
