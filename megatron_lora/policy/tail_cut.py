@@ -27,7 +27,8 @@ def tail_cut(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if not keeps_all:
         ordered = ordered.masked_fill(ordered < ordered[:, -top_k][:, None], float("-inf"))
     below = ordered.softmax(-1).cumsum(-1)
-    out = below <= 1 - torch.tensor(top_p, dtype=torch.float32, device=logits.device)
+    # Filled on the device: a copy from the host cannot be part of a CUDA graph.
+    out = below <= 1 - torch.full((), top_p, dtype=torch.float32, device=logits.device)
     out |= ordered == float("-inf")
     out[:, -1] = False
     return torch.zeros_like(out).scatter_(1, order, out)

@@ -29,12 +29,14 @@ from megatron_lora.rollout.generator import (
     exchange_samples,
 )
 from megatron_lora.rollout.native_answers import Answer, complete
+from megatron_lora.rollout.native_bursts import Bursts
 from megatron_lora.rollout.native_cache import cached_attention, row_bytes
 from megatron_lora.rollout.native_forward import LaneRunner, generating, num_lanes
 from megatron_lora.rollout.sampling import StopRule, random_stream
 from megatron_lora.runtime.memory import free_memory_bytes
 
 CPU_ROWS = 32
+BURST_TOKENS = 16
 # A row's logits while a token is drawn: three copies in fp32, two in fp64.
 LOGIT_BYTES = 3 * 4 + 2 * 8
 
@@ -65,6 +67,10 @@ class NativeGenerator(Generator):
         self.num_replicas = self.group.size()
         self.dtype = DTYPES[policy.config.precision]
         self._kind = "merge" if policy.spec is None else "adapter"
+        self._on_gpu = policy.world.device.type == "cuda"
+        # Tokens drawn at once. Ranks that share a model take part in each token; so do a batch's experts on the host.
+        alone = policy.world.tp == policy.world.pp == 1 and not policy.engine.config.num_moe_experts
+        self.burst = BURST_TOKENS if self._on_gpu and alone else 1
 
     def start(self) -> None:
         """Nothing to build: the trainer holds the model."""
@@ -115,7 +121,8 @@ class NativeGenerator(Generator):
         if mine:
             capacity = max(len(answer.prompt) + answer.limit for answer in mine)
             with self._runner(self._slots(len(mine), capacity), capacity) as runner:
-                complete(runner, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas))
+                bursts = Bursts(runner, options, self.burst, graphs=self._on_gpu) if self.burst > 1 else None
+                complete(runner, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas), bursts)
         copies = num_samples // draws if draws else 0
         drawn = [sample for answer in mine for sample in self._samples(answer, copies)]
         everyone = exchange_samples(drawn, self.group)

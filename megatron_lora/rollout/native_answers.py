@@ -4,14 +4,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from numpy.random import Generator as RandomStream
-from torch import Tensor
 
 from megatron_lora.rollout.generator import RolloutError, SamplingOptions
+from megatron_lora.rollout.native_bursts import Bursts
 from megatron_lora.rollout.native_cache import LaneStep, whole_reads
 from megatron_lora.rollout.native_forward import LaneRunner
-from megatron_lora.rollout.sampling import StopRule, draw, processed_logprobs
+from megatron_lora.rollout.sampling import StopRule, draw_with_logprobs
 
 # Prompt tokens a lane takes in at once (at least one prompt): bounds the memory of a step, not its result.
 PREFILL_TOKENS = 8192
@@ -58,10 +59,11 @@ def complete(
     options: SamplingOptions,
     rule: StopRule,
     on_done: Callable[[int], None],
+    bursts: Bursts | None = None,
 ) -> None:
     """Fill in every answer. All ranks of a model copy call this with the same answers and get the same ones.
 
-    on_done: told how many more are done.
+    on_done: told how many more are done. bursts: draws several tokens at once (one lane only); the same answers.
     """
     waiting = deque(answers)
     # A lane's slots are filled from the first on, without gaps: a row's slot is its place in the list.
@@ -69,6 +71,10 @@ def complete(
     while waiting or any(lanes):
         new = _admit(lanes, waiting, runner.session.num_slots)
         decoding = not any(new)
+        if decoding and bursts is not None:
+            _burst(bursts, lanes[0], rule)
+            on_done(_release(runner, lanes))
+            continue
         if decoding:
             parts = [_Part(list(lane), list(range(len(lane))), first_slot=0) for lane in lanes]
         else:
@@ -172,32 +178,35 @@ def _sample(
         logits = [found[part.sources] if part.followers else found for found, part in zip(logits, parts, strict=True)]
     flat = [answer for part in parts for answer in part.rows]
     uniforms = torch.tensor([answer.stream.random() for answer in flat], dtype=torch.float64)
-    drawn = _draw(torch.cat(logits), uniforms, options) if logits else None
+    drawn = draw_with_logprobs(torch.cat(logits), uniforms, options) if logits else None
     tokens, logprobs = runner.from_last_stage(drawn, (2, len(flat)), torch.float64).tolist()
     for answer, token, logprob in zip(flat, tokens, logprobs, strict=True):
-        if not logprob > float("-inf"):
-            raise RolloutError(
-                f"the model's probabilities behind prompt {answer.prompt_index} and {len(answer.ids)} answer tokens "
-                f"are not numbers (log-probability {logprob}); training has diverged: lower the learning rate and "
-                "resume from an earlier checkpoint"
-            )
-        answer.ids.append(int(token))
-        answer.logprobs.append(logprob)
-        if rule.met(answer.ids):
-            answer.reason = "stop"
-        elif len(answer.ids) == answer.limit:
-            answer.reason = "length"
+        _append(answer, token, logprob, rule)
 
 
-def _draw(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
-    """[2, n] fp64: tokens (exact in fp64) and their log-probabilities, so that one broadcast carries both."""
-    logprobs = processed_logprobs(logits, options)
-    if options.temperature == 0:
-        tokens = logprobs.argmax(-1)
-    else:
-        tokens = draw(logprobs, uniforms.to(logits.device))
-    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
-    return torch.stack([tokens.double(), chosen.double()])
+def _burst(bursts: Bursts, rows: list[Answer], rule: StopRule) -> None:
+    """Some more tokens for each row, up to its end: what was drawn behind it is dropped."""
+    uniforms = torch.tensor(np.stack([answer.stream.random(bursts.size) for answer in rows], axis=1))
+    drawn = bursts.run([answer.ids[-1] for answer in rows], [_position(answer) for answer in rows], uniforms)
+    for tokens, logprobs in drawn.tolist():
+        for answer, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if not answer.reason:
+                _append(answer, token, logprob, rule)
+
+
+def _append(answer: Answer, token: float, logprob: float, rule: StopRule) -> None:
+    if not logprob > float("-inf"):
+        raise RolloutError(
+            f"the model's probabilities behind prompt {answer.prompt_index} and {len(answer.ids)} answer tokens "
+            f"are not numbers (log-probability {logprob}); training has diverged: lower the learning rate and "
+            "resume from an earlier checkpoint"
+        )
+    answer.ids.append(int(token))
+    answer.logprobs.append(logprob)
+    if rule.met(answer.ids):
+        answer.reason = "stop"
+    elif len(answer.ids) == answer.limit:
+        answer.reason = "length"
 
 
 def _release(runner: LaneRunner, lanes: list[list[Answer]]) -> int:

@@ -40,7 +40,17 @@ class LaneRunner:
 
     def next_token_logits(self, steps: Sequence[LaneStep]) -> list[Tensor]:
         """Logits [rows, vocabulary] fp32 behind each row's newest token, lane by lane; [] but on the last stage."""
-        return self._run(steps, partial(_next_token_logits, engine=self.engine))
+        return self._run(steps, self._next_token_logits)
+
+    def decoded_logits(self, step: LaneStep) -> Tensor:
+        """Logits [rows, vocabulary] fp32 of a step of one token a row, where this rank holds the whole model: no
+        schedule around the forward pass, nothing that waits for the host, so that a CUDA graph can hold it."""
+        self.session.step = step
+
+        def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+            return self._vocabulary(_local_logits(hidden_states.squeeze(1), output_layer, output_weight).float())
+
+        return self._forward(self.chunks[0], step, processor)
 
     def target_logprobs(self, step: LaneStep, targets: Tensor) -> Tensor:
         """Log-probability of targets [T] at temperature 1: [T] fp32, nats, on every stage."""
@@ -89,13 +99,30 @@ class LaneRunner:
         def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
             return head(hidden_states, output_layer, output_weight, step)
 
-        output = model(
+        return self._forward(model, step, processor), _keep
+
+    def _forward(self, model: GPTModel, step: LaneStep, processor: Callable[..., Tensor]) -> Tensor:
+        return model(
             input_ids=step.tokens.unsqueeze(0),
             position_ids=step.positions.unsqueeze(0),
             attention_mask=None,  # type: ignore[arg-type]
             output_processor=processor,
         )
-        return output, _keep
+
+    def _next_token_logits(self, hidden: Tensor, output_layer: Any, weight: Tensor | None, step: LaneStep) -> Tensor:
+        tp = self.engine.tp
+        hidden = hidden.squeeze(1)
+        if tp.sequence_parallel:
+            hidden = tp.all_gather(hidden)
+        last = torch.tensor(step.ends, dtype=torch.int64, device=hidden.device) - 1
+        logits = _local_logits(hidden[last], output_layer, weight).float()
+        if tp.size > 1:
+            logits = tp.all_gather(logits.t()).t()
+        return self._vocabulary(logits)
+
+    def _vocabulary(self, logits: Tensor) -> Tensor:
+        """Without the columns behind the vocabulary, which are padding and never sampled; capped."""
+        return cap_logits(logits[:, : self.engine.head.vocab_size], self.engine.head.softcap)
 
 
 def num_lanes(engine: Engine) -> int:
@@ -128,21 +155,6 @@ def generating(engine: Engine, chunks: Sequence[GPTModel]) -> Iterator[None]:
 def _keep(output: Tensor, non_loss_data: bool) -> Tensor:
     # A new tensor: schedules of virtual stages empty the one they were given.
     return output.detach()
-
-
-def _next_token_logits(
-    hidden: Tensor, output_layer: Any, weight: Tensor | None, step: LaneStep, *, engine: Engine
-) -> Tensor:
-    tp = engine.tp
-    hidden = hidden.squeeze(1)
-    if tp.sequence_parallel:
-        hidden = tp.all_gather(hidden)
-    last = torch.tensor(step.ends, dtype=torch.int64, device=hidden.device) - 1
-    logits = _local_logits(hidden[last], output_layer, weight).float()
-    if tp.size > 1:
-        logits = tp.all_gather(logits.t()).t()
-    # The columns behind the vocabulary are padding: never sampled.
-    return cap_logits(logits[:, : engine.head.vocab_size], engine.head.softcap)
 
 
 def _local_logits(hidden: Tensor, output_layer: Any, weight: Tensor | None) -> Tensor:

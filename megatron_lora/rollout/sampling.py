@@ -30,6 +30,14 @@ def processed_logprobs(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits.log_softmax(-1)
 
 
+def draw_with_logprobs(logits: Tensor, uniforms: Tensor, options: SamplingOptions) -> Tensor:
+    """[2, n] fp64: tokens (exact in fp64) and their log-probabilities. logits [n, vocabulary], uniforms [n]."""
+    logprobs = processed_logprobs(logits, options)
+    tokens = logprobs.argmax(-1) if options.temperature == 0 else draw(logprobs, uniforms.to(logits.device))
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
+    return torch.stack([tokens.double(), chosen.double()])
+
+
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens [n] from log-probabilities [n, vocabulary] and numbers in [0, 1) [n], by inversion in fp64.
 

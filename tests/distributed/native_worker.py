@@ -115,6 +115,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
     policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=4)
     generator = NativeGenerator(policy, tokenizer())
+    generator.burst = case.get("burst", generator.burst)
     generator.start()
     handover = generator.load_adapter(policy.adapter(), 3)
     before = state_of(policy)

@@ -23,6 +23,8 @@ FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "gemma3_softcap")
 ONE = {
     "one": {"family": "qwen3", "layout": {}, "stops": True, "trains": True, "refuses": True},
     "gemma": {"family": "gemma3_softcap", "layout": {}},
+    # Several tokens at once, as on a GPU, over a batch of rows that end at different times.
+    "burst": {"family": "qwen3", "layout": {}, "stops": True, "trains": True, "burst": 5},
     "llama": {"family": "llama3", "layout": {}, "batch": None},
     "head": {"family": "qwen3_head", "layout": {}},
     "dora": {"family": "qwen3_dora", "layout": {}, "peft": {"type": "dora"}, "trains": True},
