@@ -12,6 +12,7 @@ from megatron_lora.config.interpolation import resolve
 from megatron_lora.config.messages import describe_errors, one_message
 from megatron_lora.config.overrides import apply_override, merge
 from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_algorithms import AdvantageConfig
 from megatron_lora.config.schema_data import as_one_block
 from megatron_lora.config.schema_tree import walk_fields
 from megatron_lora.config.show import show
@@ -101,10 +102,21 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
             if recipe.grpo is None and block.repeat > 1:
                 unread.append("data.validation.repeat")  # a mean over rows stays the same
                 block.repeat = 1
+    if recipe.grpo is not None:
+        unread += _unread_of_estimator(recipe.grpo.adv_estimator, resolved["grpo"].get("adv_estimator") or {})
     if recipe.policy.scheduler is not None and recipe.policy.optimizer is None:
         unread.append("policy.scheduler")  # only where Megatron trains: the other backend refuses it
         recipe.policy.scheduler = None
     return unread
+
+
+def _unread_of_estimator(estimator: AdvantageConfig, written: dict[str, Any]) -> list[str]:
+    """Keys of `grpo.adv_estimator` that say something else than the estimator's name."""
+    return [
+        f"grpo.adv_estimator.{name}"
+        for name in ("normalize_rewards", "use_leave_one_out_baseline")
+        if written.get(name) not in (None, getattr(estimator, name))
+    ]
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

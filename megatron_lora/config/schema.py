@@ -54,6 +54,12 @@ class Recipe(Section):
                     f"grpo.reward_shaping.max_response_length={shaping.max_response_length}; lower it"
                 )
             self._check_rollout_batch(self.grpo)
+            if self.grpo.adv_estimator.name == "dr_grpo" and self.loss_fn.length_normalization:
+                raise ValueError(
+                    "grpo.adv_estimator.name=dr_grpo is one half of Dr. GRPO, the other is a loss that is not divided "
+                    "by answers' lengths: set loss_fn.length_normalization=false (the advantage alone is name=grpo "
+                    "with normalize_rewards=false and use_leave_one_out_baseline=false)"
+                )
         return self
 
     def _check_rollout_batch(self, grpo: GrpoConfig) -> None:

@@ -72,19 +72,52 @@ class DpoConfig(_SupervisedAlgorithm):
         return self
 
 
+# Estimator -> (normalize_rewards, use_leave_one_out_baseline), where its name says them.
+FIXED_BY_NAME: dict[str, tuple[bool | None, bool | None]] = {
+    "rloo": (False, True),
+    "dr_grpo": (False, False),
+    "reinforce_plus_plus": (False, False),
+}
+
+
 class AdvantageConfig(Section):
     """`grpo.adv_estimator`."""
 
-    name: Literal["grpo"] = Field(
-        default="grpo", description="Advantages relative to the group of one prompt's answers."
+    name: Literal["grpo", "rloo", "dr_grpo", "reinforce_plus_plus"] = Field(
+        default="grpo",
+        description="`grpo`: relative to the group, as the next two keys say; `rloo`: reward less the mean of the "
+        "others (Ahmadian et al. 2024); `dr_grpo`: less the group's mean (Liu et al. 2025); `reinforce_plus_plus`: "
+        "that, then normalised over all tokens of the step (Hu et al. 2025).",
     )
     normalize_rewards: bool | None = Field(
-        default=None, description="Divide by the group's standard deviation; null: `grpo.normalize_rewards`."
+        default=None,
+        description="`grpo`: divide by the group's standard deviation; null: `grpo.normalize_rewards`. The others do "
+        "not.",
     )
     use_leave_one_out_baseline: bool | None = Field(
         default=None,
-        description="Each answer's baseline is the mean of the others; null: `grpo.use_leave_one_out_baseline`.",
+        description="`grpo`: each answer's baseline is the mean of the others; null: `grpo.use_leave_one_out_baseline`."
+        " The others' names say it.",
     )
+    minus_baseline: bool = Field(
+        default=True,
+        description="`reinforce_plus_plus`: subtract the group's mean reward first; off: one answer a "
+        "prompt is enough.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.minus_baseline and self.name != "reinforce_plus_plus":
+            raise ValueError(
+                f"minus_baseline=false is for name=reinforce_plus_plus; {self.name} always subtracts its baseline"
+            )
+        return self
+
+    def fill(self, normalize_rewards: bool, use_leave_one_out_baseline: bool) -> None:
+        """What the name decides, or else the section above."""
+        normalizes, leaves_out = FIXED_BY_NAME.get(self.name, (self.normalize_rewards, self.use_leave_one_out_baseline))
+        self.normalize_rewards = normalize_rewards if normalizes is None else normalizes
+        self.use_leave_one_out_baseline = use_leave_one_out_baseline if leaves_out is None else leaves_out
 
 
 class RewardShapingConfig(Section):
@@ -185,15 +218,16 @@ class GrpoConfig(_Algorithm):
             raise ValueError(
                 "stop_at_validation_metric=pass_k needs several answers a prompt; set val_num_generations_per_prompt"
             )
-        estimator = self.adv_estimator
-        if estimator.normalize_rewards is None:
-            estimator.normalize_rewards = self.normalize_rewards
-        if estimator.use_leave_one_out_baseline is None:
-            estimator.use_leave_one_out_baseline = self.use_leave_one_out_baseline
-        if self.num_generations_per_prompt == 1 and estimator.use_leave_one_out_baseline:
+        self.adv_estimator.fill(self.normalize_rewards, self.use_leave_one_out_baseline)
+        if self.num_generations_per_prompt == 1 and self.adv_estimator.use_leave_one_out_baseline:
             raise ValueError(
                 "num_generations_per_prompt=1 leaves no other answer for use_leave_one_out_baseline=true; "
                 "use at least 2 generations"
+            )
+        if self.num_generations_per_prompt == 1 and self.use_dynamic_sampling:
+            raise ValueError(
+                "num_generations_per_prompt=1 has no groups of different rewards, which use_dynamic_sampling=true "
+                "looks for; use at least 2 generations, or set it to false"
             )
         return self
 

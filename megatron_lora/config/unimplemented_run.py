@@ -81,7 +81,11 @@ TABLE: tuple[Group, ...] = (
         for part in ("default", "train", "validation")
     ),
     # GRPO
-    Group("grpo.adv_estimator", "the baseline is always subtracted", {"minus_baseline": (True,)}),
+    Group(
+        "grpo.adv_estimator",
+        "estimators of advantages from a value model, a teacher or several rewards at once are not offered",
+        {"reward_weights": (None,)},
+    ),
     Group(
         "",
         "rollouts and training alternate: every answer comes from the newest weights, in the prompts' order",

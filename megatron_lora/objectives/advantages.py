@@ -126,14 +126,15 @@ def subtract_kl(
 
 
 def normalize_over_tokens(advantages: Sequence[Tensor], target_masks: Sequence[Tensor]) -> list[Tensor]:
-    """REINFORCE++'s global normalisation: (A - mean) / std over all target tokens of the batch, variance at least 1e-8.
+    """REINFORCE++'s global normalisation (Hu et al. 2025): (A - mean) / std over all target tokens of the batch,
+    variance at least 1e-8.
 
-    advantages, target_masks: one [S] tensor a row. Positions without a target get 0. Raises ValueError where no row
-    has a target.
+    advantages, target_masks: one [S] tensor a row. Positions without a target get 0, and so does everything where the
+    targets' advantages are all equal: their computed difference from the mean is rounding.
     """
     targets = torch.cat([a[mask] for a, mask in zip(advantages, target_masks, strict=True)]).double()
-    if targets.numel() == 0:
-        raise ValueError("no row has a target token, there is nothing to normalise over")
+    if targets.numel() == 0 or bool(_equal(targets, torch.ones_like(targets, dtype=torch.bool))):
+        return [torch.zeros_like(a) for a in advantages]
     mean, variance = targets.mean(), targets.var(correction=0)
     scale = variance.clamp(min=1e-8).rsqrt()
     return [

@@ -3,7 +3,7 @@
 for a batch of prompts q:
     sample a group of answers o_1 .. o_G from the policy as it is                 RolloutEngine.generate
     compute their rewards r_1 .. r_G                                              reward_answers
-    compute advantages relative to the group                                      group_advantages
+    compute advantages relative to the group                                      Estimator
     for each part of the answers: update the policy by the clipped objective      Policy.train_step
     give the rollout engine the new weights                                       RolloutEngine.refit
 """
@@ -17,7 +17,8 @@ from megatron_lora.data.batch import Row
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
-from megatron_lora.objectives.advantages import clip_advantages, group_advantages, informative_groups, subtract_kl
+from megatron_lora.objectives.advantages import clip_advantages, informative_groups, subtract_kl
+from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo import GRPOObjective, set_positive_example_weights
 from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logprob_error, sequence_prob_errors
 from megatron_lora.policy.interface import StepResult
@@ -97,6 +98,7 @@ class GRPOTrainer:
         self.session, self.engine, self.runner = session, engine, runner
         self.policy, self.options = session.policy, session.recipe.grpo
         self.objective = GRPOObjective(loss_config(session.recipe))
+        self.estimator = Estimator.from_config(self.options.adv_estimator)
         self.loader, self.prompts = loader, loader.forever()
         self.watch = RewardWatch()
         self.shows_samples = shows_samples
@@ -215,19 +217,11 @@ class GRPOTrainer:
     def _score(self, groups: list[Group]) -> tuple[list[Row], dict[str, float]]:
         """Rows with advantages and those log-probabilities that the updates do not compute themselves, and what the log
         says of them."""
-        estimator = self.options.adv_estimator
-        found = group_advantages(
-            shaped_rewards(groups, self.options),
-            normalize=bool(estimator.normalize_rewards),
-            leave_one_out=bool(estimator.use_leave_one_out_baseline),
-        )
-        advantages = clip_advantages(
-            found.advantages, self.options.advantage_clip_low, self.options.advantage_clip_high
-        )
-        rows = build_rows(groups, advantages)
+        found = self.estimator.within_groups(shaped_rewards(groups, self.options))
+        rows = build_rows(groups, found.advantages)
         if self.options.overlong_filtering:
             rows = filter_overlong(rows, [is_truncated(sample) for group in groups for sample in group.samples])
-        rows = self._with_scores(rows)
+        rows = self._with_scores(rows, (~raw_rewards(groups).isnan()).flatten().tolist())
         values: dict[str, float] = {"zero_variance_groups": found.num_zero_variance}
         threshold = self.options.seq_logprob_error_threshold
         if threshold is not None:
@@ -236,15 +230,19 @@ class GRPOTrainer:
             rows, values["masked_by_logprob_error"] = masked.rows, masked.num_masked
         return rows, values
 
-    def _with_scores(self, rows: list[Row]) -> list[Row]:
-        """What the updates need to know of the old policy and the reference, and cannot compute themselves."""
+    def _with_scores(self, rows: list[Row], rewarded: Sequence[bool]) -> list[Row]:
+        """What the updates need to know of the old policy and the reference, and cannot compute themselves; the
+        advantages over the batch, which may need it. rewarded: whether the row's answer has a reward."""
         config = self.objective.config
+        in_reward = config.use_kl_in_reward and config.reference_policy_kl_penalty > 0
+        if not in_reward:
+            rows = self._over_batch(rows, rewarded)
         first_update = self.session.recipe.policy.train_global_batch_size
         ahead = scores_all_ahead(self.session.recipe, config) or not self._teaches(rows[:first_update])
         reference = config.reference_policy_kl_penalty > 0
         with self._sampling():
             rows = with_scores(self.policy, rows, old_from=0 if ahead else first_update, reference=reference)
-        if config.use_kl_in_reward and reference:
+        if in_reward:
             advantages = subtract_kl(
                 [row.token_fields["advantages"] for row in rows],
                 [row.token_fields[OLD] for row in rows],
@@ -252,8 +250,16 @@ class GRPOTrainer:
                 config.reference_policy_kl_penalty,
                 config.reference_policy_kl_type,
             )
-            rows = with_field(rows, "advantages", advantages)
+            rows = self._over_batch(with_field(rows, "advantages", advantages), rewarded)
         return rows
+
+    def _over_batch(self, rows: list[Row], rewarded: Sequence[bool]) -> list[Row]:
+        """The advantages that the loss gets: normalised over the batch where the estimator says so, then clipped."""
+        low, high = self.options.advantage_clip_low, self.options.advantage_clip_high
+        values = self.estimator.over_tokens(
+            [row.token_fields["advantages"] for row in rows], [row.target_mask for row in rows], rewarded
+        )
+        return with_field(rows, "advantages", [clip_advantages(value, low, high) for value in values])
 
     def _sampling(self) -> AbstractContextManager[None]:
         """Within it log-probabilities are those of the distribution that the answers were drawn from."""

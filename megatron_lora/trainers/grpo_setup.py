@@ -9,7 +9,7 @@ from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt, PromptDataset
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
-from megatron_lora.objectives.advantages import check_group_size
+from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty
 from megatron_lora.policy.adapter_start import planned_adapter
@@ -22,7 +22,7 @@ def check_grpo(recipe: Recipe, world: World) -> None:
     """Raise UserError for what cannot be run."""
     grpo, generation = recipe.grpo, recipe.policy.generation
     assert grpo is not None
-    check_group_size(grpo.num_generations_per_prompt, bool(grpo.adv_estimator.use_leave_one_out_baseline))
+    Estimator.from_config(grpo.adv_estimator).check_group_size(grpo.num_generations_per_prompt)
     loss = loss_config(recipe)
     if grpo.skip_reference_policy_logprobs_calculation and loss.reference_policy_kl_penalty > 0:
         raise UserError(

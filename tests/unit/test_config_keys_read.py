@@ -24,7 +24,7 @@ CALLED = {
     "SftConfig": {"section", "options", "recipe"},
     "DpoConfig": {"section", "options", "recipe", "config"},
     "GrpoConfig": {"section", "options", "recipe", "estimator"},
-    "AdvantageConfig": {"estimator"},
+    "AdvantageConfig": {"options"},
     "RewardShapingConfig": {"shaping"},
     "RewardScalingConfig": {"scaling"},
     "LossFnConfig": {"loss", "config", "self"},

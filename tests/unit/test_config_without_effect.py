@@ -164,6 +164,20 @@ def test_contradictions_that_would_change_nothing_or_the_wrong_thing():
         check_recipe(recipe(**one_update | clips))
 
 
+def test_an_estimator_of_advantages_says_which_keys_its_name_overrules():
+    grpo = {"sft": None, "policy__train_global_batch_size": 512}
+    nemo_rl = {"normalize_rewards": True, "use_leave_one_out_baseline": False, "minus_baseline": True}
+    loaded = check_recipe(recipe(**grpo, grpo={"adv_estimator": {"name": "reinforce_plus_plus", **nemo_rl}}))
+    assert loaded.notices == ["NeMo RL keys accepted without effect: grpo.adv_estimator.normalize_rewards"]
+    loaded = check_recipe(recipe(**grpo, grpo={"adv_estimator": {"name": "rloo", **nemo_rl}}))
+    assert "{normalize_rewards, use_leave_one_out_baseline}" in loaded.notices[0]
+    with pytest.raises(UserError, match="Dr. GRPO.* set loss_fn.length_normalization=false"):
+        check_recipe(recipe(**grpo, grpo={"adv_estimator": {"name": "dr_grpo"}}))
+    halves = {"grpo": {"adv_estimator": {"name": "dr_grpo"}}, "loss_fn": {"length_normalization": False}}
+    again = check_recipe(check_recipe(recipe(**grpo, **halves)).resolved)
+    assert not again.notices and again.recipe.grpo is not None and not again.recipe.grpo.adv_estimator.normalize_rewards
+
+
 def test_validation_repeats_and_training_does_not():
     grpo = {"grpo": {}, "sft": None, "policy__train_global_batch_size": 512}
     repeated = {"data__validation": {"data_path": "v", "repeat": 16}}

@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 from objective_batches import make_row
+from pydantic import ValidationError
 
+from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.advantages import (
     check_group_size,
@@ -13,6 +15,7 @@ from megatron_lora.objectives.advantages import (
     normalize_over_tokens,
     subtract_kl,
 )
+from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo import GRPOObjective
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty, stop_properly_penalty
@@ -123,8 +126,66 @@ def test_kl_in_reward_and_global_normalisation_by_hand():
     root = math.sqrt(2)
     torch.testing.assert_close(first, torch.tensor([0.0, -1 / root, -1 / root]))
     torch.testing.assert_close(second, torch.tensor([0.0, 2 / root]))
-    with pytest.raises(ValueError, match="no row"):
-        normalize_over_tokens([torch.tensor([1.0])], [torch.tensor([False])])
+    # Without a target, and where all are one number up to rounding, nothing is to be learnt.
+    assert normalize_over_tokens([torch.tensor([1.0])], [torch.tensor([False])])[0].tolist() == [0.0]
+    equal = [torch.full((3,), 0.1 + 0.2, dtype=torch.float64), torch.full((2,), 0.3, dtype=torch.float64)]
+    everywhere = [torch.ones(3, dtype=torch.bool), torch.ones(2, dtype=torch.bool)]
+    assert all(not values.any() for values in normalize_over_tokens(equal, everywhere))
+
+
+def estimator(**keys: object) -> Estimator:
+    """Of a recipe's `grpo.adv_estimator`."""
+    return Estimator.from_config(GrpoConfig.model_validate({"adv_estimator": keys}).adv_estimator)
+
+
+def test_named_estimators_within_a_group_by_hand():
+    # Mean 2; the others' means are 2.5, 2, 1.5; the others' unbiased std is 1/sqrt(2), sqrt(2), 1/sqrt(2).
+    rewards = torch.tensor([[1.0, 2.0, 3.0]])
+    wanted = {
+        "rloo": [-1.5, 0.0, 1.5],
+        "dr_grpo": [-1.0, 0.0, 1.0],
+        "reinforce_plus_plus": [-1.0, 0.0, 1.0],
+    }
+    for name, values in wanted.items():
+        torch.testing.assert_close(estimator(name=name).within_groups(rewards).advantages, torch.tensor([values]))
+    plain = estimator(name="reinforce_plus_plus", minus_baseline=False).within_groups(rewards)
+    assert plain.advantages.tolist() == [[1.0, 2.0, 3.0]]
+    found = estimator(name="grpo").within_groups(rewards).advantages
+    torch.testing.assert_close(found, torch.tensor([[-1.5, 0.0, 1.5]]) / (math.sqrt(0.5) + 1e-6))
+    found = estimator(normalize_rewards=False, use_leave_one_out_baseline=False).within_groups(rewards).advantages
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 0.0, 1.0]]))
+
+
+def test_reinforce_plus_plus_over_the_batch_by_hand():
+    """Tokens count, not answers: two answers of advantage 1 and -1 with one and three tokens have mean -1/2 and
+    variance (9/4 + 3 * 1/4) / 4 = 3/4. An answer without a reward stays at 0 and does not count."""
+    advantages = [torch.tensor([0.0, 1.0]), torch.tensor([0.0, -1.0, -1.0, -1.0]), torch.tensor([0.0, 0.0])]
+    masks = [torch.arange(len(values)) > 0 for values in advantages]
+    plus_plus = estimator(name="reinforce_plus_plus")
+    first, second, third = plus_plus.over_tokens(advantages, masks, [True, True, False])
+    torch.testing.assert_close(first[1:], torch.tensor([1.5 / math.sqrt(0.75)]))
+    torch.testing.assert_close(second[1:], torch.full((3,), -0.5 / math.sqrt(0.75)))
+    assert not third.any() and first[0] == 0
+    unchanged = estimator(name="rloo").over_tokens(advantages, masks, [True, True, False])
+    assert all(same is given for same, given in zip(unchanged, advantages, strict=True))
+
+
+def test_the_name_decides_and_one_answer_is_enough_without_a_baseline():
+    contradicting = {"name": "rloo", "normalize_rewards": True, "use_leave_one_out_baseline": False}
+    assert estimator(**contradicting) == estimator(name="rloo") == Estimator("others")
+    alone = {"name": "reinforce_plus_plus", "minus_baseline": False}
+    config = GrpoConfig.model_validate({"num_generations_per_prompt": 1, "adv_estimator": alone})
+    Estimator.from_config(config.adv_estimator).check_group_size(1)
+    with pytest.raises(UserError, match="nothing trains"):
+        estimator(name="reinforce_plus_plus").check_group_size(1)
+    for wrong, message in (
+        ({"num_generations_per_prompt": 1, "adv_estimator": {"name": "rloo"}}, "leaves no other answer"),
+        ({"num_generations_per_prompt": 1, "adv_estimator": alone, "use_dynamic_sampling": True}, "no groups of"),
+        ({"adv_estimator": {"minus_baseline": False}}, "minus_baseline=false is for name=reinforce_plus_plus"),
+        ({"adv_estimator": {"name": "gdpo"}}, "'grpo', 'rloo', 'dr_grpo' or 'reinforce_plus_plus'"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            GrpoConfig.model_validate(wrong)
 
 
 def test_scale_rewards_by_hand():

@@ -1,18 +1,24 @@
 """GRPO's loss and gradient against TRL's own loss method on the same tensors."""
 
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from data_tokenizers import build_tokenizer
+from datasets import Dataset
 from objective_batches import mean_loss_and_grads, pack, policy_logps
 from test_objectives_grpo import random_rows
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_lora.objectives.advantages import group_advantages
+from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo import GRPOObjective
 from megatron_lora.objectives.grpo_config import GRPOConfig
+from tests.support.models import family_config
 
 
 def trl_grpo_loss(rows, loss_type="dapo", level="token", beta=0.0, delta=None, weights=False, constant=0):
@@ -139,3 +145,34 @@ def test_group_normalisation_is_trls_up_to_epsilon():
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     ours = group_advantages(rewards, normalize=True, leave_one_out=False).advantages
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=0)
+
+
+def trl_advantages(trainer_class: Any, config_class: Any, folder: Path, rewards: list[float], **options: Any) -> Tensor:
+    """The advantages of one step of a real TRL trainer: two prompts, a random model, these rewards. [2, 4]"""
+    model = AutoModelForCausalLM.from_config(family_config("qwen3", num_hidden_layers=1, vocab_size=600))
+    config = config_class(
+        output_dir=str(folder), per_device_train_batch_size=8, num_generations=4, max_completion_length=2, max_steps=1,
+        beta=0.0, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=lambda completions, **columns: rewards,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}]),
+        processing_class=build_tokenizer(),
+    )
+    trainer.train()
+    return torch.tensor(list(trainer._logs["advantages"])).view(2, 4)
+
+
+@pytest.mark.slow
+def test_rloo_and_dr_grpo_have_the_advantages_of_trls_trainers(tmp_path: Path):
+    from trl import GRPOConfig as TrlGrpoConfig
+    from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    rewards = [1.0, 0.0, 0.25, 0.5, 3.0, 3.0, 3.0, -1.0]
+    grouped = torch.tensor(rewards).view(2, 4)
+    found = trl_advantages(RLOOTrainer, RLOOConfig, tmp_path, rewards)
+    torch.testing.assert_close(Estimator("others").within_groups(grouped).advantages, found)
+    found = trl_advantages(GRPOTrainer, TrlGrpoConfig, tmp_path, rewards, scale_rewards="none", loss_type="dr_grpo")
+    torch.testing.assert_close(Estimator("group").within_groups(grouped).advantages, found)
