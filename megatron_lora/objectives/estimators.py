@@ -20,10 +20,14 @@ Baseline = Literal["group", "others", "none"]
 class EstimatorOptions(Protocol):
     """`grpo.adv_estimator`, every key filled in."""
 
-    name: str
-    normalize_rewards: bool | None
-    use_leave_one_out_baseline: bool | None
-    minus_baseline: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def normalize_rewards(self) -> bool | None: ...
+    @property
+    def use_leave_one_out_baseline(self) -> bool | None: ...
+    @property
+    def minus_baseline(self) -> bool: ...
 
 
 @dataclass(frozen=True)
