@@ -121,5 +121,8 @@ def _product(factors: Sequence[int | float]) -> int | float:
 def _message(error: OmegaConfBaseException) -> str:
     """OmegaConf's first line, with the key at fault."""
     first = str(error).strip().splitlines()[0]
+    variable = re.search(r"Environment variable '(.*)' not found", first)
+    if variable is not None:
+        first = f"the environment variable {variable[1]} is not set; export it, or give the key a value"
     key = getattr(error, "full_key", None)
     return f"{key}: {first}" if key else first

@@ -93,12 +93,15 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
     if recipe.grpo is None and resolved["data"].get("max_input_seq_length") is not None:
         unread.append("data.max_input_seq_length")
     if recipe.data.validation is not None:
-        # Both are about holding rows of data.train out.
         written = resolved["data"]["validation"]
         blocks = [block for name, block in recipe.data.blocks() if name.startswith("validation")]
         for block, keys in zip(blocks, [written, *written.get("also", [])], strict=True):
-            unread += [f"data.validation.{name}" for name in ("seed", "split_validation_size") if keys.get(name)]
-            block.seed, block.split_validation_size = None, 0.0
+            if keys.get("split_validation_size"):  # it is for data.train
+                unread.append("data.validation.split_validation_size")
+                block.split_validation_size = 0.0
+            if keys.get("seed") and block.max_samples is None:
+                unread.append("data.validation.seed")
+                block.seed = None
             if recipe.grpo is None and block.repeat > 1:
                 unread.append("data.validation.repeat")  # a mean over rows stays the same
                 block.repeat = 1

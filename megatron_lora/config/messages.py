@@ -31,6 +31,7 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
+MOST_LISTED = 20
 _ALGORITHMS_OWN = {"sft": ("sft",), "dpo": ("dpo",), "grpo": ("grpo", "loss_fn", "env", "policy.generation")}
 
 
@@ -75,7 +76,10 @@ def unknown_key(path: str, siblings: Sequence[str], recipe: dict[str, Any]) -> s
     near = near or [where + sibling for sibling in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     if near:
         return f"unknown key {path}; did you mean {near[0]}?"
-    return f"unknown key {path}; {parent or 'the recipe'} has the keys {', '.join(sorted(siblings))}"
+    section = parent or "the recipe"
+    if len(siblings) > MOST_LISTED:
+        return f"unknown key {path}; {section} has no such key and none like it (docs/configuration.md has its keys)"
+    return f"unknown key {path}; {section} has the keys {', '.join(sorted(siblings))}"
 
 
 def _is_read(key: str, recipe: dict[str, Any]) -> bool:

@@ -34,13 +34,16 @@ class DatasetConfig(Section):
         default=None, description="File with a text around each prompt, which stands at `{}`."
     )
     system_prompt_file: Place | None = Field(default=None, description="File with a system message for every row.")
+    max_samples: PositiveInt | None = Field(
+        default=None, description="Rows used, at most, drawn by `seed`, before any are held out; null: all."
+    )
     split_validation_size: Fraction = Field(
         default=0.0, description="`data.train`: part of the rows held out; they join those of `data.validation`."
     )
     repeat: PositiveInt = Field(
         default=1, description="`data.validation` of GRPO: its prompts so many times over, each with draws of its own."
     )
-    seed: Int | None = Field(default=None, description="Seed of that split; null: the algorithm's.")
+    seed: Int | None = Field(default=None, description="Seed of those two draws; null: the algorithm's.")
     also: "list[DatasetConfig]" = Field(
         default_factory=list,
         description="Further data sets, whose rows follow; a list in place of this section is read as its first entry "

@@ -28,6 +28,21 @@ class CheckpointingConfig(Section):
     higher_is_better: bool = Field(default=False, description="Whether a larger metric is better.")
     save_optimizer: bool = Field(default=True, description="Save what exact resumption needs.")
 
+    checkpoint_must_save_by: str | None = Field(
+        default=None,
+        pattern=r"^\d+:\d{1,2}:\d{1,2}:\d{1,2}$",
+        description="`DD:HH:MM:SS` of training, by which the run has saved and ended with status 0: a step that would "
+        "end later is not begun. The same command goes on. null: no such time.",
+    )
+
+    @property
+    def seconds_to_save(self) -> float | None:
+        """`checkpoint_must_save_by` in seconds."""
+        if self.checkpoint_must_save_by is None:
+            return None
+        days, hours, minutes, seconds = map(int, self.checkpoint_must_save_by.split(":"))
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
     @model_validator(mode="after")
     def _metric_has_a_split(self) -> Self:
         if self.metric_name is not None and self.metric is None:

@@ -14,6 +14,23 @@ TABLE: tuple[Group, ...] = (
         any_value("offload_optimizer_for_logprob", "refit_buffer_size_gb", "activation_checkpointing_enabled"),
     ),
     Group("policy.router_replay", "experts are chosen anew in training", {"enabled": (False,)}),
+    Group(
+        "policy",
+        "a base whose folder holds it quantized is not read; give it in bfloat16 or float32",
+        {"dequantize_base_checkpoint": (False,)},
+    ),
+    Group("policy", "quantization-aware training is not offered", {"quant_cfg": (None,)}),
+    Group(
+        "policy",
+        "only read where policy.quant_cfg",
+        any_value(
+            "disable_modelopt_layer_spec",
+            "quant_batch_size",
+            "quant_calib_data",
+            "quant_calib_size",
+            "quant_sequence_length",
+        ),
+    ),
     Group("policy", "log-probabilities are computed in bounded chunks anyway", any_value("logprob_chunk_size")),
     Group("policy.draft", "there is no draft model", {"enabled": (False,)}),
     Group(
@@ -112,9 +129,13 @@ TABLE: tuple[Group, ...] = (
             "gradient_accumulation_fusion": (False,),
             "optimizer.bf16": ANY,
             "optimizer.fp16": (False,),
-            "optimizer.params_dtype": ("float32", "torch.float32"),
             "optimizer.use_precision_aware_optimizer": ANY,
         },
+    ),
+    Group(
+        _MEGATRON,
+        "weights are in policy.precision, master weights and moments in float32",
+        {"optimizer.params_dtype": ("float32", "torch.float32", "bfloat16", "torch.bfloat16")},
     ),
     Group(_MEGATRON, "the optimizer is adam", any_value("optimizer.sgd_momentum")),
     Group(

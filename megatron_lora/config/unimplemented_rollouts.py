@@ -51,6 +51,13 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         _GENERATION,
+        "only read by engines that this project lacks",
+        any_value("dynamo_cfg.*", "sglang_cfg.*", "trtllm_cfg.*", "trtllm_kwargs.*"),
+    ),
+    Group(_GENERATION, "rollouts are not quantized", {"quant_cfg": (None,), "real_quant": (False,)}),
+    Group(_GENERATION, "only read where policy.generation.quant_cfg", any_value("real_quant_ignore")),
+    Group(
+        _GENERATION,
         "the rollout's log-probabilities are those of the distribution sampled from",
         {"vllm_cfg.logprobs_mode": ("processed_logprobs",)},
     ),
@@ -89,6 +96,9 @@ TABLE: tuple[Group, ...] = (
                 "materialize_only_last_token_logits",
                 "max_model_len",
                 "max_tokens",
+                "moe_router_dtype",
+                "moe_router_group_topk",
+                "moe_router_num_groups",
                 "num_cuda_graphs",
                 "refit_backend",
                 "use_cuda_graphs_for_non_decode_steps",

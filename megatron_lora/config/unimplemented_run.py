@@ -43,11 +43,6 @@ TABLE: tuple[Group, ...] = (
     # Checkpoints and logs
     Group(
         "checkpointing",
-        "send SIGTERM to save and stop",
-        {"checkpoint_must_save_by": (None,)},
-    ),
-    Group(
-        "checkpointing",
         "weights are a distributed checkpoint plus hf_adapter/; conversion/ makes Hugging Face folders",
         {"model_save_format": (None, "safetensors"), "save_consolidated": (False,)},
     ),
@@ -80,6 +75,7 @@ TABLE: tuple[Group, ...] = (
         )
         for part in ("default", "train", "validation")
     ),
+    Group("env", "only read by an environment of that name, which is refused (data.*.env_name)", any_value("dapo.*")),
     # GRPO
     Group(
         "grpo.adv_estimator",

@@ -19,7 +19,7 @@ from megatron_lora.data.dataset import (
 from megatron_lora.data.examples import load_instructions
 from megatron_lora.data.forms import named_form
 from megatron_lora.data.references import rows_without_reference
-from megatron_lora.data.sources import Source, SourceSpec, hold_out, load_source
+from megatron_lora.data.sources import Source, SourceSpec, draw, hold_out, load_source
 from megatron_lora.data.tokenize import EncodingOptions
 from megatron_lora.data.tokenizer import end_tokens, load_tokenizer
 from megatron_lora.data.values import RowError
@@ -96,8 +96,7 @@ def load_parts(recipe: Recipe) -> list[Part]:
     for where, section in _blocks("data.train", data.train):
         source = _load(recipe, section, where)
         if section.split_validation_size:
-            seed = section.seed if section.seed is not None else recipe.seed
-            source, rows = hold_out(source, section.split_validation_size, seed, where)
+            source, rows = hold_out(source, section.split_validation_size, _seed(recipe, section), where)
             held_out.append(Part("validation", section, rows))
         train.append(Part("train", section, source))
     given = [
@@ -119,7 +118,12 @@ def _load(recipe: Recipe, section: DatasetConfig, where: str) -> Source:
         named_form(spec.keys, recipe.algorithm)
     except RowError as error:
         raise UserError(f"{where}.{error}") from error
-    return load_source(spec, where)
+    source = load_source(spec, where)
+    return source if section.max_samples is None else draw(source, section.max_samples, _seed(recipe, section))
+
+
+def _seed(recipe: Recipe, section: DatasetConfig) -> int:
+    return section.seed if section.seed is not None else recipe.seed
 
 
 def _source_spec(section: DatasetConfig) -> SourceSpec:

@@ -114,6 +114,19 @@ def load_source(spec: SourceSpec, where: str = "data.train") -> Source:
     return source
 
 
+def draw(source: Source, count: int, seed: int) -> Source:
+    """`count` rows drawn at random with `seed`, in their order; the source itself where it has no more."""
+    if len(source) <= count:
+        return source
+    return source.select(sorted(_shuffled(len(source), seed)[:count]))
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def hold_out(source: Source, size: float, seed: int, where: str = "data.train") -> tuple[Source, Source]:
     """(the rest in its order, rows cut off at random with `seed`).
 
@@ -125,9 +138,7 @@ def hold_out(source: Source, size: float, seed: int, where: str = "data.train") 
             f"{where}.split_validation_size={size} takes {count} of {source.name}'s {len(source)} "
             f"rows; it must leave at least one row on both sides"
         )
-    import torch
-
-    shuffled = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = _shuffled(len(source), seed)
     return source.select(sorted(shuffled[count:])), source.select(sorted(shuffled[:count]))
 
 

@@ -44,8 +44,8 @@ def run_steps(
     if session.step >= session.total_steps:
         session.reporter.message(f"nothing to do: the run is at step {session.step} of {session.total_steps}")
         return
-    last = stopping = due = False
-    while not last and not stopping:
+    last = stopping = due = late = False
+    while not (last or stopping or late):
         position = session.loader.state_dict()
         begin(f"training step {session.step + 1}")
         try:
@@ -68,9 +68,15 @@ def run_steps(
             if reason := stop_reason():
                 session.reporter.message(f"the run ends after step {session.step}: {reason}")
                 last = True
-        stopping = session.should_stop()
+        stopping, late = session.should_stop(), session.out_of_time()
         begin(f"saving step {session.step}", is_slow=True)
-        session.save_if_due(force=last or stopping)
+        session.save_if_due(force=last or stopping or late)
     if stopping:
         session.reporter.message(f"stopped by a signal after step {session.step}; the same command goes on")
+    elif late and not last:
+        limit = session.recipe.checkpointing.checkpoint_must_save_by
+        session.reporter.message(
+            f"stopped after step {session.step}: checkpointing.checkpoint_must_save_by={limit} leaves no time for "
+            "another; the same command goes on"
+        )
     session.finish()

@@ -59,6 +59,8 @@ class Session:
     _saved_step: int = -1
     _metrics_step: int = -1
     _largest_peak: float = 0.0
+    _began: float = field(default_factory=time.monotonic)
+    _first_step: int = 0
 
     def resume(self, found: Step | None) -> None:
         """Restore policy, optimizer, random states and data position from a complete checkpoint."""
@@ -66,7 +68,7 @@ class Session:
             return
         self.policy.load(found.weights, found.optimizer)
         self.loader.load_state_dict(dict(found.info["loader"]))
-        self.step = self._saved_step = found.number
+        self.step = self._saved_step = self._first_step = found.number
         self.state = dict(found.info.get("state", {}))
         note = "" if found.optimizer else "; it has no optimizer state, so the optimizer starts anew"
         self.reporter.message(f"resumed from {found.path}{note}")
@@ -128,6 +130,16 @@ class Session:
                 "last complete checkpoint stands. Make room, then give the same command to go on"
             )
         return self.interrupt.agreed(self.world)
+
+    def out_of_time(self) -> bool:
+        """Whether another step, as long as they were on average, would end after `checkpoint_must_save_by`.
+        Collective."""
+        limit = self.recipe.checkpointing.seconds_to_save
+        if limit is None:
+            return False
+        elapsed = time.monotonic() - self._began
+        average = elapsed / max(1, self.step - self._first_step)
+        return any_rank(elapsed + average >= limit, self.world.device)
 
     def abandon_step_if_asked(self) -> None:
         """For steps of several long phases, before the policy changes: a scheduler that sends a signal does not wait

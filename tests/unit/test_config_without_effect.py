@@ -148,7 +148,7 @@ def test_keys_that_this_run_does_not_read_are_named():
     for key in (
         "sft.val_micro_batch_size",
         "{add_generation_prompt, max_input_seq_length}",
-        "validation.{seed, split_",
+        "validation.{split_validation_size, seed}",
     ):
         assert key in notice
 

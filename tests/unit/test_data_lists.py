@@ -72,6 +72,18 @@ def test_held_out_rows_join_the_validation_rows(folder: Path) -> None:
     assert prepared(folder, train=block(folder, "a")).validation is None
 
 
+def test_rows_are_drawn_before_any_are_held_out(folder: Path) -> None:
+    drawn = [block(folder, "a", max_samples=100), block(folder, "b", max_samples=5, split_validation_size=0.4, seed=3)]
+    data = prepared(folder, train=drawn, validation=block(folder, "c", max_samples=1))
+    assert (len(data.train), len(held_out(data))) == (4 + 3, 2 + 1)
+    again = prepared(folder, train=drawn)
+    assert texts(data, data.train) == texts(again, again.train)
+    assert len(set(texts(data, data.train) + texts(data, held_out(data)))) == 10
+    first, second = (prepared(folder, train=block(folder, "b", max_samples=5, seed=seed)) for seed in (3, 4))
+    assert texts(first, first.train) != texts(second, second.train)
+    assert not load(folder, train=block(folder, "a"), validation=block(folder, "c", max_samples=1, seed=1)).notices
+
+
 def test_prompts_of_one_entry_are_repeated(folder: Path) -> None:
     validation = [block(folder, "c", repeat=3), block(folder, "a")]
     data = prepared(folder, "grpo", train=[block(folder, "b"), block(folder, "c")], validation=validation)

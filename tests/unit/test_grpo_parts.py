@@ -1,5 +1,6 @@
 """What the GRPO loop is made of: shaping, rows, seeds, the mean of several updates, what is refused at the start."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from pydantic import ValidationError
 
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_algorithms import GrpoConfig
+from megatron_lora.config.schema_run import CheckpointingConfig
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.prepare import longest_prompt
 from megatron_lora.errors import UserError
@@ -25,6 +29,7 @@ from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.metric_names import check_stop_metric
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
 from megatron_lora.trainers.rollout_engine import derive_seed
+from megatron_lora.trainers.session import Session
 from tests.support.models import save_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "grpo-quickstart-megatron.yaml"
@@ -227,6 +232,7 @@ def test_the_loop_validates_from_its_first_step_on_and_ends_early() -> None:
         loader=SimpleNamespace(state_dict=dict),
         reporter=SimpleNamespace(message=lambda text: done.append((session.step, text))),
         should_stop=lambda: False,
+        out_of_time=lambda: False,
         save_if_due=lambda force: done.append((session.step, "saved")) if force else None,
         finish=lambda: None,
     )
@@ -245,6 +251,35 @@ def test_the_loop_validates_from_its_first_step_on_and_ends_early() -> None:
         stop_reason=lambda: "good" if session.step >= 8 else "",
     )
     assert validated == [6, 8] and done == [(8, "the run ends after step 8: good"), (8, "saved")]
+    done.clear()
+    session.step, session.out_of_time = 8, lambda: session.step >= 10
+    session.recipe = SimpleNamespace(checkpointing=CheckpointingConfig(checkpoint_must_save_by="00:03:45:00"))
+    run_steps(session, options, step, lambda: validated.append(session.step))
+    assert [number for number, _ in done] == [10, 10] and done[0][1] == "saved"
+    assert "after step 10: checkpointing.checkpoint_must_save_by=00:03:45:00 leaves no time" in done[1][1]
+
+
+def test_the_time_for_another_step() -> None:
+    assert CheckpointingConfig(checkpoint_must_save_by="01:02:03:04").seconds_to_save == 93784
+    with pytest.raises(ValidationError, match="checkpoint_must_save_by"):
+        CheckpointingConfig(checkpoint_must_save_by="3h")
+    names = [name for name in Session.__dataclass_fields__ if name not in ("step", "state", "metrics", "world")]
+    unused: dict[str, Any] = {name: None for name in names if not name.startswith("_")}
+    session = Session(**unused, world=World.alone())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        session.recipe = recipe_of_limit(None)
+        assert not session.out_of_time()
+        session.recipe, session._first_step, session.step = recipe_of_limit("0:0:1:40"), 2, 6
+        for elapsed, is_over in ((70, False), (81, True), (101, True)):  # a step takes a fourth of it on average
+            session._began = time.monotonic() - elapsed
+            assert session.out_of_time() == is_over
+    finally:
+        dist.destroy_process_group()
+
+
+def recipe_of_limit(limit: str | None) -> Any:
+    return SimpleNamespace(checkpointing=CheckpointingConfig(checkpoint_must_save_by=limit))
 
 
 @pytest.mark.parametrize(
