@@ -8,30 +8,58 @@ from megatron_lora.config.schema import Recipe
 from megatron_lora.runtime import activity
 
 GIB = 2**30
+_SAYS_SO = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|less than desired GPU memory utilization",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, which has an error of its own, or of the machine: torch's allocator for CPU tensors has none."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    """Of a GPU or of the machine: the error, or one that caused it, as a rollout engine's failure has one."""
+    return _source(error) is not None
 
 
 def describe_out_of_memory(error: Exception, recipe: Recipe, rank: int) -> str:
     """Phase, tokens, what was held, and what to do; several lines. error: one that `is_out_of_memory`."""
-    what = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "the machine's memory"
+    source = _source(error)
+    assert source is not None
+    what = "the machine's memory" if _of_the_machine(source) else "GPU memory"
+    in_engine = source is not error
     lines = [
-        f"out of {what} on rank {rank} while {activity.current().what}{_wanted(error)}",
+        f"out of {what} on rank {rank} while {activity.current().what}{_wanted(source)}",
+        *([f"  {_first_line(error)}"] if in_engine else []),
         f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens",
         *(f"  held: {line}" for line in _held()),
         "  to lower it, most effective first:",
-        *(f"    {line}" for line in remedies(recipe)),
+        *(f"    {line}" for line in remedies(recipe, in_engine=in_engine)),
         "  the last complete checkpoint is as it was",
     ]
     return "\n".join(lines)
 
 
-def _wanted(error: Exception) -> str:
+def _source(error: BaseException) -> BaseException | None:
+    """The error of a chain of causes that says that memory ran out."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError) or _of_the_machine(seen):
+            return seen
+        # vLLM's allocator, cuBLAS and NCCL have no class for it.
+        if isinstance(seen, RuntimeError | ValueError) and seen.__cause__ is None and _SAYS_SO.search(str(seen)):
+            return seen
+        seen = seen.__cause__
+    return None
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """torch's allocator for CPU tensors has no error of its own."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _wanted(error: BaseException) -> str:
     found = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", str(error))
     if found:
         return f" ({found[1]} more were wanted)"
@@ -64,11 +92,12 @@ def micro_batch_tokens(recipe: Recipe) -> int:
     return policy.train_micro_batch_size * policy.max_total_sequence_length
 
 
-def remedies(recipe: Recipe) -> list[str]:
-    """`key=value  (what it is now)` of the keys that this recipe still can turn."""
+def remedies(recipe: Recipe, *, in_engine: bool = False) -> list[str]:
+    """`key=value  (what it is now)` of the keys that this recipe still can turn. in_engine: it is the rollout engine
+    that had not enough."""
     policy, megatron = recipe.policy, recipe.policy.megatron_cfg
     backend = "policy.megatron_cfg" if policy.backend == "megatron" else "policy.dtensor_cfg"
-    found = []
+    found: list[str] = []
     section = megatron if policy.backend == "megatron" else policy.dtensor_cfg
     for name in ("sequence_packing", "dynamic_batching"):
         packing = getattr(policy, name)
@@ -85,7 +114,8 @@ def remedies(recipe: Recipe) -> list[str]:
         found.append(f"{backend}.activation_checkpointing=true (now false)")
     if recipe.grpo is not None and policy.generation.backend == "vllm":
         part = policy.generation.vllm_cfg.gpu_memory_utilization
-        found.append(f"policy.generation.vllm_cfg.gpu_memory_utilization={max(0.1, part - 0.1):.2g} (now {part:g})")
+        less = f"policy.generation.vllm_cfg.gpu_memory_utilization={max(0.1, part - 0.1):.2g} (now {part:g})"
+        found.insert(0 if in_engine else len(found), less)
     half_length = max(1, policy.max_total_sequence_length // 2)
     found.append(f"policy.max_total_sequence_length={half_length} (now {policy.max_total_sequence_length})")
     size_name = "tensor_model_parallel_size" if policy.backend == "megatron" else "tensor_parallel_size"

@@ -17,6 +17,7 @@ from megatron_lora.runtime import terminal
 from megatron_lora.runtime.activity import begin, hold
 from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.failure import tell
+from megatron_lora.runtime.out_of_memory import is_out_of_memory
 from megatron_lora.runtime.watch import watched
 from megatron_lora.runtime.world import World, environment_world
 from megatron_lora.trainers.checkpoint_writer import CheckpointWriter, expected_bytes
@@ -180,6 +181,8 @@ def _train(session: Session, loop: Callable[[], None]) -> int:
     try:
         loop()
     except (NonFiniteLoss, RolloutError) as error:
+        if is_out_of_memory(error):
+            raise  # told with what was held and what to lower, as the trainer's own
         latest = session.folder.path / "latest_step.txt"
         kept = f"step_{latest.read_text().strip()}" if latest.exists() else "none was written yet"
         nothing_updated = " No weight was updated;" if isinstance(error, NonFiniteLoss) else ""

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_lora import train
 from megatron_lora.config import load_recipe
+from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.runtime.activity import begin, hold
 from megatron_lora.runtime.out_of_memory import (
     describe_out_of_memory,
@@ -47,6 +48,36 @@ def test_tokens_of_a_micro_batch_without_packing():
     recipe = load_recipe(ROOT / "configs/sft.yaml", [*overrides, "policy.max_total_sequence_length=512"]).recipe
     assert micro_batch_tokens(recipe) == 2048
     assert any("policy.train_micro_batch_size=2 (now 4)" in line for line in remedies(recipe))
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        RuntimeError("CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62"),
+        torch.OutOfMemoryError(CUDA),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ValueError(
+            "Free memory on device cuda:0 (9.1/79.1 GiB) on startup is less than desired GPU memory utilization"
+        ),
+    ],
+    ids=["vllm wakes", "torch", "cublas", "vllm starts"],
+)
+def test_a_rollout_engine_without_memory_has_the_same_message(reason: Exception):
+    recipe = load_recipe(ROOT / "configs/grpo.yaml").recipe
+    begin("handing the weights of step 80 to the engine", is_slow=True)
+    try:
+        try:
+            raise reason
+        except Exception as cause:
+            raise RolloutError(f"vLLM failed to wake up on rank 0: {type(cause).__name__}: {cause}") from cause
+    except RolloutError as error:
+        assert is_out_of_memory(error)
+        lines = describe_out_of_memory(error, recipe, 0).splitlines()
+    assert lines[0].startswith("out of GPU memory on rank 0 while handing the weights of step 80 to the engine")
+    assert lines[1].startswith("  vLLM failed to wake up on rank 0: ")
+    first = lines[lines.index("  to lower it, most effective first:") + 1]
+    assert first == "    policy.generation.vllm_cfg.gpu_memory_utilization=0.5 (now 0.6)"
+    assert not is_out_of_memory(RolloutError("the refit was lost")) and is_out_of_memory(reason)
 
 
 def more_than_any_machine_has() -> Exception:
