@@ -2,6 +2,7 @@
 
 import re
 
+import psutil
 import torch
 
 from megatron_lora.config.schema import Recipe
@@ -29,7 +30,7 @@ def describe_out_of_memory(error: Exception, recipe: Recipe, rank: int) -> str:
         f"out of {what} on rank {rank} while {activity.current().what}{_wanted(source)}",
         *([f"  {_first_line(error)}"] if in_engine else []),
         f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens",
-        *(f"  held: {line}" for line in _held()),
+        *(f"  held: {line}" for line in (_held_by_machine() if _of_the_machine(source) else _held())),
         "  to lower it, most effective first:",
         *(f"    {line}" for line in remedies(recipe, in_engine=in_engine)),
         "  the last complete checkpoint is as it was",
@@ -65,6 +66,15 @@ def _wanted(error: BaseException) -> str:
         return f" ({found[1]} more were wanted)"
     found = re.search(r"tried to allocate (\d+) bytes", str(error))
     return f" ({int(found[1]) / GIB:,.2f} GiB more were wanted)" if found else ""
+
+
+def _held_by_machine() -> list[str]:
+    memory, mine = psutil.virtual_memory(), psutil.Process().memory_info().rss
+    others = max(0, memory.total - memory.available - mine)
+    return [
+        f"this rank {mine / GIB:.2f} GiB, other processes {others / GIB:.2f} GiB; {memory.available / GIB:.2f} of "
+        f"{memory.total / GIB:.2f} GiB were free when it failed"
+    ]
 
 
 def _held() -> list[str]:

@@ -15,6 +15,7 @@ from megatron_lora.data.loader import GroupLoader, Indexed
 from megatron_lora.metrics import RunReporter
 from megatron_lora.objectives.dpo import DPOConfig, DPOObjective
 from megatron_lora.policy.interface import Policy
+from megatron_lora.trainers.last_answer import show_last_answer
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.session import Session
 from megatron_lora.trainers.validation import evaluate_groups
@@ -55,6 +56,7 @@ def train_dpo(session: Session, loader: GroupLoader[list[Row]], validation: Grou
             session.log_validation(values)
 
     run_steps(session, options, step, validate)
+    show_last_answer(session, loader if validation is None else validation)
 
 
 def with_reference(policy: Policy, pairs: Pairs) -> Pairs:

@@ -7,13 +7,13 @@ from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
+from megatron_lora.trainers.last_answer import shorten
 from megatron_lora.trainers.rollout_batch import Group, describe_groups, num_generated, reward_answers, sample_table
 from megatron_lora.trainers.rollout_engine import VALIDATION, RolloutEngine
 from megatron_lora.trainers.session import Session
 
 # Rewards that say whether an answer is right, rather than how it looks.
 CORRECTNESS = ("exact", "math", "dapo_math_verify", "gsm8k")
-LONGEST_CELL = 400
 STOP = "stop_at_validation"
 COLUMNS = ("prompt", "answer", "reference", "reward", "tokens")
 
@@ -93,7 +93,4 @@ def show_samples(session: Session, groups: Sequence[Group], title: str) -> None:
 def show_answer(session: Session, group: Group) -> None:
     """The first answer of a group, long texts cut."""
     [cells] = sample_table([group], 1)
-    row = [
-        f"{cell[:LONGEST_CELL]}..." if isinstance(cell, str) and len(cell) > LONGEST_CELL else cell for cell in cells
-    ]
-    session.reporter.table(f"an answer of step {session.step}", COLUMNS, [row])
+    session.reporter.table(f"an answer of step {session.step}", COLUMNS, [shorten(cells)])

@@ -5,6 +5,7 @@ import time
 from megatron_lora.data.batch import Row
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.trainers.last_answer import show_last_answer
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.session import Session
 from megatron_lora.trainers.validation import evaluate_groups
@@ -28,3 +29,4 @@ def train_sft(session: Session, loader: GroupLoader[list[Row]], validation: Grou
             session.log_validation(evaluate_groups(session, validation, objective, options.val_batches))
 
     run_steps(session, options, step, validate)
+    show_last_answer(session, loader if validation is None else validation)

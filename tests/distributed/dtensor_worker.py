@@ -193,6 +193,9 @@ def scores(folder: Path, family: str, options: dict[str, Any]) -> dict[str, Any]
     merged = dict(policy.hf_weights())
     again = policy.score(rows)
     found = {"adapted": adapted, "base": base, "sharp": sharp, "cut": cut, "again": again, "merged": merged}
+    prompt = rows[0].input_ids[:5].tolist()
+    answer = policy.most_likely(prompt, 9, ())
+    found |= {"answer": answer, "ended": policy.most_likely(prompt, 9, answer[3:4])}
     return found | {"loss": loss, "poisoned": poisoned(policy, rows)}
 
 
@@ -321,7 +324,7 @@ OTHERS: dict[str, tuple[int, Any]] = {
     "scores_tp": (2, lambda f: scores(f, "llama3", TP2)),
     "scores_unlike_tp": (
         2,
-        lambda f: scores(f, "llama3", TP2 | {"lora_cfg": {"init_adapter": str(f / "unlike_adapter")}}),
+        lambda f: scores(f, "llama3", SP2 | {"lora_cfg": {"init_adapter": str(f / "unlike_adapter")}}),
     ),
     "dropout_tp_pre": (2, lambda f: dropout(f, TP2, "pre")),
     "dropout_tp_post": (2, lambda f: dropout(f, SP2, "post")),

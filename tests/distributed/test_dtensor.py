@@ -211,6 +211,9 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
         model = PeftModel.from_pretrained(base, adapter)
         adapted = [token_logps(model, row) for row in rows]
         logits = [model(row.input_ids[None]).logits[0, :-1] / 0.5 for row in rows]
+        answer = rows[0].input_ids[:5].tolist()
+        for _ in range(9):
+            answer.append(int(model(torch.tensor([answer])).logits[0, -1].argmax()))
         merged = model.merge_and_unload().state_dict()
     targets = [row.input_ids[1:] for row in rows]
     sharp = [of_targets(values, wanted) for values, wanted in zip(logits, targets, strict=True)]
@@ -230,6 +233,7 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
                 assert piece[0] == 0.0
                 torch.testing.assert_close(piece[1:], reference, rtol=1e-4, atol=1e-5)
         assert got["loss"] == pytest.approx(loss, rel=1e-5)
+        assert got["answer"] == answer[5:] and got["ended"] == answer[5 : 6 + answer[5:].index(answer[8])]
         assert got["poisoned"] == "the log-probability of a token is nan for data rows [5, 6, 7, 8, 9]"
         assert set(got["merged"]) == set(merged)
         for key, value in merged.items():

@@ -53,7 +53,7 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
         return Qwen3MoeConfig(**sizes | {"head_dim": 32, "tie_word_embeddings": False} | experts)
     if family == "mistral":
-        return MistralConfig(**sizes, head_dim=32, sliding_window=None)
+        return MistralConfig(**{"sliding_window": None} | sizes, head_dim=32)
     if family == "gemma":
         return GemmaConfig(**sizes, head_dim=32)
     if family == "gemma2":

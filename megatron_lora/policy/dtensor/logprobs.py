@@ -42,8 +42,9 @@ class PolicyModule(nn.Module):
         )
         self.softcap = softcap
 
-    def forward(self, batch: MicroBatch) -> Tensor:
-        """A log-probability for each of the batch's targets, fp32 nats, on every TP rank."""
+    def forward(self, batch: MicroBatch, after: int | None = None) -> Tensor:
+        """A log-probability for each of the batch's targets, fp32 nats, on every TP rank. after: instead of these the
+        most likely token behind that place of the batch."""
         hidden = self.model.model(
             input_ids=batch.tokens.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
@@ -51,6 +52,8 @@ class PolicyModule(nn.Module):
             packing=Packing(batch.bounds, batch.cu_seqlens, batch.shared_keys),
         ).last_hidden_state
         head = self.model.lm_head
+        if after is not None:
+            return self._most_likely(hidden, head, after)
         adapted = isinstance(head, AdaptedLinear) and not head.disable_adapters
         weight, bias = _weight_and_bias(head)
         if adapted or weight.requires_grad or bias is not None or self.softcap is not None:
@@ -61,15 +64,33 @@ class PolicyModule(nn.Module):
         )
 
     def _recomputed(self, hidden: Tensor, head: nn.Module, targets: Tensor, sources: Tensor | None) -> Tensor:
-        if self.tp.sequence_parallel:
-            part = DTensor.from_local(hidden, self.tp_mesh, [Shard(1)], run_check=False)
-            hidden = part.redistribute(self.tp_mesh, [Replicate()]).to_local()
+        hidden = self._whole(hidden)
         if sources is not None:
             hidden = hidden.index_select(1, sources)
         size = self.head.chunk_size
         chunks = zip(hidden.split(size, dim=1), targets.split(size), strict=True)
         pieces = [checkpoint(self._chunk, piece, head, wanted, use_reentrant=False) for piece, wanted in chunks]
         return torch.cat(pieces)  # type: ignore[arg-type]
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """The hidden states of all tokens, which sequence parallelism divides."""
+        if not self.tp.sequence_parallel:
+            return hidden
+        part = DTensor.from_local(hidden, self.tp_mesh, [Shard(1)], run_check=False)
+        return part.redistribute(self.tp_mesh, [Replicate()]).to_local()
+
+    def _most_likely(self, hidden: Tensor, head: nn.Module, place: int) -> Tensor:
+        """A softcap does not change which token it is."""
+        logits = head(self._whole(hidden)[:, place : place + 1]).flatten().float()
+        weight, _ = _weight_and_bias(head)
+        if not isinstance(weight, DTensor):
+            return logits.argmax()
+        start = self.tp.rank * -(-self.head.vocab_size // self.tp.size)
+        best = logits.argmax() if logits.numel() else torch.zeros((), dtype=torch.int64, device=logits.device)
+        value = logits[best] if logits.numel() else logits.new_tensor(float("-inf"))
+        everyone = [torch.empty(2, dtype=torch.float64, device=logits.device) for _ in range(self.tp.size)]
+        dist.all_gather(everyone, torch.stack([value.double(), (best + start).double()]), group=self.tp.group)
+        return max(everyone, key=lambda found: float(found[0]))[1].long()
 
     def _chunk(self, hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
         logits = head(hidden).squeeze(0).float()

@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.experts import split_fused
-from megatron_lora.data.batch import MicroBatch
+from megatron_lora.data.batch import MicroBatch, Row
+from megatron_lora.data.packing import collate
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, FactorKey
 from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.methods import ReadWeight
@@ -140,6 +141,19 @@ class DTensorPolicy(BackendPolicy):
 
     def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         return [self.root(batch) for batch in batches]
+
+    @torch.no_grad()
+    def most_likely(self, prompt: Sequence[int], count: int, ends: Sequence[int]) -> list[int]:
+        """Up to `count` tokens after a prompt, each the most likely one, up to one of `ends`: on every rank the same. A
+        whole forward pass a token. Collective."""
+        ids = list(prompt)
+        self.root.eval()
+        while len(ids) - len(prompt) < count and (len(ids) == len(prompt) or ids[-1] not in ends):
+            tick()
+            row = Row(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.bool))
+            batch = collate([row], pad_token_id=self.batching.pad_token_id, total_multiple=self.batching.total_multiple)
+            ids.append(int(self.root(batch.to(self.world.device), after=len(ids) - 1)))
+        return ids[len(prompt) :]
 
     def _set_training(self, training: bool) -> None:
         self.root.train(training)
