@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_lora.config.interpolation import referred
-from megatron_lora.config.other_names import algorithm_of, key_here
+from megatron_lora.config.other_names import algorithm_of, elsewhere, key_here
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import section_at, walk_fields
 from megatron_lora.config.show import show
@@ -66,6 +66,9 @@ def unknown_key(path: str, siblings: Sequence[str], recipe: dict[str, Any]) -> s
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.8)
     if close:
         return f"unknown key {path}; did you mean {where}{close[0]}?"
+    place = elsewhere(path)
+    if place is not None:
+        return f"unknown key {path}: {place}"
     here = key_here(path, recipe)
     if here is not None and here != path:
         sibling = here.rpartition(".")[2]

@@ -101,7 +101,31 @@ _NAMES = {
     "vllm_gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
     "reward_funcs": "env.reward_functions",
     "report_to": "logger.wandb_enabled",
+    "trackio_space_id": "logger.trackio.space_id",
+    "run_name": "logger.wandb.name",
+    "project": "logger.wandb.project",
+    "lora_bias": "{adapter}.bias",
+    "modules_to_save": "{adapter}.modules_to_save",
+    "use_rslora": "{adapter}.use_rslora",
+    "rank_pattern": "{adapter}.rank_pattern",
+    "alpha_pattern": "{adapter}.alpha_pattern",
+    "load_in_4bit": "{adapter}.quantization",
+    "quant_method": "{adapter}.quantization",
+    "adv_estimator": "grpo.adv_estimator.name",
+    "scale_rewards": "grpo.normalize_rewards",
 }
+_UPLOAD = "a finished run is uploaded by `megatron-lora export --adapter-ckpt STEP_DIR --hf-ckpt-path OUT --push-to-hub OWNER/NAME`"
+# What other projects have as a key and this one elsewhere.
+_ELSEWHERE = {
+    "push_to_hub": _UPLOAD,
+    "hub_model_id": _UPLOAD,
+    "merge_lora": "`megatron-lora merge --adapter-ckpt STEP_DIR --hf-ckpt-path OUT` merges a step's adapter",
+}
+
+
+def elsewhere(path: str) -> str | None:
+    """Where this project has what another has under the last name of `path`, and what is no key here."""
+    return _ELSEWHERE.get(path.rpartition(".")[2].replace("-", "_"))
 
 
 def algorithm_of(recipe: dict[str, Any]) -> str | None:

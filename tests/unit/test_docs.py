@@ -46,6 +46,11 @@ def test_tests_that_rule_something_out_exist(file: str, test: str | None):
         assert re.search(rf"^def {test}\b", TESTS[file], re.MULTILINE), f"{file} has no {test}"
 
 
+def test_every_row_names_a_test():
+    rows = [line for line in WHY_WORSE.splitlines() if line.startswith("| **")]
+    assert len(rows) >= 12 and all("`test_" in row.split(" | ")[-1] for row in rows)
+
+
 def test_parity_cases_that_are_named_exist():
     names = _named_cases()
     assert len(names) > 10 and len(_named_tests()) > 20
