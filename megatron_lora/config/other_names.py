@@ -114,7 +114,10 @@ _NAMES = {
     "adv_estimator": "grpo.adv_estimator.name",
     "scale_rewards": "grpo.normalize_rewards",
 }
-_UPLOAD = "a finished run is uploaded by `megatron-lora export --adapter-ckpt STEP_DIR --hf-ckpt-path OUT --push-to-hub OWNER/NAME`"
+_UPLOAD = (
+    "a finished run is uploaded by `megatron-lora export --adapter-ckpt STEP_DIR --hf-ckpt-path OUT --push-to-hub "
+    "OWNER/NAME`"
+)
 # What other projects have as a key and this one elsewhere.
 _ELSEWHERE = {
     "push_to_hub": _UPLOAD,
