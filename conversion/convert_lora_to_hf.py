@@ -8,10 +8,12 @@ result is merged.
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from typing import get_args
 
 from conversion.command_line import add_debug, add_push, deliver, run, upload_of
 from megatron_lora.conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
 from megatron_lora.errors import UserError
+from megatron_lora.lora.peft_format import ExpertLayout
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -27,6 +29,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--uniform-scale",
         action="store_true",
         help="adapter: one alpha / r for all linears, for engines without patterns",
+    )
+    parser.add_argument(
+        "--expert-layout",
+        choices=get_args(ExpertLayout),
+        help="adapter: factors of experts as one pair for each tensor of all of them (`packed`, the default: peft's "
+        "target_parameters), or a pair for `each` expert's linears",
     )
     parser.add_argument("--check-logits", action="store_true", help="compare a forward of both sides; loads the base")
     add_push(parser)
@@ -49,8 +57,12 @@ def main(arguments: Namespace) -> None:
         if arguments.dtype is not None:
             raise UserError("--dtype is for --mode merged; an adapter is written in the dtype it was trained in")
         upload = upload_of(arguments)
-        deliver(export_lora_adapter_to_hf(**common, uniform_scale=arguments.uniform_scale), upload)
+        layout = arguments.expert_layout or "packed"
+        exported = export_lora_adapter_to_hf(**common, uniform_scale=arguments.uniform_scale, expert_layout=layout)
+        deliver(exported, upload)
     else:
+        if arguments.expert_layout is not None:
+            raise UserError("--expert-layout is for --mode adapter; a merged model has no factors")
         if arguments.uniform_scale:
             raise UserError("--uniform-scale is for --mode adapter; a merged model has no scale")
         upload = upload_of(arguments)

@@ -166,6 +166,12 @@ class PeftConfig(_Adapter):
         default=False,
         description="Row-parallel linears under sequence parallelism: split B over TP and exchange by all-to-all.",
     )
+    share_expert_adapters: bool = Field(
+        default=False, description="One adapter for all experts of a layer, at every EP and ETP; false: one for each."
+    )
+    normalize_moe_lora: bool = Field(
+        default=False, description="The rank of adapters on experts is `dim` divided by the experts of a token."
+    )
 
     @model_validator(mode="after")
     def _whole_b_for_norms(self) -> Self:

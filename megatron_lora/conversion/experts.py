@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.lora.model_spec import LinearSpec, ModelSpec, resolve
-
-FUSED_NAMES = {("gate", "up"): "gate_up_proj", ("down",): "down_proj"}
+from megatron_lora.lora.packed_experts import packed_name
 
 
 def fused_tensors(spec: ModelSpec) -> dict[str, tuple[LinearSpec, int]]:
@@ -20,9 +19,8 @@ def fused_tensors(spec: ModelSpec) -> dict[str, tuple[LinearSpec, int]]:
     result = {}
     for linear in spec.linears:
         if linear.experts:
-            before = linear.parts[0].name.rpartition(".*.")[0]
             for layer in range(spec.num_layers) if linear.layers is None else linear.layers:
-                result[f"{resolve(before, layer)}.{FUSED_NAMES[linear.segments]}"] = (linear, layer)
+                result[packed_name(linear, layer)] = (linear, layer)
     return result
 
 
@@ -58,3 +56,14 @@ def split_fused(name: str, value: Tensor, spec: ModelSpec) -> Iterator[tuple[str
         parts = expert.split([part.rows for part in linear.parts])
         for part, rows in zip(linear.parts, parts, strict=True):
             yield f"{resolve(part.name, layer, number)}.weight", rows
+
+
+def expert_views(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    """HF linear of the files -> its weight in transformers' model, a part of the tensor of all experts."""
+    result = {}
+    for name, (linear, layer) in fused_tensors(spec).items():
+        for number, expert in enumerate(model.get_parameter(name).data.unbind()):
+            rows = expert.split([part.rows for part in linear.parts])
+            for part, weight in zip(linear.parts, rows, strict=True):
+                result[resolve(part.name, layer, number)] = weight
+    return result

@@ -5,8 +5,10 @@ The entry points carry NeMo RL's names and keyword names, so that its callers wo
 
 import json
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,13 +33,14 @@ from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import merge_targets
-from megatron_lora.lora.peft_format import from_hf, to_hf
+from megatron_lora.lora.peft_format import ExpertLayout, from_hf, to_hf
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FINGERPRINT = "adapter_fingerprint"  # in the metadata of a file of adapters, or of a merged model
+EXPERT_LAYOUT = "expert_layout"  # likewise: `peft_format.ExpertLayout`
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -48,15 +51,22 @@ def export_lora_adapter_to_hf(
     hf_model_name: str | None = None,
     base_ckpt: str | None = None,
     uniform_scale: bool = False,
+    expert_layout: ExpertLayout = "packed",
     check_logits: bool = False,
 ) -> str:
     """Write an adapter checkpoint as an HF PEFT folder, without the base model; returns hf_ckpt_path.
 
     adapter_ckpt: a run's step_N folder. hf_model_name: the base model's name to write, by default the one trained on.
     base_ckpt: the base (HF folder or Megatron checkpoint), checked against the adapter. check_logits: compare a forward
-    of both sides (loads the base). uniform_scale: one scale for all linears, see `to_hf`. Raises UserError; writes all
-    or nothing.
+    of both sides (loads the base). uniform_scale: one scale for all linears; expert_layout: one pair of factors for
+    each tensor of all experts, or a pair for each expert's linears; see `to_hf`. Raises UserError; writes all or
+    nothing.
     """
+    layouts = get_args(ExpertLayout)
+    if expert_layout not in layouts:
+        raise UserError(
+            f"expert_layout={expert_layout!r} is no form of adapters on experts; use {' or '.join(layouts)}"
+        )
     with output_folder(hf_ckpt_path) as out:
         spec, factors = _read_checked(adapter_ckpt)
         spec.base_model_name = hf_model_name or spec.base_model_name
@@ -70,7 +80,7 @@ def export_lora_adapter_to_hf(
         if base_ckpt is not None or check_logits:
             base = as_trained_over(spec, open_base(base_ckpt, hf_model_name, spec.base_model_name, overrides))
             check_base(spec, base)
-        config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale)
+        config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale, experts=expert_layout)
         if not check_logits:
             factors.clear()
         write_peft_folder(out, config, tensors)
@@ -105,13 +115,20 @@ def write_peft_folder(out: Path, config: dict, tensors: dict[str, Tensor]) -> st
             raise UserError(f"{name} holds NaN or infinity; the adapter is unusable, export an earlier step")
     out.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_adapter(tensors)
-    write_tensor_dict(out / ADAPTER_WEIGHTS, tensors, {FINGERPRINT: fingerprint})
+    write_tensor_dict(out / ADAPTER_WEIGHTS, tensors, {FINGERPRINT: fingerprint} | _expert_layout(tensors))
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     entries, _ = read_header(out / ADAPTER_WEIGHTS)
     written = fingerprint_stream((name, read_tensor(entries[name])) for name in sorted(entries))
     if written != fingerprint:
         raise RuntimeError(f"self-check failed: {out / ADAPTER_WEIGHTS} does not hold the tensors given to it")
     return fingerprint
+
+
+def _expert_layout(tensors: Collection[str]) -> dict[str, str]:
+    """How an adapter has the factors of experts, for the file's metadata; nothing without any."""
+    names = [name for name in tensors if ".experts." in name]
+    each = any(re.search(r"\.experts\.\d+\.", name) for name in names)
+    return {EXPERT_LAYOUT: "each" if each else "packed"} if names else {}
 
 
 def merge_lora_to_hf(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_lora.conversion.experts import expert_views
 from megatron_lora.conversion.safetensors_io import write_tensor_dict
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import merge_targets
@@ -34,7 +35,7 @@ def check_merged_logits(
 ) -> float:
     """Base + peft against the merged folder. Returns the relative difference; raises RuntimeError where too large."""
     with tempfile.TemporaryDirectory() as folder:
-        config, tensors = to_hf(spec, factors)
+        config, tensors = to_hf(spec, factors, experts="packed")
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
         write_tensor_dict(Path(folder) / "adapter_model.safetensors", tensors)
         expected = _peft_logits(base, spec, Path(folder))
@@ -52,9 +53,9 @@ def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> float:
 
 def _fused_logits(base: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> Tensor:
     model = _load(base)
-    modules = dict(model.named_modules())
+    modules, experts = dict(model.named_modules()), expert_views(model, spec.shapes)
     for name, target in merge_targets(spec).items():
-        weight = modules[name].get_parameter("weight").data
+        weight = experts[name] if name in experts else modules[name].get_parameter("weight").data
         weight.add_(target.weight_update(factors).of_rows(weight))
     for name in spec.saved:
         modules[name.removesuffix(".weight")].get_parameter("weight").data.copy_(factors[name])

@@ -32,6 +32,10 @@ class TensorParallel:
     rank: int
     sequence_parallel: bool
 
+    def without_communication(self) -> "TensorParallel":
+        """Of a linear whose input is on every rank and whose output stays partial."""
+        return TensorParallel(self.group, 1, 0, False)
+
     def all_gather(self, shard: Tensor) -> Tensor:
         """[t / size, f] -> [t, f]."""
         out = shard.new_empty(shard.shape[0] * self.size, *shard.shape[1:])

@@ -66,10 +66,10 @@ class FrozenColumnParallelLinear(FrozenLinear):
     """`linear_qkv`, `linear_fc1` (with the norm before them, where Megatron fuses it) and `output_layer`."""
 
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
-        """x [s, b, in] -> ([S, b, out / tp], bias or None)."""
+        """x [s, b, in], or [t, in] of an expert -> ([S, b, out / tp], bias or None)."""
         bias = None if self.skip_bias_add else self.bias
-        out = self._product(self._normed(x).flatten(0, 1), self.base_weight(weight), bias)
-        return out.view(-1, x.shape[1], out.shape[-1]), self.bias if self.skip_bias_add else None
+        out = self._product(self._normed(x).flatten(0, -2), self.base_weight(weight), bias)
+        return out.view(-1, *x.shape[1:-1], out.shape[-1]), self.bias if self.skip_bias_add else None
 
     def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
         """[t, in] -> [T, out / tp]."""
@@ -80,9 +80,9 @@ class FrozenRowParallelLinear(FrozenLinear):
     """`linear_proj` and `linear_fc2` (with the norm after them, in the families that have one)."""
 
     def forward(self, x: Tensor) -> Any:
-        """x [S, b, in / tp] -> ([s, b, out], bias or None)."""
-        out = self._product(x.flatten(0, 1), self.base_weight())
-        out = out.view(-1, x.shape[1], out.shape[-1])
+        """x [S, b, in / tp], or [t, in / tp] of an expert -> ([s, b, out], bias or None)."""
+        out = self._product(x.flatten(0, -2), self.base_weight())
+        out = out.view(-1, *x.shape[1:-1], out.shape[-1])
         if self.bias is not None and not self.skip_bias_add:
             out = out + self.bias
         if self.post_layernorm is not None:

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.frozen_linear import FrozenLinear
 from megatron_lora.lora.init import Factors
-from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout
+from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout, expert_of, without_expert
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
 from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.sharding import shard
@@ -36,21 +39,31 @@ def inject(
     factors: Factors,
     options: AdapterOptions,
     tp: TensorParallel,
+    expert_tp: TensorParallel,
 ) -> list[LoRALinear]:
     """Freeze the model and adapt the spec's linears that this rank holds. Returns the adapted modules.
 
-    chunks: this rank's (virtual) pipeline stages, base weights loaded or not.
+    chunks: this rank's (virtual) pipeline stages, base weights loaded or not. tp, expert_tp: the ranks that share a
+    linear's weight, and those that share an expert's.
     """
     layouts = {module.name: module for module in spec.modules}
     adapted = []
     for chunk in chunks:
         chunk.requires_grad_(False)
+        # The linears of an adapter that experts share have its factors in common.
+        first: dict[str, LoRALinear] = {}
         for name, parent, attribute in list(global_linears(chunk)):
-            if name in layouts:
-                linear = _adapt(getattr(parent, attribute), layouts[name], spec, factors, options, tp)
-                linear.keeps_derived = options.keeps_derived
-                setattr(parent, attribute, linear)
-                adapted.append(linear)
+            layout = layouts.get(name) or layouts.get(without_expert(name))
+            if layout is None:
+                continue
+            expert = expert_of(name)
+            build = _adapt if layout.name not in first else partial(_adapt, like=first[layout.name])
+            split = tp if expert is None else expert_tp
+            linear = build(getattr(parent, attribute), layout, spec, factors, options, split, expert)
+            linear.keeps_derived = options.keeps_derived
+            setattr(parent, attribute, linear)
+            first.setdefault(layout.name, linear)
+            adapted.append(linear)
     return adapted
 
 
@@ -58,7 +71,7 @@ def inject(
 def put_factors(adapted: Sequence[LoRALinear], spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
     """Copy this rank's part of whole factors, `<module>.<factor>` where they are given, into the modules."""
     for linear in adapted:
-        kind, tp = linear.layout.kind, linear.tp
+        kind, tp = linear.layout.kind, linear.split
         for held in linear.held_factors:
             whole = tensors.get(f"{linear.layout.name}.{held.factor.name}")
             if whole is None:
@@ -92,8 +105,20 @@ def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
             for attribute in attributes:
                 if hasattr(parent, attribute):
                     yield f"{prefix}.{parent_name}.{attribute}", parent, attribute
+        if isinstance(layer.mlp, BaseMoELayer):
+            yield from _expert_linears(layer.mlp, f"{prefix}.mlp.experts")
     if chunk.post_process:
         yield "output_layer", chunk, "output_layer"
+
+
+def _expert_linears(layer: BaseMoELayer, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Those of the experts that this rank holds as a module each, with the expert's number in the layer."""
+    experts: Any = layer.experts
+    if not isinstance(experts, SequentialMLP):
+        return
+    for number, expert in zip(layer.local_expert_indices, experts.local_experts, strict=True):
+        for attribute in ("linear_fc1", "linear_fc2"):
+            yield f"{prefix}.{attribute}.{number}", expert, attribute
 
 
 def base_weight_of(linear: nn.Module) -> BaseWeight:
@@ -111,7 +136,10 @@ def _adapt(
     factors: Factors,
     options: AdapterOptions,
     tp: TensorParallel,
+    expert: int | None,
+    like: LoRALinear | None = None,
 ) -> LoRALinear:
+    """like: an adapted linear with which the new one has its factors in common."""
     weight = base_weight_of(base)
     column = spec.shapes.linear(layout.kind).parallel == "column"
     all_to_all = options.all_to_all and not column and tp.sequence_parallel
@@ -123,7 +151,7 @@ def _adapt(
         )
         return piece.to(weight.device)
 
-    whole = factors(layout)
+    whole = factors(layout) if like is None else {}
     dtype = options.dtype or weight.dtype
     mask = layout.b_mask(spec.shapes)
     linear = LoRAColumnParallelLinear if column else LoRARowParallelLinear
@@ -134,9 +162,11 @@ def _adapt(
         base.config,  # type: ignore[arg-type]
         tp,
         method=method_of(spec.type),
-        factors={f.key: local(whole[f.name], f.key).to(f.dtype or dtype) for f in spec.factors},
+        factors={f.key: local(whole[f.name], f.key).to(f.dtype or dtype) for f in spec.factors if like is None},
         b_mask=None if mask is None else local(mask, "B"),
         dropout=options.dropout,
         dropout_before=options.dropout_before,
         all_to_all=all_to_all,
+        expert=expert,
+        shared=None if like is None else {held.factor.key: held.parameter for held in like.held_factors},
     )

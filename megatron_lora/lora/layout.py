@@ -114,7 +114,8 @@ class Block:
 @dataclass(frozen=True)
 class ModuleLayout:
     """One adapted linear. name: its full Megatron name with the global layer number, e.g.
-    `decoder.layers.3.self_attention.linear_qkv`, or `output_layer`."""
+    `decoder.layers.3.self_attention.linear_qkv`, or `output_layer`; of one expert with its number in the layer behind
+    it, `decoder.layers.3.mlp.experts.linear_fc1.7`, and without where all experts of the layer share it."""
 
     name: str
     kind: str
@@ -129,6 +130,15 @@ class ModuleLayout:
     def layer(self) -> int | None:
         """The global layer number; None for the output layer."""
         return None if self.kind == "output_layer" else int(self.name.split(".")[2])
+
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert in its layer; None where it is no expert's, or of all experts of the layer."""
+        return expert_of(self.name)
+
+    def experts(self, shapes: ModelSpec) -> tuple[int | None, ...]:
+        """The experts whose linear it adapts, several where they share it; None alone where it is no expert's."""
+        return shapes.linear(self.kind).expert_numbers if self.expert is None else (self.expert,)
 
     def in_features(self, shapes: ModelSpec) -> int:
         return features(self.kind, shapes)[0]
@@ -164,16 +174,31 @@ class ModuleLayout:
         return mask
 
 
-def module_name(kind: str, layer: int | None) -> str:
-    """The full Megatron name of a linear; layer is None for the output layer."""
-    return kind if layer is None else f"decoder.layers.{layer}.{PATHS[kind]}"
+def module_name(kind: str, layer: int | None, expert: int | None = None) -> str:
+    """The full Megatron name of a linear; layer is None for the output layer, expert of one expert's."""
+    name = kind if layer is None else f"decoder.layers.{layer}.{PATHS[kind]}"
+    return name if expert is None else f"{name}.{expert}"
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert in a linear's full Megatron name, if it has one."""
+    number = name.rpartition(".")[2]
+    return int(number) if number.isdigit() else None
+
+
+def without_expert(name: str) -> str:
+    """A linear's full Megatron name without the number of the expert, if it has one."""
+    linear, _, number = name.rpartition(".")
+    return linear if number.isdigit() else name
 
 
 def build_layout(
     name: str, rank: int, alpha: float, shapes: ModelSpec, segments: Sequence[str] | None = None
 ) -> ModuleLayout:
     """The layout of a new adapter on the linear `name`: one block, A shared among its segments (None: all of them)."""
-    kind = next((linear.kind for linear in shapes.linears if f".{name}".endswith(f".{linear.kind}")), None)
+    layer = name.split(".")[2] if name.startswith("decoder.layers.") else None
+    in_any_layer = without_expert(name if layer is None else name.replace(f".{layer}.", ".*.", 1))
+    kind = next((linear.kind for linear in shapes.linears if linear.name == in_any_layer), None)
     if kind is None:
         kinds = ", ".join(linear.kind for linear in shapes.linears)
         raise UserError(f"{name} is not a linear that can carry an adapter; their names end in {kinds}")

@@ -62,10 +62,12 @@ def merge_targets(spec: AdapterSpec | None) -> dict[str, Target]:
     """HF linear -> what adapts it, in the model's order; empty without an adapter."""
     if spec is None:
         return {}
-    modules = {(module.kind, module.layer): module for module in spec.modules}
+    modules = {
+        (module.kind, module.layer, expert): module for module in spec.modules for expert in module.experts(spec.shapes)
+    }
     targets = {}
     for linear in hf_linears(spec.shapes).values():
-        module = modules.get((linear.kind, linear.layer))
+        module = modules.get((linear.kind, linear.layer, linear.expert))
         if module is not None and block_of(module, linear.segment) is not None:
             targets[linear.name] = Target(spec, module, linear.segment)
     return targets

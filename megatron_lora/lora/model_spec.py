@@ -66,9 +66,14 @@ class LinearSpec:
     def part(self, segment: str) -> HFPart:
         return next(part for part in self.parts if part.segment == segment)
 
-    def hf_name(self, segment: str, layer: int | None) -> str:
-        """The HF module of a segment in one layer; layer is None for the output layer."""
-        return resolve(self.part(segment).name, layer)
+    @property
+    def expert_numbers(self) -> tuple[int | None, ...]:
+        """The experts of a layer; None alone where it is no expert's."""
+        return tuple(range(self.experts)) if self.experts else (None,)
+
+    def hf_name(self, segment: str, layer: int | None, expert: int | None = None) -> str:
+        """The HF module of a segment in one layer (None for the output layer), of one expert."""
+        return resolve(self.part(segment).name, layer, expert)
 
     def is_in(self, layer: int | None) -> bool:
         """Whether this layer (None: what is in none) has one."""
@@ -141,7 +146,7 @@ class ModelSpec(ModelSizes):
 
     def adaptable(self, layer: int | None) -> list[LinearSpec]:
         """The linears of a layer (None: of none) that can carry an adapter."""
-        return [linear for linear in self.linears if linear.is_in(layer) and not linear.experts]
+        return [linear for linear in self.linears if linear.is_in(layer)]
 
     @property
     def layer_others(self) -> list[ParameterSpec]:

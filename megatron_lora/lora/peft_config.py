@@ -7,7 +7,7 @@ whole name; `rank_pattern` and `alpha_pattern` match `(.*\\.)?(key)$`, the first
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_lora.errors import UserError
@@ -18,7 +18,6 @@ REFUSED = {
     "use_qalora": "QA-LoRA (use_qalora) is not supported",
     "lora_bias": "a bias on B (lora_bias) is not supported",
     "trainable_token_indices": "trainable tokens (trainable_token_indices) are not supported",
-    "target_parameters": "adapters on bare parameters (target_parameters) are not supported",
     "layer_replication": "replicated layers (layer_replication) are not supported",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens) is not supported",
     "use_bdlora": "block-diagonal LoRA (use_bdlora) is not supported",
@@ -51,6 +50,13 @@ class PeftPatterns:
     dropout: float
     type: str
     modules_to_save: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    # Rank and alpha of linears that are known without the patterns.
+    sizes: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    def parameters_named(self, name: str) -> list[str]:
+        """Those of `target_parameters` that the parameter `name` is."""
+        return [wanted for wanted in self.parameters if name == wanted or name.endswith(f".{wanted}")]
 
     def saves(self, tensor: str) -> bool:
         """Whether a tensor of the HF model is of a module that is trained whole; peft compares the ends of names."""
@@ -59,6 +65,8 @@ class PeftPatterns:
 
     def matches(self, name: str) -> bool:
         """Whether the linear `name` (as the HF model calls it) carries an adapter."""
+        if name in self.sizes:
+            return True
         if _names(self.exclude_modules, name):
             return False
         if self.target_modules == "all-linear":
@@ -72,6 +80,8 @@ class PeftPatterns:
         return self.layers_to_transform is None or self._layer(name) in self.layers_to_transform
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        if name in self.sizes:
+            return self.sizes[name]
         return (
             self.rank_pattern.get(_first_match(self.rank_pattern, name), self.rank),
             self.alpha_pattern.get(_first_match(self.alpha_pattern, name), self.alpha),
@@ -102,12 +112,12 @@ def read_patterns(config: Mapping[str, Any]) -> PeftPatterns:
             f"adapter_config.json has init_lora_weights={init!r}, which also changed the base's weights; convert it to "
             "a plain LoRA with peft's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    if not config.get("target_modules"):
+    if not config.get("target_modules") and not config.get("target_parameters"):
         raise UserError("adapter_config.json has no target_modules; is the file complete?")
     layers = config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     return PeftPatterns(
-        target_modules=_names_or_regex(config["target_modules"]),
+        target_modules=_names_or_regex(config.get("target_modules") or ()),
         exclude_modules=_names_or_regex(config.get("exclude_modules") or ()),
         layers_to_transform=tuple(layers) if layers else None,
         layers_pattern=_tuple(config.get("layers_pattern") or ()),
@@ -118,6 +128,7 @@ def read_patterns(config: Mapping[str, Any]) -> PeftPatterns:
         use_rslora=bool(config.get("use_rslora", False)),
         dropout=float(config.get("lora_dropout") or 0.0),
         modules_to_save=_tuple(config.get("modules_to_save") or ()),
+        parameters=_tuple(config.get("target_parameters") or ()),
         type=next((name for name, flag in FLAG_OF_TYPE.items() if config.get(flag)), "lora"),
     )
 
@@ -135,11 +146,18 @@ def _other_kind(peft_type: Any) -> UserError:
 
 
 def build_config(
-    spec: AdapterSpec, patterns: Mapping[str, tuple[int, float]], use_rslora: bool, all_names: Sequence[str]
+    spec: AdapterSpec,
+    patterns: Mapping[str, tuple[int, float]],
+    use_rslora: bool,
+    all_names: Sequence[str],
+    parameters: Sequence[str] = (),
+    all_parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """adapter_config.json's content. patterns: adapted HF linear -> (rank, alpha). all_names: every linear there is."""
+    """adapter_config.json's content. patterns: adapted HF linear or parameter -> (rank, alpha). all_names: every linear
+    there is. parameters: those of the adapted that are bare parameters; all_parameters: every one there is."""
     ranks = {name: rank for name, (rank, _) in patterns.items()}
     alphas = {name: _integral(alpha) for name, (_, alpha) in patterns.items()}
+    post = spec.settings.get("dropout_position") == "post"
     rank, rank_pattern = _default_and_pattern(ranks)
     alpha, alpha_pattern = _default_and_pattern(alphas)
     return {
@@ -155,13 +173,14 @@ def build_config(
         "alpha_pattern": alpha_pattern,
         "use_rslora": use_rslora,
         **{flag: spec.type == name for name, flag in FLAG_OF_TYPE.items()},
-        # peft drops A's input only; a run that drops B's output has its setting in adapter.json.
-        "lora_dropout": 0.0 if spec.settings.get("dropout_position") == "post" else spec.settings.get("dropout", 0.0),
+        # peft drops A's input only, and not of parameters; a run that does otherwise has its setting in adapter.json.
+        "lora_dropout": 0.0 if parameters or post else spec.settings.get("dropout", 0.0),
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": shortest_targets(list(patterns), all_names),
+        "target_modules": shortest_targets([name for name in patterns if name not in parameters], all_names),
+        **({"target_parameters": _shortest_parameters(parameters, all_parameters)} if parameters else {}),
         "exclude_modules": None,
         "modules_to_save": [name.removesuffix(".weight") for name in spec.saved] or None,
         "layers_to_transform": None,
@@ -195,6 +214,16 @@ def shortest_targets(adapted: Sequence[str], all_names: Sequence[str]) -> list[s
         alternatives.append(rf"{path}({'|'.join(leaves)})")
     pattern = "|".join(alternatives)
     return pattern if len(pattern) < len(",".join(f'"{name}"' for name in listed)) else listed
+
+
+def _shortest_parameters(adapted: Sequence[str], all_names: Sequence[str]) -> list[str]:
+    """Without the layers' numbers (`mlp.experts.gate_up_proj`) where every layer has it, else in full."""
+    result: dict[str, None] = {}
+    for name in adapted:
+        end = re.sub(r"^.*?\.\d+\.", "", name)
+        everywhere = [other for other in all_names if other.endswith(f".{end}")]
+        result[end if set(everywhere) <= set(adapted) else name] = None
+    return list(result)
 
 
 def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

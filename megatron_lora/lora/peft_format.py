@@ -1,9 +1,9 @@
 """Fused adapter tensors <-> HF PEFT's names and `adapter_config.json`. Pure: dictionaries and tensors in and out."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from megatron_lora.lora.layout import (
     Block,
     Factor,
     FactorKey,
+    LinearSpec,
     ModelSpec,
     ModuleLayout,
     features,
@@ -23,9 +24,11 @@ from megatron_lora.lora.layout import (
     segment_rows,
     segments_of,
 )
+from megatron_lora.lora.packed_experts import is_on_experts, pack, packed_name, same_bits, shared_by_all, unpack
 from megatron_lora.lora.peft_config import PeftPatterns, build_config, read_patterns
 
 Values = Mapping[FactorKey, Tensor]
+ExpertLayout = Literal["each", "packed"]
 PREFIX = "base_model.model."
 # peft adds this copy of the frozen base where lm_head is a target. It is no part of the adapter.
 BASE_HEAD = f"{PREFIX}lm_head.base_layer.weight"
@@ -33,17 +36,20 @@ BASE_HEAD = f"{PREFIX}lm_head.base_layer.weight"
 
 @dataclass(frozen=True)
 class HFLinear:
-    """One HF linear: its module name in the HF model, and the fused linear and segment that it is."""
+    """One HF linear: its module name in the HF model, and the fused linear and segment that it is; the number of the
+    expert whose it is, if any's."""
 
     name: str
     kind: str
     segment: str
     layer: int | None
+    expert: int | None = None
 
 
-def hf_name(module: ModuleLayout, segment: str, shapes: ModelSpec) -> str:
-    """The HF module name of a segment, e.g. `model.layers.3.self_attn.q_proj`, or `lm_head`."""
-    return shapes.linear(module.kind).hf_name(segment, module.layer)
+def hf_name(module: ModuleLayout, segment: str, shapes: ModelSpec, expert: int | None = None) -> str:
+    """The HF module name of a segment, e.g. `model.layers.3.self_attn.q_proj`, or `lm_head`. expert: whose, of an
+    adapter that experts share."""
+    return shapes.linear(module.kind).hf_name(segment, module.layer, expert if module.expert is None else module.expert)
 
 
 def hf_linears(shapes: ModelSpec) -> dict[str, HFLinear]:
@@ -51,9 +57,10 @@ def hf_linears(shapes: ModelSpec) -> dict[str, HFLinear]:
     result: dict[str, HFLinear] = {}
     for layer in [*range(shapes.num_layers), None]:
         for linear in shapes.adaptable(layer):
-            for segment in linear.segments:
-                name = linear.hf_name(segment, layer)
-                result[name] = HFLinear(name, linear.kind, segment, layer)
+            for expert in linear.expert_numbers:
+                for segment in linear.segments:
+                    name = linear.hf_name(segment, layer, expert)
+                    result[name] = HFLinear(name, linear.kind, segment, layer, expert)
     return result
 
 
@@ -96,37 +103,75 @@ def block_of(module: ModuleLayout, segment: str) -> Block | None:
 
 
 def to_hf(
-    spec: AdapterSpec, tensors: Mapping[str, Tensor], *, uniform_scale: bool = False
+    spec: AdapterSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    uniform_scale: bool = False,
+    experts: ExpertLayout = "each",
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A fused adapter as (adapter_config.json's content, PEFT tensors).
 
     tensors: `<module>.<factor>` -> full tensor. An A that several HF linears share is written as a copy for each.
     uniform_scale: fold what differs in scale between linears into B, so that alpha / r is one number; for engines that
-    read r and lora_alpha but no pattern (vLLM). Otherwise the tensors are the fused ones bit for bit.
-    Raises UserError for a tensor that is missing or has another shape.
+    read r and lora_alpha but no pattern (vLLM). Otherwise the tensors are the fused ones bit for bit. experts: a pair
+    for each linear of each expert, or one for each tensor of all experts (`target_parameters`, as peft adapts
+    transformers' models).
+    Raises UserError for a tensor that is missing or has another shape, and where experts cannot be packed.
     """
+    check_tensors(spec, tensors)
+    packed = pack(spec, tensors) if experts == "packed" else []
     patterns: dict[str, tuple[int, float]] = {}
     scales: dict[str, float] = {}
+    # Where the factors of each of `patterns` lie.
+    holders: dict[str, str] = {}
     result: dict[str, Tensor] = {}
-    check_tensors(spec, tensors)
-    for module in spec.modules:
-        for segment in segments_of(module.kind, spec.shapes):
-            block = block_of(module, segment)
-            if block is None:
-                continue
-            name = hf_name(module, segment, spec.shapes)
-            patterns[name] = (block.rank, block.alpha)
-            scales[name] = block.scale
-            for factor in spec.factors:
-                whole = tensors[f"{module.name}.{factor.name}"]
-                result[peft_name(name, factor)] = segment_part(factor, module, segment, whole, spec.shapes)
+    for module, expert, segment, block in _adapted_linears(spec):
+        if packed and is_on_experts(module, spec.shapes):
+            continue
+        name = hf_name(module, segment, spec.shapes, expert)
+        holders[name] = name
+        patterns[name], scales[name] = (block.rank, block.alpha), block.scale
+        for factor in spec.factors:
+            whole = tensors[f"{module.name}.{factor.name}"]
+            result[peft_name(name, factor)] = segment_part(factor, module, segment, whole, spec.shapes)
+    for entry in packed:
+        holders[entry.name] = entry.holder
+        patterns[entry.name], scales[entry.name] = (entry.rank, entry.alpha), entry.scale
+        result |= {peft_name(entry.holder, FACTORS["A"]): entry.a, peft_name(entry.holder, FACTORS["B"]): entry.b}
     result |= {f"{PREFIX}{name}": tensors[name] for name in spec.saved}
     use_rslora = any(block.use_rslora for module in spec.modules for block in module.blocks)
     if uniform_scale:
-        patterns = _fold_scales(patterns, scales, result)
+        patterns = _fold_scales(patterns, scales, holders, result)
         use_rslora = False
-    config = build_config(spec, patterns, use_rslora, all_names=list(hf_linears(spec.shapes)))
+    linears = hf_linears(spec.shapes).values()
+    config = build_config(
+        spec,
+        patterns,
+        use_rslora,
+        all_names=[linear.name for linear in linears if not packed or linear.expert is None],
+        parameters=[entry.name for entry in packed],
+        all_parameters=_packed_names(spec.shapes) if packed else (),
+    )
     return config, result
+
+
+def _adapted_linears(spec: AdapterSpec) -> Iterator[tuple[ModuleLayout, int | None, str, Block]]:
+    """Every HF linear that is adapted: (module, expert, segment, the block that serves it)."""
+    for module in spec.modules:
+        for expert in module.experts(spec.shapes):
+            for segment in segments_of(module.kind, spec.shapes):
+                block = block_of(module, segment)
+                if block is not None:
+                    yield module, expert, segment, block
+
+
+def _packed_names(shapes: ModelSpec) -> list[str]:
+    return [
+        packed_name(linear, layer)
+        for layer in range(shapes.num_layers)
+        for linear in shapes.adaptable(layer)
+        if linear.experts
+    ]
 
 
 def check_tensors(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -175,16 +220,19 @@ def from_hf(
     shapes: ModelSpec,
     base_model_name: str | None = None,
     base_fingerprint: str | None = None,
+    share_experts: bool | None = None,
 ) -> tuple[AdapterSpec, dict[str, Tensor]]:
     """Any HF PEFT LoRA adapter as (spec, `<module>.<factor>` -> full fused tensor).
 
     HF linears of one fused linear share a block where their A, rank and scale are bitwise equal; otherwise each has its
-    own. `to_hf` of the result returns the same factors bit for bit (a module that mixes dtypes is held in the wider).
+    own. Experts have a pair each, or one for all of a layer: as share_experts says, by default one where all have the
+    same bits. `to_hf` of the result returns the same factors bit for bit (a module that mixes dtypes is held in the
+    wider).
     Whether the model has what is trained whole (`spec.saved`) is for the caller to check
     (`conversion.saved_modules.check_saved`). Raises UserError for what is not supported (named), for tensors that
     config and shapes do not agree with.
     """
-    patterns = read_patterns(config)
+    patterns, tensors = unpack(read_patterns(config), tensors, shapes, PREFIX)
     table = FACTORS_OF_TYPE[patterns.type]
     saved = {
         key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if patterns.saves(key.removeprefix(PREFIX))
@@ -195,22 +243,37 @@ def from_hf(
     modules: list[ModuleLayout] = []
     for layer in [*range(shapes.num_layers), None]:
         for linear in shapes.adaptable(layer):
-            names = {segment: linear.hf_name(segment, layer) for segment in linear.segments}
-            present = {segment: found[hf] for segment, hf in names.items() if hf in found}
-            if not present:
-                continue
-            name = module_name(linear.kind, layer)
-            module = ModuleLayout(name, linear.kind, _group_segments(present, names, patterns))
-            modules.append(module)
-            dtype = _widest(part for parts in present.values() for part in parts.values())
-            for factor in table:
-                parts = {segment: own[factor.key].to(dtype) for segment, own in present.items()}
-                fused[f"{name}.{factor.name}"] = _fuse(factor, module, parts, shapes)
+            for expert, names, present in _of_experts(linear, layer, found, share_experts):
+                name = module_name(linear.kind, layer, expert)
+                module = ModuleLayout(name, linear.kind, _group_segments(present, names, patterns))
+                modules.append(module)
+                dtype = _widest(part for parts in present.values() for part in parts.values())
+                for factor in table:
+                    parts = {segment: own[factor.key].to(dtype) for segment, own in present.items()}
+                    fused[f"{name}.{factor.name}"] = _fuse(factor, module, parts, shapes)
     settings = {"dim": patterns.rank, "alpha": patterns.alpha, "dropout": patterns.dropout, "dropout_position": "pre"}
     name = base_model_name or config.get("base_model_name_or_path") or ""
     whole = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     spec = AdapterSpec(name, shapes, modules, base_fingerprint, settings, patterns.type, saved=whole)
     return spec, fused | saved
+
+
+def _of_experts(
+    linear: LinearSpec, layer: int | None, found: Mapping[str, Values], share: bool | None
+) -> list[tuple[int | None, dict[str, str], dict[str, Values]]]:
+    """What becomes a module each: (expert, segment -> HF linear, segment -> factors), for each expert that has an
+    adapter, or once for all."""
+    names: dict[int | None, dict[str, str]] = {}
+    present: dict[int | None, dict[str, Values]] = {}
+    for expert in linear.expert_numbers:
+        names[expert] = {segment: linear.hf_name(segment, layer, expert) for segment in linear.segments}
+        own = {segment: found[hf] for segment, hf in names[expert].items() if hf in found}
+        if own:
+            present[expert] = own
+    if shared_by_all(linear, present, share):
+        first = next(iter(present))
+        return [(None, names[first], present[first])]
+    return [(expert, names[expert], own) for expert, own in present.items()]
 
 
 def _fuse(factor: Factor, module: ModuleLayout, parts: Mapping[str, Tensor], shapes: ModelSpec) -> Tensor:
@@ -234,7 +297,7 @@ def _group_segments(
         a = own["A"]
         rank, alpha = patterns.rank_and_alpha(hf_names[segment])
         for names, other, other_rank, other_alpha in groups:
-            if (rank, alpha) == (other_rank, other_alpha) and _same_bits(a, other):
+            if (rank, alpha) == (other_rank, other_alpha) and same_bits(a, other):
                 names.append(segment)
                 break
         else:
@@ -265,7 +328,15 @@ def _collect_factors(
             f"{_some(unexpected)}; is it an adapter for another base?"
         )
     result: dict[str, Values] = {}
+    with_adapters = {
+        (linear.kind, linear.layer)
+        for name, linear in linears.items()
+        if any(peft_name(name, factor) in tensors for factor in table)
+    }
     for name, linear in linears.items():
+        if linear.expert is not None and (linear.kind, linear.layer) not in with_adapters:
+            # Experts are no modules of transformers' model: names that fit them may mean others alone.
+            continue
         own: dict[FactorKey, str] = {factor.key: peft_name(name, factor) for factor in table}
         targeted = patterns.matches(name)
         present = [key for key in own.values() if key in tensors]
@@ -296,7 +367,10 @@ def _check_shape(key: str, tensor: Tensor, factor: Factor, linear: HFLinear, ran
 
 
 def _fold_scales(
-    patterns: Mapping[str, tuple[int, float]], scales: Mapping[str, float], tensors: dict[str, Tensor]
+    patterns: Mapping[str, tuple[int, float]],
+    scales: Mapping[str, float],
+    holders: Mapping[str, str],
+    tensors: dict[str, Tensor],
 ) -> dict[str, tuple[int, float]]:
     """Multiply each B by its scale over the commonest one; returns the (rank, alpha) that then hold, without rsLoRA."""
     values = list(scales.values())
@@ -304,17 +378,11 @@ def _fold_scales(
     result: dict[str, tuple[int, float]] = {}
     for name, (rank, _) in patterns.items():
         # Every kind has a B, and its update is linear in it.
-        key = peft_name(name, FACTORS["B"])
+        key = peft_name(holders[name], FACTORS["B"])
         if scales[name] != common:
             tensors[key] = (tensors[key].double() * (scales[name] / common)).to(tensors[key].dtype)
         result[name] = (rank, common * rank)
     return result
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
 def _some(names: list[str]) -> str:

@@ -2,12 +2,14 @@
 
 import difflib
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import Block, ModelSpec, ModuleLayout, module_name
+from megatron_lora.lora.packed_experts import packed_name
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
 Naming = Literal["megatron", "hf"]
@@ -28,7 +30,9 @@ def select_linears(
 
     A pattern is a linear's name (`linear_qkv`, `q_proj`), a full path (`decoder.layers.3.mlp.linear_fc1`,
     `model.layers.3.mlp.up_proj`) or a wildcard over full paths (`*.layers.1.*` is layer 1 alone: `*` stands for any
-    text, the rest is literal). Without targets: every linear of attention and MLP, less `exclude_modules`. A fused name
+    text, the rest is literal). Without targets: every linear of attention and MLP but for routed experts', less
+    `exclude_modules`; experts are adapted where their linears are named (`linear_fc1`, `experts.linear_fc1`,
+    `gate_up_proj`, `*.experts.*`), all of a layer alike. A fused name
     stands for the HF linears that it covers; an HF name for its part of the fused linear alone. Layer numbers are
     global, whatever the pipeline layout. naming: the names that this backend has itself; others are translated, which
     the notices say. Raises UserError where a pattern matches nothing (with near names), for exclusions beside targets,
@@ -39,10 +43,10 @@ def select_linears(
             f"{key}.exclude_modules={list(exclude_modules)} needs empty {key}.target_modules, got "
             f"{list(target_modules)}; name the targets alone, or the exclusions alone"
         )
-    check_no_expert(shapes, [*target_modules, *exclude_modules], f"{key}.target_modules or exclude_modules")
+    _check_no_router(shapes, [*target_modules, *exclude_modules], f"{key}.target_modules or exclude_modules")
     linears = list(hf_linears(shapes).values())
-    matcher = _Matcher(linears, key, naming)
-    wanted = {linear.name for linear in linears if linear.layer is not None}
+    matcher = _Matcher(linears, key, naming, _packed_names(shapes))
+    wanted = {linear.name for linear in linears if linear.layer is not None and linear.expert is None}
     if target_modules:
         wanted = {linear.name for pattern in target_modules for linear in matcher.find(pattern)}
     for pattern in exclude_modules:
@@ -57,22 +61,40 @@ def select_linears(
     notices = list(matcher.notices)
     if shapes.num_experts and not target_modules:
         notices.append(
-            f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; the linears of "
-            "attention are adapted"
+            f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; to adapt the experts "
+            "name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, up_proj, down_proj)"
         )
-    return Selection([linear for linear in linears if linear.name in wanted], notices)
+    chosen = [linear for linear in linears if linear.name in wanted]
+    _check_whole_experts(shapes, chosen, key)
+    return Selection(chosen, notices)
 
 
-def check_no_expert(shapes: ModelSpec, patterns: Sequence[str], key: str) -> None:
-    """Raise UserError for a pattern that names the experts or the router of a model that has them."""
-    projections = {f"{end}_proj" for end in ("gate", "up", "down")}
-    parts = {"experts", "router", "gate", "linear_fc1", "linear_fc2"} | projections
+def _packed_names(shapes: ModelSpec) -> dict[tuple[str, int | None], str]:
+    """(kind, layer) -> transformers' name of the tensor of all experts."""
+    return {
+        (linear.kind, layer): packed_name(linear, layer)
+        for layer in range(shapes.num_layers)
+        for linear in shapes.adaptable(layer)
+        if linear.experts
+    }
+
+
+def _check_no_router(shapes: ModelSpec, patterns: Sequence[str], key: str) -> None:
     for pattern in patterns:
-        named = parts & set(pattern.split("."))
-        if shapes.num_experts and named:
+        if shapes.num_experts and pattern.rpartition(".")[2] in ("router", "gate"):
+            raise UserError(f"{pattern!r} in {key} names the router, which carries no adapter here; leave it out")
+
+
+def _check_whole_experts(shapes: ModelSpec, chosen: Sequence[HFLinear], key: str) -> None:
+    """The experts of a layer are one tensor in transformers' model, gate and up in one: all are adapted or none."""
+    counts = Counter((linear.kind, linear.layer) for linear in chosen if linear.expert is not None)
+    for (kind, layer), count in counts.items():
+        linear = shapes.linear(kind)
+        if count < linear.experts * len(linear.parts):
             raise UserError(
-                f"{pattern!r} in {key} names {', '.join(sorted(named))}, which a {shapes.model_type} model has in its "
-                "experts alone, and these carry no adapters here: they stay frozen; leave it out"
+                f"{key}.target_modules names {count} of the {linear.experts * len(linear.parts)} linears that "
+                f"{module_name(kind, layer)} is ({', '.join(linear.segments)} of {linear.experts} experts); all "
+                f"of them are adapted or none: name {kind}"
             )
 
 
@@ -86,13 +108,17 @@ def build_modules(
     alphas: Mapping[str, float] | None = None,
     use_rslora: bool = False,
     separate: bool = False,
+    share_experts: bool = False,
 ) -> list[ModuleLayout]:
     """New adapters of the HF linears. Those of one fused Megatron linear with the same rank and alpha share one A,
-    unless `separate`. ranks, alphas: what single HF linears have instead of `rank` and `alpha`."""
+    unless `separate`; experts of a layer one adapter with `share_experts`. ranks, alphas: what single HF linears have
+    instead of `rank` and `alpha`."""
     ranks, alphas = ranks or {}, alphas or {}
     modules: dict[str, list[HFLinear]] = {}
     for linear in linears:
-        modules.setdefault(_fused_name(linear), []).append(linear)
+        if not (share_experts and linear.expert):
+            expert = None if share_experts else linear.expert
+            modules.setdefault(module_name(linear.kind, linear.layer, expert), []).append(linear)
     result = []
     for name, members in modules.items():
         groups: dict[tuple, list[str]] = {}
@@ -113,7 +139,7 @@ def match_patterns[Value: (int, float)](
 ) -> dict[str, Value]:
     """HF linear -> its value in the recipe's `key`, for the adapted linears that a pattern names (in the forms of
     `select_linears`); the first pattern that names a linear counts. Raises UserError for one that names none."""
-    matcher = _Matcher(list(hf_linears(shapes).values()), key, naming)
+    matcher = _Matcher(list(hf_linears(shapes).values()), key, naming, _packed_names(shapes))
     names = {linear.name for linear in adapted}
     result: dict[str, Value] = {}
     for pattern, value in patterns.items():
@@ -130,12 +156,16 @@ class _Matcher:
     linears: Sequence[HFLinear]
     key: str
     naming: Naming
+    # (kind, layer) -> the HF tensor of all experts, by which their linears can be named too.
+    packed: Mapping[tuple[str, int | None], str]
     # A dict for its order: each translation is told once.
     notices: dict[str, None] = field(default_factory=dict)
 
     def find(self, pattern: str) -> list[HFLinear]:
         by_naming = {
-            "hf": [linear for linear in self.linears if _fits(pattern, linear.name)],
+            "hf": [
+                linear for linear in self.linears if _fits(pattern, linear.name) or self._fits_packed(pattern, linear)
+            ],
             "megatron": [linear for linear in self.linears if _fits(pattern, _fused_name(linear))],
         }
         own = by_naming.pop(self.naming)
@@ -146,6 +176,9 @@ class _Matcher:
             raise self._no_match(pattern)
         self.notices[self._translation(pattern, other)] = None
         return other
+
+    def _fits_packed(self, pattern: str, linear: HFLinear) -> bool:
+        return linear.expert is not None and _fits(pattern, self.packed[linear.kind, linear.layer])
 
     def _translation(self, pattern: str, found: Sequence[HFLinear]) -> str:
         if self.naming == "hf":
@@ -158,7 +191,9 @@ class _Matcher:
         return f"{pattern!r} is a Hugging Face name; here it is {where}"
 
     def _no_match(self, pattern: str) -> UserError:
-        hf_paths, fused_paths = ([linear.name for linear in self.linears], list(map(_fused_name, self.linears)))
+        # One expert stands for all.
+        linears = [linear for linear in self.linears if not linear.expert]
+        hf_paths, fused_paths = ([linear.name for linear in linears], list(map(_fused_name, linears)))
         hf_leaves, fused_leaves = (
             list(dict.fromkeys(map(_leaf, hf_paths))),
             list(dict.fromkeys(linear.kind for linear in self.linears)),
@@ -183,7 +218,7 @@ def _leaf(name: str) -> str:
 
 
 def _fits(pattern: str, name: str) -> bool:
-    if name == pattern or _leaf(name) == pattern:
+    if name == pattern or name.endswith(f".{pattern}"):
         return True
     # A wildcard never reaches the output layer unless it names it: it is no part of a layer.
     wildcard = any(sign in pattern for sign in "*?[")

@@ -19,9 +19,11 @@ from megatron_lora.lora.init import Factors, given_factors, initial_factors
 from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelSpec, ModuleLayout, segments_of
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.methods import ReadWeight, method_of
+from megatron_lora.lora.packed_experts import is_on_experts
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.principal import check_ranks, principal_start, residual_reader
 from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
+from megatron_lora.policy.expert_adapters import check_dropout, check_expert_adapters, expert_ranks
 from megatron_lora.policy.weights_check import local_fingerprint, read_base
 
 
@@ -67,13 +69,17 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_n
     method = method_of(config.type)
     if config.init_adapter is not None:
         folder = read_peft_folder(Path(config.init_adapter))
-        spec, fused = from_hf(*folder, shapes, base_model_name=model_name, base_fingerprint=fingerprint)
+        share = config.share_expert_adapters if isinstance(config, PeftConfig) else None
+        spec, fused = from_hf(
+            *folder, shapes, base_model_name=model_name, base_fingerprint=fingerprint, share_experts=share
+        )
         if spec.type != method.type:
             raise UserError(
                 f"{config.init_adapter} holds an adapter of type {spec.type!r}, and {_section(config)}.type="
                 f"{config.type!r}; set it to {spec.type!r}"
             )
         spec.settings = settings
+        check_expert_adapters(config, spec, _section(config))
         adapted = list(merge_targets(spec))
         check_saved(shapes, spec.saved, adapted, f"{config.init_adapter}, modules_to_save")
         wanted = select_saved(shapes, config.modules_to_save, adapted, f"{_section(config)}.modules_to_save")
@@ -89,6 +95,7 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_n
     adapted = [linear.name for linear in chosen.linears]
     saved = select_saved(shapes, config.modules_to_save, adapted, f"{_section(config)}.modules_to_save")
     spec = AdapterSpec(model_name, shapes, modules, fingerprint, settings, method.type, saved=saved)
+    check_expert_adapters(config, spec, _section(config))
     if config.init_lora_weights is not None:
         spec.residual = True
         check_ranks(spec, f"{_section(config)}.init_lora_weights={config.init_lora_weights}")
@@ -129,6 +136,7 @@ def draw_start(
 def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes: ModelSpec) -> list[ModuleLayout]:
     """What the recipe's keys describe, on the linears that were chosen."""
     naming = _naming(config)
+    shared = isinstance(config, PeftConfig) and config.share_expert_adapters
     values = {
         name: match_patterns(
             shapes, chosen.linears, getattr(config, name), key=f"{_section(config)}.{name}", naming=naming
@@ -140,10 +148,11 @@ def _modules_of_keys(config: PeftConfig | LoraConfig, chosen: Selection, shapes:
         config.dim,
         config.alpha,
         shapes,
-        ranks=values["rank_pattern"],
+        ranks=expert_ranks(config, chosen.linears, shapes) | values["rank_pattern"],
         alphas=values["alpha_pattern"],
         use_rslora=config.use_rslora,
         separate=method_of(config.type).separate,
+        share_experts=shared,
     )
 
 
@@ -215,7 +224,9 @@ def planned_adapter(policy: PolicyConfig) -> StartingAdapter | None:
     Raises UserError as `starting_adapter` does."""
     if not policy.adapter.enabled:
         return None
-    return starting_adapter(policy.adapter, read_base(policy).shapes, policy.model_name)
+    planned = starting_adapter(policy.adapter, read_base(policy).shapes, policy.model_name)
+    check_dropout(policy, planned.spec)
+    return planned
 
 
 def check_same_adapter(wanted: AdapterSpec, found: AdapterSpec, folder: Path) -> None:
@@ -307,12 +318,15 @@ def _linear_label(module: ModuleLayout, shapes: ModelSpec) -> str:
     """The fused linear, and where only some of the linears that it covers are adapted, which."""
     served = {segment for block in module.blocks for segment in block.segments}
     order = segments_of(module.kind, shapes)
+    if is_on_experts(module, shapes):
+        number = shapes.linear(module.kind).experts
+        return f"{module.kind} ({f'one for {number}' if module.expert is None else f'each of {number}'})"
     return module.kind if served == set(order) else f"{module.kind} ({', '.join(s for s in order if s in served)})"
 
 
 def _ranges(layers: Sequence[int | None]) -> str:
     """[0, 1, 2, 5] as `0-2, 5`."""
-    numbers = sorted(layer for layer in layers if layer is not None)
+    numbers = sorted({layer for layer in layers if layer is not None})
     if not numbers:
         return "-"
     runs: list[list[int]] = []

@@ -16,7 +16,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
 from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.layout import AdapterSpec, without_expert
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.principal import against_the_base, given_principal, residual_reader
 from megatron_lora.objectives.base import Objective
@@ -295,9 +295,13 @@ class BackendPolicy(Policy):
         return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
 
     def _check_gradients(self) -> None:
-        """After the first backward every adapter must have had a gradient on some rank; name those that had none."""
+        """After the first backward every adapter must have had a gradient on some rank; name those that had none. Of a
+        layer's experts one must have had: to some no token may have gone."""
         self._gradients_checked = True
-        mine = {name: self._has_gradient(linear) for name, linear in self._linears.items()}
+        mine: dict[str, bool] = {}
+        for name, linear in self._linears.items():
+            name = without_expert(name)
+            mine[name] = mine.get(name, False) or self._has_gradient(linear)
         everyone: list[Any] = [None] * self.world.size
         dist.all_gather_object(everyone, mine)
         trained = {name for part in everyone for name, found in part.items() if found}

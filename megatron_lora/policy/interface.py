@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lora.data.batch import Row
 from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.peft_format import ExpertLayout
 from megatron_lora.objectives.base import Objective
 
 
@@ -109,8 +110,9 @@ class Policy(ABC):
         """Rows (linear, layers, rank, alpha, A, B, parameters) of the table shown at start; empty without adapters."""
 
     @abstractmethod
-    def adapter(self) -> AdapterTensors:
-        """The whole adapter under HF names, gathered over TP and PP; on every rank."""
+    def adapter(self, experts: ExpertLayout = "each") -> AdapterTensors:
+        """The whole adapter under HF names, gathered over all ranks that share it; on every rank. experts: the form of
+        what is on experts, `packed` as peft loads it into transformers' models. Raises UserError as `to_hf` does."""
 
     @abstractmethod
     def adapter_checksums(self, dtype: torch.dtype) -> dict[str, int]:

@@ -71,7 +71,7 @@ class CheckpointWriter:
             partial / "policy" / "optimizer" if options.save_optimizer else None,
             asynchronous=self.recipe.policy.megatron_cfg.checkpoint.async_save,
         )
-        adapter = self.policy.adapter() if self.recipe.policy.adapter.enabled else None
+        adapter = self.policy.adapter("packed") if self.recipe.policy.adapter.enabled else None
         with same_on_every_rank(self.world.size):
             if self.world.is_main:
                 self._write_small_files(number, adapter)

@@ -76,7 +76,7 @@ def _not_synchronized(name: str) -> Callable[[MegatronPolicy], Any]:
         for linear in policy.adapted:
             for held in linear.held_factors:
                 if held.factor.name == name:
-                    held.parameter.sum_gradient_over_tp = False  # type: ignore[attr-defined]
+                    held.parameter.sum_gradient_over = ()  # type: ignore[attr-defined]
         yield
 
     return plant

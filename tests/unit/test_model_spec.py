@@ -58,7 +58,8 @@ def test_every_expert_is_a_tensor_of_its_own():
     expert = names["decoder.layers.2.mlp.experts.linear_fc1.1.weight"]
     assert expert.hf_names == tuple(f"model.layers.2.mlp.experts.1.{end}_proj.weight" for end in ("gate", "up"))
     assert expert.shape == (12, 8) and names["decoder.layers.2.mlp.router.weight"].shape == (3, 8)
-    assert [linear.kind for linear in spec.adaptable(2)] == ["linear_qkv", "linear_proj"]
+    kinds = ["linear_qkv", "linear_proj", "experts.linear_fc1", "experts.linear_fc2"]
+    assert [linear.kind for linear in spec.adaptable(2)] == kinds
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from megatron_lora.data.packing import collate
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, FactorKey
 from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.methods import ReadWeight
-from megatron_lora.lora.peft_format import fuse, to_hf
+from megatron_lora.lora.peft_format import ExpertLayout, fuse, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import base_reader, check_same_adapter
 from megatron_lora.policy.backend import BackendPolicy, local_part
@@ -181,7 +181,7 @@ class DTensorPolicy(BackendPolicy):
             for parameter in linear.factors.values()
         )
 
-    def adapter(self) -> AdapterTensors:
+    def adapter(self, experts: ExpertLayout = "each") -> AdapterTensors:
         spec = self._needs_adapter("full fine-tuning has no adapter")
         config, tensors = to_hf(*self._against_the_base(fuse(adapter.gather(self.base.hf), spec)))
         return AdapterTensors(config=config, tensors=tensors)

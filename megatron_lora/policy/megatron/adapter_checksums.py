@@ -23,7 +23,7 @@ def _linear_pieces(linear: LoRALinear, shapes: ModelSpec, dtype: torch.dtype) ->
     layout = linear.layout
     held = {held.factor.key: held for held in linear.held_factors}
     a, b = held["A"].parameter.detach(), held["B"].parameter.detach()
-    first_column = 0 if held["A"].axis is None else linear.tp.rank * a.shape[1]
+    first_column = 0 if held["A"].axis is None else linear.split.rank * a.shape[1]
     pieces: Pieces = {}
     for segment in segments_of(layout.kind, shapes):
         block = block_of(layout, segment)
@@ -33,7 +33,7 @@ def _linear_pieces(linear: LoRALinear, shapes: ModelSpec, dtype: torch.dtype) ->
         scale = linear.scale if linear.scale is not None else float(linear.scales[block.start])  # type: ignore[index]
         rows, first_row = _rows_of_b(linear, held["B"], segment, shapes)
         scaled_b = b[rows.to(b.device), rank_rows].float() * scale
-        name = hf_name(layout, segment, shapes)
+        name = hf_name(layout, segment, shapes, linear.expert)
         pieces[peft_name(name, A), 0, first_column] = checksum(a[rank_rows].to(dtype), 0, first_column)
         pieces[peft_name(name, B), first_row, 0] = checksum(scaled_b.to(dtype), first_row, 0)
     return pieces
@@ -48,9 +48,9 @@ def _rows_of_b(linear: LoRALinear, held: HeldFactor, segment: str, shapes: Model
     if held.axis is None:
         return rows_of_part(whole, segment), 0
     is_vocabulary = whole.kind == "output_layer"
-    part = whole.on_rank(linear.tp.size, vocab_rows=held.parameter.shape[0] if is_vocabulary else None)
+    part = whole.on_rank(linear.split.size, vocab_rows=held.parameter.shape[0] if is_vocabulary else None)
     rows = rows_of_part(part, segment)
-    first_row = linear.tp.rank * rows.numel()
+    first_row = linear.split.rank * rows.numel()
     if is_vocabulary:
         rows = rows[: max(0, shapes.vocab_size - first_row)]
     return rows, first_row

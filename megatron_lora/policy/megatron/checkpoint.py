@@ -53,11 +53,12 @@ def metadata() -> dict[str, Any]:
 def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
     """Sharded tensors of the factors that this rank holds, under `<module>.<factor>`."""
     state: dict[str, Any] = {}
-    dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for linear in adapted:
         for held in linear.held_factors:
             key = f"{linear.layout.name}.{held.factor.name}"
-            groups = {"tp_group": linear.tp_group, "dp_cp_group": dp_cp_group}
+            if key in state:
+                continue  # experts share it
+            groups = _groups(linear, split=held.axis is not None)
             if held.axis is None:
                 state[key] = make_sharded_tensor_for_checkpoint(held.parameter, key, **groups)
                 continue
@@ -70,6 +71,20 @@ def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
                 # A rank holds [gate shard; up shard]; the whole is [gate; up].
                 state[key] = apply_swiglu_sharded_factory(state[key], ())
     return state
+
+
+def _groups(linear: LoRALinear, *, split: bool) -> dict[str, Any]:
+    """The ranks that share a linear's weight, and those that hold the same part of it; which copy of several a factor
+    is. split: over the former."""
+    if linear.expert is None:
+        return {"tp_group": linear.split.group, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    peers: Any = parallel_state.get_expert_data_parallel_group()
+    groups = {"tp_group": linear.split.group, "dp_cp_group": peers}
+    if linear.layout.expert is not None:
+        return groups
+    # Ranks with other experts of the layer hold the same, too.
+    copy = parallel_state.get_expert_model_parallel_rank() * peers.size() + peers.rank()
+    return groups | {"replica_id": (0, 0 if split else linear.split.rank, copy)}
 
 
 def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:

@@ -46,13 +46,15 @@ FUSIONS = (
 @dataclass
 class BaseModel:
     """This rank's part of a base. chunks: one GPTModel a (virtual) stage. weights: where its values came from, in the
-    form that they are held in. softcap: c, where logits x become c tanh(x / c). unshared_reason: why its attention
+    form that they are held in. expert_tp: ranks that share each
+    expert's matrices. softcap: c, where logits x become c tanh(x / c). unshared_reason: why its attention
     takes no rows that share prefixes; None where it does."""
 
     chunks: list[GPTModel]
     shapes: ModelSpec
     config: Any
     tp: TensorParallel
+    expert_tp: TensorParallel
     weights: WeightSource
     softcap: float | None
     unshared_reason: str | None
@@ -112,6 +114,12 @@ def build_base(
         shapes=shapes,
         config=provider,
         tp=tp,
+        expert_tp=TensorParallel(
+            parallel_state.get_expert_tensor_parallel_group(),  # type: ignore[arg-type]
+            size=world.etp,
+            rank=world.etp_rank,
+            sequence_parallel=False,
+        ),
         weights=weights,
         softcap=model.final_softcap,
         unshared_reason=unshared,

@@ -20,6 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.lora.linear import GradientGroup
 from megatron_lora.policy.megatron.model import DTYPES
 
 
@@ -41,22 +42,30 @@ def wrap_for_data_parallel(chunks: Sequence[GPTModel], policy: PolicyConfig, con
 
 
 def finalize_gradients(chunks: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """After the last micro-batch: Megatron's reductions, then the sum over TP of the factors that every rank holds
-    whole. The loss is already divided by the global count, so `num_tokens` is not used."""
+    """After the last micro-batch: Megatron's reductions, then the sums of factors over further ranks that hold the same
+    (`LoRALinear`). The loss is already divided by the global count, so `num_tokens` is not used."""
     finalize_model_grads(chunks, None, **{k: v for k, v in kwargs.items() if k == "pg_collection"})
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+    parameters = [parameter for chunk in chunks for parameter in chunk.module.parameters() if parameter.requires_grad]
+    for name, group in _gradient_groups().items():
+        if dist.get_world_size(group) > 1:
+            _sum_over(group, [p.main_grad for p in parameters if name in getattr(p, "sum_gradient_over", ())])
+
+
+def _gradient_groups() -> dict[GradientGroup, Any]:
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "expert_tp": parallel_state.get_expert_tensor_parallel_group(),
+        "expert": parallel_state.get_expert_model_parallel_group(),
+    }
+
+
+def _sum_over(group: Any, grads: list[Any]) -> None:
+    if not grads:
         return
-    grads = [
-        parameter.main_grad
-        for chunk in chunks
-        for parameter in chunk.module.parameters()
-        if parameter.requires_grad and getattr(parameter, "sum_gradient_over_tp", False)
-    ]
-    if grads:
-        flat = _flatten_dense_tensors(grads)
-        dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
-        for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
-            grad.copy_(summed)
+    flat = _flatten_dense_tensors(grads)
+    dist.all_reduce(flat, group=group)
+    for grad, summed in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+        grad.copy_(summed)
 
 
 def build_optimizer(chunks: list[Any], policy: PolicyConfig) -> Any:

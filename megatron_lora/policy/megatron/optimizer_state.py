@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -72,12 +73,17 @@ def _whole(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
             value = main if name == "param" else state.get(name)
             if value is not None:
                 full[start:end] = value.detach().reshape(-1)
-        for shared in _parts(optimizer):
-            if isinstance(shared, DistributedOptimizer):
-                dist.all_reduce(full, group=shared.data_parallel_group)
-                break
+        if any(isinstance(shared, DistributedOptimizer) for shared in _parts(optimizer)):
+            dist.all_reduce(full, group=_sharing_group(parameter))
         result[name] = full.view_as(parameter)
     return result
+
+
+def _sharing_group(parameter: Any) -> Any:
+    """The ranks over which a distributed optimizer splits a parameter."""
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()
 
 
 def _empty(parameter: Tensor) -> dict[str, Tensor]:

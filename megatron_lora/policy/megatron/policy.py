@@ -17,7 +17,7 @@ from megatron_lora.lora.inject import AdapterOptions, inject, put_factors
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods import ReadWeight
-from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.lora.peft_format import ExpertLayout, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import DrawnStart, base_reader, check_same_adapter, draw_start, starting_adapter
 from megatron_lora.policy.backend import BackendPolicy
@@ -107,7 +107,7 @@ class MegatronPolicy(BackendPolicy):
             dtype=getattr(torch, peft.lora_dtype) if peft.lora_dtype else None,
             keeps_derived=peft.dora_cached_norms,
         )
-        self.adapted = inject(self.base.chunks, drawn.spec, drawn.factors, options, self.tp)
+        self.adapted = inject(self.base.chunks, drawn.spec, drawn.factors, options, self.tp, self.base.expert_tp)
         if drawn.principal is not None:
             self._principal = over_pipeline(drawn.principal_of(self._linears))
         self.saved = saved_modules.unfreeze(self.base.chunks, drawn.spec, self.world)
@@ -144,12 +144,13 @@ class MegatronPolicy(BackendPolicy):
 
     @property
     def _linears(self) -> Mapping[str, LoRALinear]:
-        return {linear.layout.name: linear for linear in self.adapted}
+        return {linear.name: linear for linear in self.adapted}
 
     def _trained(self) -> list[torch.nn.Parameter]:
         if self.spec is None:
             return [parameter for chunk in self.base.chunks for parameter in chunk.parameters()]
-        factors = [held.parameter for linear in self.adapted for held in linear.held_factors]
+        # Once each: experts may share theirs.
+        factors = dict.fromkeys(held.parameter for linear in self.adapted for held in linear.held_factors)
         return [*factors, *(saved.parameter for saved in self.saved)]
 
     def _saved_parameters(self) -> Mapping[str, torch.nn.Parameter]:
@@ -194,8 +195,8 @@ class MegatronPolicy(BackendPolicy):
     def _has_gradient(self, linear: LoRALinear) -> bool:
         return any(bool(held.parameter.main_grad.any()) for held in linear.held_factors)  # type: ignore[attr-defined]
 
-    def adapter(self) -> AdapterTensors:
-        config, tensors = to_hf(*self._against_the_base(self._gather()))
+    def adapter(self, experts: ExpertLayout = "each") -> AdapterTensors:
+        config, tensors = to_hf(*self._against_the_base(self._gather()), experts=experts)
         return AdapterTensors(config=config, tensors=tensors)
 
     def _checksum_pieces(self, dtype: torch.dtype) -> Pieces:

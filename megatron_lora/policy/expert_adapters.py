@@ -1,0 +1,73 @@
+"""Adapters on the experts of a model: their ranks, and what does not go with them, before any weight is loaded."""
+
+from collections.abc import Sequence
+
+from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
+from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec, without_expert
+from megatron_lora.lora.packed_experts import is_on_experts
+from megatron_lora.lora.peft_format import HFLinear
+
+
+def expert_ranks(config: PeftConfig | LoraConfig, linears: Sequence[HFLinear], shapes: ModelSpec) -> dict[str, int]:
+    """HF linear of an expert -> its rank, where that is not `dim`. Raises UserError where it is no whole number."""
+    experts = [linear.name for linear in linears if linear.expert is not None]
+    if not experts or not isinstance(config, PeftConfig) or not config.normalize_moe_lora:
+        return {}
+    routed = shapes.num_experts_per_token
+    if config.dim % routed:
+        above = -(-config.dim // routed) * routed
+        raise UserError(
+            f"policy.megatron_cfg.peft.normalize_moe_lora=true divides dim={config.dim} among the {routed} experts "
+            f"of a token, which leaves no whole rank; set dim to a multiple of {routed} such as {above}"
+        )
+    return dict.fromkeys(experts, config.dim // routed)
+
+
+def check_dropout(policy: PolicyConfig, spec: AdapterSpec) -> None:
+    """Raise UserError for dropout in adapters whose expert is split over ranks: each would drop others."""
+    megatron = policy.megatron_cfg
+    dropout, size = policy.adapter.dropout, megatron.expert_tensor_parallel_size
+    if (
+        policy.backend == "megatron"
+        and dropout > 0
+        and size > 1
+        and any(is_on_experts(module, spec.shapes) for module in spec.modules)
+    ):
+        raise UserError(
+            f"policy.megatron_cfg.peft.dropout={dropout} with adapters on experts at expert_tensor_parallel_size="
+            f"{size}: the ranks of an expert do not draw the same; set one to 0, or the other to 1"
+        )
+
+
+def check_expert_adapters(config: PeftConfig | LoraConfig, spec: AdapterSpec, section: str) -> None:
+    """Raise UserError for a setting that adapters on experts do not go with. section: the recipe's."""
+    on_experts = [module for module in spec.modules if is_on_experts(module, spec.shapes)]
+    if not on_experts:
+        return
+    what = f"adapters on the experts of a {spec.shapes.model_type} model"
+    if isinstance(config, LoraConfig):
+        raise UserError(
+            f"{section}: {what} are trained by the Megatron backend alone; leave the experts' linears out of "
+            "target_modules, or set policy.megatron_cfg.enabled=true"
+        )
+    if config.type != "lora":
+        raise UserError(
+            f"{section}.type={config.type!r}: {what} are of type 'lora', as PEFT has them; set it, or leave the "
+            "experts' linears out of target_modules"
+        )
+    if config.init_lora_weights is not None:
+        raise UserError(
+            f"{section}.init_lora_weights={config.init_lora_weights}: {what} start from lora_A_init_method; set it to "
+            "null, or leave the experts' linears out of target_modules"
+        )
+    forms: dict[str, set] = {}
+    for module in on_experts:
+        forms.setdefault(without_expert(module.name), set()).add(module.blocks)
+    for name, blocks in forms.items():
+        if len(blocks) > 1:
+            raise UserError(
+                f"{section}: the experts of {name} have adapters of different rank or alpha, and PEFT has one for a "
+                "tensor of all of them; give all experts of a layer the same in rank_pattern and alpha_pattern"
+            )
