@@ -13,7 +13,7 @@ from tests.distributed.megatron_case import Case, case_rows
 from tests.support.four_bit import save_dequantized, save_four_bit
 from tests.support.launch import RanksFailed, run_ranks
 from tests.support.models import save_model
-from tests.support.reference import TARGETS, Training, save_adapter, train
+from tests.support.reference import EXPERTS, TARGETS, Training, save_adapter, train
 from tools.smollm2 import cached_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -21,6 +21,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "own": {"share_a": False},
     "query_value": {"targets": ["q_proj", "v_proj"], "share_a": False},
     "attention": {"targets": TARGETS[:4]},
+    "experts": {"targets": TARGETS[:4], "parameters": EXPERTS},
+    "shared_experts": {"targets": TARGETS[:4], "parameters": EXPERTS, "share_experts": True},
     "dora": {"use_dora": True},
     "dora_own": {"use_dora": True, "share_a": False},
     "dora_query_value_head": {"use_dora": True, "targets": ["q_proj", "v_proj", "lm_head"], "share_a": False},
@@ -148,7 +150,9 @@ def reference(room: Room) -> Callable[..., Training]:
             adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
             share_a = ADAPTERS.get(str(case.adapter), {"share_a": False}).get("share_a", True)
             torch.set_num_threads(1)
-            options = {"lr": case.learning_rate, "eps": case.adam_eps, "share_a": share_a} | options
+            share_experts = ADAPTERS.get(str(case.adapter), {}).get("share_experts", False)
+            own = {"lr": case.learning_rate, "eps": case.adam_eps, "share_a": share_a, "share_experts": share_experts}
+            options = own | options
             known[key] = train(base, adapter, case_rows(case.family, asked), **options)
         return known[key]
 

@@ -74,7 +74,9 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if policy.spec is not None:
         exported = policy.adapter()
         found |= {
-            "adapter": exported.tensors,
+            # As peft holds it, and a pair for each HF linear of the files.
+            "adapter": policy.adapter("packed").tensors,
+            "each": exported.tensors,
             "config": exported.config,
             "fingerprints": fingerprints(policy, exported),
         }

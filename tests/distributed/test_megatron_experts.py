@@ -1,5 +1,5 @@
-"""Mixture-of-experts models: ten AdamW steps of adapters on attention equal transformers + peft in every layout (fp32),
-and what is merged for a rollout engine is the whole model."""
+"""Mixture-of-experts models: ten AdamW steps of adapters on attention and experts equal transformers + peft in every
+layout (fp32), and what is merged for a rollout engine is the whole model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,21 +19,39 @@ PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64}}
 MERGED = {"merged": True}
 
 
-def case(name: str, ranks: int, megatron: dict | None = None, **fields: Any) -> Case:
-    return Case(f"experts_{name}", ranks, "train", "qwen3_moe", "attention", megatron=megatron or {}, **fields)
+def case(name: str, ranks: int, megatron: dict | None = None, adapter: str = "experts", **fields: Any) -> Case:
+    return Case(f"experts_{name}", ranks, "train", "qwen3_moe", adapter, megatron=megatron or {}, **fields)
 
 
+SHARED = {"peft": {"share_expert_adapters": True}}
+# Tensors of adapters: layers, linears of attention or tensors of experts, factors.
+NUM_TENSORS = {"attention": 4 * 4 * 2, "experts": 4 * 6 * 2, "shared_experts": 4 * 6 * 2}
 CASES = [
     case("tp1", 1, options=MERGED),
     case("dp", 2),
     case("ep", 2, EP, options=MERGED),
     case("ep_packing", 2, EP | FULL_RECOMPUTE, policy=PACKED),
-    case("sp", 2, SP),
+    case("ep_shared", 2, EP | SHARED, "shared_experts", options=MERGED),
+    case("sp", 2, SP, "attention"),
     case("etp", 2, ETP, options=MERGED),
     case("pp", 2, PP, options=MERGED),
-    case("cp", 2, CP),
-    pytest.param(case("sp_ep", 4, SP | EP, options=MERGED), marks=pytest.mark.long),
-    pytest.param(case("pp_ep", 4, PP | EP, options=MERGED), marks=pytest.mark.long),
+    case("cp", 2, CP, "attention"),
+    *(
+        pytest.param(one, marks=pytest.mark.long)
+        for one in (
+            case("attention", 2, EP, "attention", options=MERGED),
+            case("etp_shared", 2, ETP | SHARED, "shared_experts", options=MERGED),
+            case("dp_shared", 2, SHARED, "shared_experts"),
+            case("sp_shared", 2, SP | SHARED, "shared_experts"),
+            case("sp_adapted", 2, SP),
+            case("cp_adapted", 2, CP),
+            case("sp_ep", 4, SP | EP, options=MERGED),
+            case("sp_ep_shared", 4, SP | EP | SHARED, "shared_experts"),
+            case("etp_ep", 4, ETP | EP, options=MERGED),
+            case("etp_ep_shared", 4, ETP | EP | SHARED, "shared_experts"),
+            case("pp_ep", 4, PP | EP, options=MERGED),
+        )
+    ),
 ]
 
 
@@ -42,13 +60,15 @@ def test_ten_steps_equal_transformers_and_peft(
     case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training], room: Any
 ) -> None:
     wanted = reference(case)
-    assert len(wanted.adapter) == 4 * 4 * 2  # layers, linears of attention, factors
+    assert len(wanted.adapter) == NUM_TENSORS[str(case.adapter)]
     base = load_file(room.base(case.family) / "model.safetensors")
+    started = load_file(room.adapter(case.family, case.adapter) / "adapter_model.safetensors")
     for found in ranks_found:
         assert_same_training(found, wanted, "adapter", TOLERANCE)
         assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
+        assert not [name for name, value in started.items() if torch.equal(found["adapter"][name], value)]
         if case.options.get("merged"):
-            assert_merged(found["merged"], base, found["adapter"])
+            assert_merged(found["merged"], base, found["each"])
 
 
 def assert_merged(merged: dict[str, torch.Tensor], base: dict[str, torch.Tensor], adapter: dict) -> None:

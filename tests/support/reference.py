@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_lora.data.batch import Row
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# transformers' tensors of all experts of a layer.
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SHARED_A = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 RANK, ALPHA = 4, 8
 
@@ -35,10 +39,12 @@ def save_adapter(
     std: float = 0.1,
     use_dora: bool = False,
     modules_to_save: list[str] | None = None,
+    parameters: list[str] | None = None,
+    share_experts: bool = False,
 ) -> Path:
     """An HF PEFT adapter, B away from zero, and DoRA's magnitudes from the norms. share_a: q, k, v have one A and gate,
     up another; else each its own. std: of the factors' entries. modules_to_save: trained whole, not as in
-    the base."""
+    the base. parameters: peft's `target_parameters`. share_experts: experts of a layer have the same factors."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     config = LoraConfig(
@@ -48,6 +54,7 @@ def save_adapter(
         task_type="CAUSAL_LM",
         use_dora=use_dora,
         modules_to_save=modules_to_save,
+        target_parameters=parameters,
     )
     model = get_peft_model(base, config)
     with torch.no_grad():
@@ -58,8 +65,46 @@ def save_adapter(
                 parameter.copy_(torch.randn_like(parameter) * std)
     if share_a:
         tie_shared_factors(model)
+    if share_experts:
+        tie_experts(model)
+        untie_experts(model)
     model.save_pretrained(folder)
     return folder
+
+
+class _ForEach(torch.nn.Module):
+    """One factor as that of all experts, each in its place in peft's tensor."""
+
+    def __init__(self, experts: int, by_column: bool):
+        super().__init__()
+        self.experts, self.by_column = experts, by_column
+
+    def forward(self, one: torch.Tensor) -> torch.Tensor:
+        return one.repeat_interleave(self.experts, 1) if self.by_column else one.repeat(self.experts, 1)
+
+
+def _expert_factors(model: torch.nn.Module) -> list[tuple[Any, int, bool]]:
+    """(the linear that holds it, number of experts, whether it is B) of each factor on experts."""
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    return [
+        (holder["default"], wrapper.num_experts, is_b)
+        for wrapper in wrappers
+        for holder, is_b in ((wrapper.lora_A, False), (wrapper.lora_B, True))
+    ]
+
+
+def tie_experts(model: torch.nn.Module) -> None:
+    """All experts of a layer train the first one's factors."""
+    for holder, count, is_b in _expert_factors(model):
+        whole = holder.weight.detach()
+        holder.weight = torch.nn.Parameter((whole[:, ::count] if is_b else whole[: len(whole) // count]).clone())
+        parametrize.register_parametrization(holder, "weight", _ForEach(count, is_b), unsafe=True)
+
+
+def untie_experts(model: torch.nn.Module) -> None:
+    """Each expert holds a copy of what it trained."""
+    for holder, _, _ in _expert_factors(model):
+        parametrize.remove_parametrizations(holder, "weight")
 
 
 def tie_shared_factors(model: torch.nn.Module) -> None:
@@ -110,6 +155,7 @@ def train(
     lora_plus_ratio: float = 1.0,
     eps: float = 1e-8,
     fresh: dict[str, Any] | None = None,
+    share_experts: bool = False,
 ) -> Training:
     """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder.
 
@@ -125,6 +171,8 @@ def train(
         model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
         if share_a:
             tie_shared_factors(model)
+        if share_experts:
+            tie_experts(model)
     # There is no dropout; in evaluation bitsandbytes' linears take bfloat16 products on some CPUs.
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -148,6 +196,8 @@ def train(
     if fresh is not None:
         return Training(losses, norms, _changes(model, started))
     wanted = ("lora_", ".modules_to_save.") if adapter_folder is not None else ("",)
+    if share_experts:
+        untie_experts(model)
     # Files hold a tied head once, and a shared A under the name of each of its linears.
     named = model.named_parameters(remove_duplicate=adapter_folder is None)
     state = {_stored(name): value.detach().clone() for name, value in named if any(w in name for w in wanted)}
