@@ -58,9 +58,10 @@ every causal language model that megatron-bridge maps and transformers has a cla
   with Megatron-Core's layers and compared; the Megatron backend refuses it. The DTensor backend takes it, untested.
 - **refused**: the tensor named has no place in the description, so neither backend takes it.
 
-Models with experts: the experts and their router stay frozen, adapters go on attention; expert parallelism (EP) and
-expert tensor parallelism (ETP) split them, and TP above 1 needs sequence parallelism. The router's auxiliary loss is
-not added. Adapters on experts, full fine-tuning of such a model and native rollouts at EP above 1 are refused.
+Models with experts: adapters go on attention, and on the experts where their linears are named
+([adapters.md](adapters.md#experts)); the router stays frozen. Expert parallelism (EP) and expert tensor parallelism
+(ETP) split the experts, and TP above 1 needs sequence parallelism. The router's auxiliary loss is not added. Full
+fine-tuning of such a model and native rollouts at EP above 1 are refused.
 Vision-language models, Mamba hybrids and latent attention (DeepSeek) are refused.
 
 | model_type | class in transformers | state | log-probability | there and back |

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import A, AdapterSpec, B, ModuleLayout
+from megatron_lora.lora.layout import A, AdapterSpec, B, FactorKey, ModuleLayout
 from megatron_lora.lora.model_spec import LinearSpec, ModelSpec, resolve
 from megatron_lora.lora.peft_config import PeftPatterns
 
@@ -44,6 +44,10 @@ def packed_name(linear: LinearSpec, layer: int) -> str:
 
 def is_on_experts(module: ModuleLayout, shapes: ModelSpec) -> bool:
     return shapes.linear(module.kind).experts > 0
+
+
+def adapts_experts(spec: AdapterSpec) -> bool:
+    return any(is_on_experts(module, spec.shapes) for module in spec.modules)
 
 
 def pack(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> list[PackedFactors]:
@@ -167,7 +171,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def shared_by_all(
-    linear: LinearSpec, by_expert: Mapping[int | None, Mapping[str, Mapping[str, Tensor]]], shared: bool | None
+    linear: LinearSpec, by_expert: Mapping[int | None, Mapping[str, Mapping[FactorKey, Tensor]]], shared: bool | None
 ) -> bool:
     """Whether the experts of a layer have one adapter: `shared` where it is said, else whether they all have the same
     bits. by_expert: expert -> segment -> factors. Raises UserError where one is wanted of different ones."""

@@ -6,7 +6,7 @@ from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec, without_expert
-from megatron_lora.lora.packed_experts import is_on_experts
+from megatron_lora.lora.packed_experts import adapts_experts, is_on_experts
 from megatron_lora.lora.peft_format import HFLinear
 
 
@@ -29,12 +29,7 @@ def check_dropout(policy: PolicyConfig, spec: AdapterSpec) -> None:
     """Raise UserError for dropout in adapters whose expert is split over ranks: each would drop others."""
     megatron = policy.megatron_cfg
     dropout, size = policy.adapter.dropout, megatron.expert_tensor_parallel_size
-    if (
-        policy.backend == "megatron"
-        and dropout > 0
-        and size > 1
-        and any(is_on_experts(module, spec.shapes) for module in spec.modules)
-    ):
+    if policy.backend == "megatron" and dropout > 0 and size > 1 and adapts_experts(spec):
         raise UserError(
             f"policy.megatron_cfg.peft.dropout={dropout} with adapters on experts at expert_tensor_parallel_size="
             f"{size}: the ranks of an expert do not draw the same; set one to 0, or the other to 1"

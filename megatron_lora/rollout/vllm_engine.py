@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.methods import method_of
+from megatron_lora.lora.packed_experts import adapts_experts
+from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.weights_check import overridden_fields, read_base
 from megatron_lora.rollout.vllm_worker import ADAPTER_ID
 from megatron_lora.runtime.world import World
@@ -112,6 +114,9 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
         return f"vLLM serves no adapters of type {policy.adapter.type!r}"
     if policy.adapter.modules_to_save:
         return "vLLM serves no modules_to_save with an adapter"
+    planned = planned_adapter(policy)
+    if planned is not None and adapts_experts(planned.spec):
+        return "adapters on experts are handed over merged"
     if world.device.type == "cuda" and engine_dtype(policy) == "float32":
         return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
     return None

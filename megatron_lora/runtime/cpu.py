@@ -6,10 +6,12 @@ generator, `device="cuda"`, `Tensor.cuda()`, and the string that `Tensor.type()`
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _installed = False
@@ -135,8 +137,9 @@ def _stand_in_for_random_state() -> None:
 
 
 def stand_in_for_token_dispatch() -> None:
-    """Numbers of tokens as an all-to-all wants them: Megatron-Core brings them there from CUDA tensors alone. To be
-    called once Megatron's layers may be imported; does nothing where CUDA is there."""
+    """Numbers of tokens as an all-to-all wants them: Megatron-Core brings them there from CUDA tensors alone; and
+    collectives of unequal parts, which gloo lacks. To be called once Megatron's layers may be imported; does nothing
+    where CUDA is there."""
     if torch.cuda.is_available():
         return
     from megatron.core.transformer.moe import token_dispatcher
@@ -146,6 +149,39 @@ def stand_in_for_token_dispatch() -> None:
 
     dispatcher: Any = token_dispatcher
     dispatcher.maybe_move_tensor_to_cpu = moved
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    if mappings._gather_along_first_dim.__module__ != __name__:
+        mappings._gather_along_first_dim = _unequal(mappings._gather_along_first_dim, _gather_unequal)
+        mappings._reduce_scatter_along_first_dim = _unequal(
+            mappings._reduce_scatter_along_first_dim, _reduce_scatter_unequal
+        )
+
+
+def _unequal(equal: Callable, of_sizes: Callable) -> Callable:
+    """Megatron-Core's collective along the first dimension, another in its place where sizes are given."""
+
+    def call(value: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return equal(value, group, sizes, use_global_buffer)
+        return of_sizes(value, group, [int(size) for size in sizes])
+
+    return call
+
+
+def _gather_unequal(value: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    """[sizes of this rank, ...] of every rank -> [sum of sizes, ...]: padded to equal parts on the way."""
+    padded = value.new_zeros(max(sizes), *value.shape[1:])
+    padded[: value.shape[0]] = value
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatter_unequal(value: torch.Tensor, group: Any, sizes: list[int]) -> torch.Tensor:
+    """Sum over the ranks of [sum of sizes, ...], this rank's part."""
+    whole = value.clone()
+    dist.all_reduce(whole, group=group)
+    return whole.split(sizes)[group.rank()].clone()
 
 
 def _stand_in_for_tensor_methods() -> None:

@@ -41,13 +41,23 @@ SAME = [
     case("saved", 2, TP | SAVED, {"dp": SAVED, "pp": PP | SAVED}, adapter="saved"),
     case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
     case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}}),
-    case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="attention"),
+    case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="experts"),
     case("full", 2, TP, {"dp": {}, "pp": PP}, family="qwen2", adapter=None),
 ]
+SHARED = {"peft": {"share_expert_adapters": True}}
+SHARED_EXPERTS = case(
+    "shared_experts",
+    2,
+    EP | SHARED,
+    {"dp": SHARED, "etp": ETP | SHARED, "whole_optimizer": EP | SHARED | WHOLE_OPTIMIZER},
+    family="qwen3_moe",
+    adapter="shared_experts",
+)
+LONG = [pytest.param(SHARED_EXPERTS, marks=pytest.mark.long)]
 REFUSED = [FROM_ONE_RANK]
 
 
-@pytest.mark.parametrize("case", SAME, ids=str)
+@pytest.mark.parametrize("case", [*SAME, *LONG], ids=str)
 def test_the_same_layout_goes_on_bit_for_bit(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
         wanted, again = found["uninterrupted"], found["continued"]["same"]
@@ -66,7 +76,7 @@ def assert_goes_on_like(wanted: dict[str, Any], again: dict[str, Any]) -> None:
         assert largest_difference(again["adapter"], wanted["adapter"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", [case for case in SAME if len(case.options["layouts"]) > 1], ids=str)
+@pytest.mark.parametrize("case", [*(case for case in SAME if len(case.options["layouts"]) > 1), *LONG], ids=str)
 def test_other_layouts_go_on_alike(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
         for name in case.options["layouts"]:

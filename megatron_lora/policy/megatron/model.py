@@ -68,10 +68,13 @@ def build_base(
     policy: PolicyConfig,
     world: World,
     opened: tuple[HFModel, WeightSource] | None = None,
+    *,
+    adapts_experts: bool = False,
     changed: Callable[[ReadWeight], ReadWeight] | None = None,
 ) -> BaseModel:
     """Build the base in the recipe's layout and load its Hugging Face weights. opened: the base as `open_base` gives
-    it, if it is open already. changed: what the model holds in the weights' place, given how they are read.
+    it, if it is open already. adapts_experts: each expert is a module of its own, which can be
+    adapted. changed: what the model holds in the weights' place, given how they are read.
 
     Raises UserError for an architecture that megatron-bridge lacks, and for weights that are not this model's.
     """
@@ -90,7 +93,7 @@ def build_base(
         head_dim=shapes.head_dim,
         on_gpu=world.device.type == "cuda" and have_transformer_engine(),
     )
-    _configure(provider, policy, world, shared=unshared is None)
+    _configure(provider, policy, world, shared=unshared is None, adapts_experts=adapts_experts)
     # bridge prints the padded vocabulary, once a chunk
     with redirect_stdout(StringIO()), matrices_on_meta() if four_bit else nullcontext():
         chunks = _provide_chunks(provider)
@@ -137,7 +140,7 @@ def _bridge_errors(model_name: str) -> Iterator[None]:
         ) from error
 
 
-def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: bool) -> None:
+def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: bool, adapts_experts: bool) -> None:
     """Set the provider from the recipe. Attributes are Megatron-Core's own (TransformerConfig). shared: its attention
     takes rows that share prefixes."""
     megatron = policy.megatron_cfg
@@ -162,7 +165,7 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: boo
     # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
     provider.calculate_per_token_loss = True
     provider.moe_token_dispatcher_type = "alltoall"
-    grouped = world.device.type == "cuda" and have_transformer_engine()
+    grouped = world.device.type == "cuda" and have_transformer_engine() and not adapts_experts
     provider.moe_grouped_gemm = provider.moe_permute_fusion = grouped and policy.precision == "bfloat16"
     provider.moe_router_fusion = False
     provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1

@@ -17,6 +17,7 @@ from megatron_lora.lora.inject import AdapterOptions, inject, put_factors
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods import ReadWeight
+from megatron_lora.lora.packed_experts import adapts_experts
 from megatron_lora.lora.peft_format import ExpertLayout, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_start import DrawnStart, base_reader, check_same_adapter, draw_start, starting_adapter
@@ -73,7 +74,13 @@ class MegatronPolicy(BackendPolicy):
             dtype = getattr(torch, peft.lora_dtype or policy.precision)
             drawn = draw_start(start, methods, seed, dtype, opened[1], DTYPES[policy.precision])
             self.notices = start.notices
-        self.base: BaseModel = build_base(policy, world, opened, drawn.changed_base if drawn is not None else None)
+        self.base: BaseModel = build_base(
+            policy,
+            world,
+            opened,
+            adapts_experts=drawn is not None and adapts_experts(drawn.spec),
+            changed=None if drawn is None else drawn.changed_base,
+        )
         self.tp = self.base.tp
         self.spec: AdapterSpec | None = None
         self.adapted: list[LoRALinear] = []
