@@ -1,7 +1,7 @@
 """Messages for what is wrong with a recipe: the dotted path, what was got, what was wanted."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -45,7 +45,26 @@ def describe_errors(error: ValidationError, recipe: dict[str, Any], written: dic
         source = referred(written, item["loc"])
         if source is None or not any(place[: len(source)] == source for place in places):
             found.setdefault(place, item)
-    return list(dict.fromkeys(_describe(item, recipe, written) for item in found.values()))
+    told: list[str] = []
+    for item in found.values():
+        told += _of_other_projects(item, recipe) or [_describe(item, recipe, written)]
+    return list(dict.fromkeys(told))
+
+
+def _of_other_projects(details: ErrorDetails, recipe: dict[str, Any]) -> list[str]:
+    """Of an unknown section (verl's `actor_rollout_ref`) the keys in it whose names here are known."""
+    if details["type"] != "extra_forbidden" or not isinstance(details["input"], dict):
+        return []
+    leaves = [f"{dotted(details['loc'])}.{name}" for name in _leaves(details["input"])]
+    return [unknown_key(leaf, (), recipe) for leaf in leaves if elsewhere(leaf) or key_here(leaf, recipe)]
+
+
+def _leaves(section: dict[str, Any]) -> Iterator[str]:
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from (f"{name}.{inner}" for inner in _leaves(value))
+        else:
+            yield str(name)
 
 
 def one_message(mistakes: Sequence[str]) -> UserError:

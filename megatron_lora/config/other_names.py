@@ -111,8 +111,43 @@ _NAMES = {
     "alpha_pattern": "{adapter}.alpha_pattern",
     "load_in_4bit": "{adapter}.quantization",
     "quant_method": "{adapter}.quantization",
+    # verl, AReaL, torchtune, ms-swift, Automodel
+    "path": "policy.model_name",
+    "tokenizer_path": "policy.tokenizer.name",
+    "n": "grpo.num_generations_per_prompt",
+    "n_samples": "grpo.num_generations_per_prompt",
+    "grpo_samples": "grpo.num_generations_per_prompt",
+    "ppo_mini_batch_size": "policy.train_global_batch_size",
+    "ppo_micro_batch_size_per_gpu": "policy.train_micro_batch_size",
+    "local_batch_size": "policy.train_micro_batch_size",
+    "max_prompt_length": "data.max_input_seq_length",
+    "max_generated_tokens": "policy.generation.max_new_tokens",
+    "clip_ratio": "loss_fn.ratio_clip_max",
+    "clip_ratio_low": "loss_fn.ratio_clip_min",
+    "clip_ratio_high": "loss_fn.ratio_clip_max",
+    "clip_ratio_c": "loss_fn.ratio_clip_c",
+    "eps_clip": "loss_fn.ratio_clip_max",
+    "epsilon_high": "loss_fn.ratio_clip_max",
+    "kl_ctl": "loss_fn.reference_policy_kl_penalty",
+    "kl_coeff": "loss_fn.reference_policy_kl_penalty",
+    "loss_agg_mode": "loss_fn.token_level_loss",
+    "total_train_epochs": "{algorithm}.max_num_epochs",
+    "max_epochs": "{algorithm}.max_num_epochs",
+    "max_steps_per_epoch": "{algorithm}.max_num_steps",
+    "adapter_load": "{adapter}.init_adapter",
+    "lr_warmup_fraction": "policy.megatron_cfg.scheduler.lr_warmup_iters",
+    "recompute_granularity": "{backend}.activation_checkpointing",
+    "precompute_ref_log_probs": "dpo.precompute_reference_logprobs",
+    "ckpt_every_steps": "checkpointing.save_period",
+    "val_every_steps": "{algorithm}.val_period",
     "adv_estimator": "grpo.adv_estimator.name",
     "scale_rewards": "grpo.normalize_rewards",
+    "norm_adv_by_std_in_grpo": "grpo.normalize_rewards",
+    "use_kl_loss": "loss_fn.reference_policy_kl_penalty",
+    "train_type": "{adapter}.enabled",
+    "betas": "policy.megatron_cfg.optimizer.adam_beta1",
+    "epsilon": "loss_fn.ratio_clip_max",
+    "save": "checkpointing.checkpoint_dir",
 }
 _UPLOAD = (
     "a finished run is uploaded by `megatron-lora export --adapter-ckpt STEP_DIR --hf-ckpt-path OUT --push-to-hub "
@@ -122,6 +157,8 @@ _UPLOAD = (
 _ELSEWHERE = {
     "push_to_hub": _UPLOAD,
     "hub_model_id": _UPLOAD,
+    "assistant_only_loss": "always so: only the answers' tokens carry loss (sft.only_unmask_final: only the last's)",
+    "max_head_offpolicyness": "there is none: every answer comes from the weights that it trains",
     "merge_lora": "`megatron-lora merge --adapter-ckpt STEP_DIR --hf-ckpt-path OUT` merges a step's adapter",
 }
 
@@ -143,7 +180,9 @@ def key_here(path: str, recipe: dict[str, Any]) -> str | None:
     name = path.rpartition(".")[2]
     key = _NAMES.get(name.replace("-", "_"))
     algorithm = algorithm_of(recipe) or "sft"
-    if key is None or (key.startswith(("dpo.", "grpo.", "env.", "policy.generation.")) and not _read(key, algorithm)):
+    if key is None or (
+        key.startswith(("dpo.", "grpo.", "loss_fn.", "env.", "policy.generation.")) and not _read(key, algorithm)
+    ):
         return None
     is_megatron = _value(recipe, "policy", "megatron_cfg", "enabled") is True or path.startswith("policy.megatron_cfg.")
     is_megatron = is_megatron and not path.startswith("policy.dtensor_cfg.")

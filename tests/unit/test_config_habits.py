@@ -102,8 +102,9 @@ def test_a_bad_value_behind_an_interpolation_says_where_it_comes_from():
         (GRPO, "num_generations=8", "did you mean grpo.num_generations_per_prompt?"),
         (SFT, "output_dir=x", "did you mean checkpointing.checkpoint_dir?"),
         (SFT, "policy.megatron_cfg.tensor_parallel_size=2", "megatron_cfg.tensor_model_parallel_size?"),
+        (SFT, "actor_rollout_ref.model={path: x, lora_rank: 8}", f"model.lora_rank; did you mean {PEFT}.dim?"),
         (SFT, "load_in_4bit=true", f"did you mean {PEFT}.quantization?"),
-        (GRPO, "adv_estimator=rloo", "did you mean grpo.adv_estimator.name?"),
+        (GRPO, "algorithm.adv_estimator=rloo", "key algorithm.adv_estimator; did you mean grpo.adv_estimator.name?"),
         (SFT, "push_to_hub=true", "unknown key push_to_hub: a finished run is uploaded by `megatron-lora export"),
     ],
 )

@@ -11,7 +11,7 @@ import test_rewards_calling
 
 from megatron_lora.cli.options import build_parser, parse_run
 from megatron_lora.config import load_recipe
-from megatron_lora.config.other_names import key_here
+from megatron_lora.config.other_names import elsewhere, key_here
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import walk_fields
 from tests.end_to_end.test_adapter_export import EXPORT_FAULTS
@@ -104,6 +104,35 @@ PLANTED: dict[str, dict[str, list[str]]] = {
     "Exports": {name: [says] for name, (_, says) in EXPORT_FAULTS.items()},
     "Resumes and run folders": {name: [*map(re.escape, fault.said)] for name, fault in RUN_FAULTS.items()},
 }
+
+
+def test_keys_of_other_projects_on_the_migration_page_are_answered():
+    """Each name of a left column, typed here as it stands there, is a key of this project or is answered with one."""
+    recipes = [{name: {}, "policy": {"megatron_cfg": {"enabled": True}}} for name in ("sft", "dpo", "grpo")]
+    ours = {path.rpartition(".")[2] for path, _ in walk_fields(Recipe)}
+    sections = re.split(r"^## ", MIGRATING, flags=re.MULTILINE)[1:]
+    # Values, commands, and what is no one key here.
+    left_out = set(
+        """rloo reinforce_plus_plus reinforce_plus_plus_baseline none dr_grpo swift allocation_mode lora_attn_modules
+        apply_lora_to_mlp apply_lora_to_output load_safetensors custom_reward_function
+        """.split()
+    )
+    checked = 0
+    for section in sections:
+        if section.startswith(("NeMo RL", "What", "Learning")):
+            continue
+        for line in section.splitlines():
+            cells = line.split(" | ")
+            if not line.startswith("| ") or len(cells) != 2 or cells[1].startswith("here"):
+                continue
+            for text in re.findall(r"`([^`]*)`", cells[0].replace("--", "")):
+                name = re.split(r"[:= ]", text)[0].rpartition(".")[2]
+                if name in left_out or not re.fullmatch(r"[a-z][a-z_]*", name):
+                    continue
+                checked += 1
+                answered = elsewhere(name) or any(key_here(name, recipe) for recipe in recipes)
+                assert answered or name in ours, f"{section.splitlines()[0]}: {name}"
+    assert checked > 70
 
 
 @pytest.mark.parametrize("table", PLANTED)
