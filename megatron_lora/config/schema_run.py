@@ -66,10 +66,12 @@ class CheckpointingConfig(Section):
 class TimeoutsConfig(Section):
     """`timeouts`: how long a rank may show no sign of life before the run ends and names it."""
 
-    training_seconds: PositiveFloat = Field(default=600.0, description="Between two micro-batches of a step.")
+    training_seconds: PositiveFloat = Field(
+        default=300.0, description="Between two micro-batches of a step, or of SFT's and DPO's validation."
+    )
     slow_seconds: PositiveFloat = Field(
         default=7200.0,
-        description="While loading, generating and rewarding answers, validating, or writing a checkpoint.",
+        description="While loading, generating and rewarding answers, or writing a checkpoint.",
     )
 
 

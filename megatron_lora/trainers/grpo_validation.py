@@ -7,6 +7,7 @@ from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
+from megatron_lora.runtime.activity import begin
 from megatron_lora.trainers.last_answer import shorten
 from megatron_lora.trainers.rollout_batch import Group, describe_groups, num_generated, reward_answers, sample_table
 from megatron_lora.trainers.rollout_engine import VALIDATION, RolloutEngine
@@ -23,6 +24,7 @@ def validate_answers(
 ) -> None:
     """Answers to each prompt, drawn with the `val_*` keys; logs accuracy and reward, shows answers. Collective."""
     assert session.recipe.grpo is not None
+    begin(f"generating and rewarding validation answers at step {session.step}", is_slow=True)
     count = session.recipe.grpo.val_num_generations_per_prompt
     start = time.perf_counter()
     groups: list[Group] = []

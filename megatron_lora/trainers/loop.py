@@ -36,7 +36,7 @@ def run_steps(
     stop_reason: why the last validation ends the run, "" where it does not; on every rank the same.
     """
     if options.val_at_start and session.step == 0:
-        begin("validating before the first step", is_slow=True)
+        begin("validating before the first step")
         validate()
     if reason := stop_reason():
         session.reporter.message(f"nothing to do: {reason}")
@@ -63,7 +63,7 @@ def run_steps(
         last = session.step >= session.total_steps
         due = options.val_period > 0 and session.step % options.val_period == 0 and session.step >= first_validation
         if due or (last and options.val_at_end):
-            begin(f"validating at step {session.step}", is_slow=True)
+            begin(f"validating at step {session.step}")
             validate()
             if reason := stop_reason():
                 session.reporter.message(f"the run ends after step {session.step}: {reason}")

@@ -243,6 +243,7 @@ def _dynamic(values: dict[str, Any]) -> None:
 
 
 def _filters(values: dict[str, Any]) -> None:
+    values["grpo"]["adv_estimator"] = {"name": "reinforce_plus_plus"}
     values["grpo"] |= {"overlong_filtering": True, "seq_logprob_error_threshold": 1.5, "max_num_steps": 2}
     values["loss_fn"] |= {"use_kl_in_reward": True, "token_level_loss": False}
     values["loss_fn"] |= {"use_importance_sampling_correction": True}
