@@ -50,12 +50,19 @@ def _dapo_math(row: RawRow) -> RawRow:
     return {"messages": row["prompt"], "answer": row["reward_model"]["ground_truth"]}
 
 
+def _number_as_text(row: RawRow) -> RawRow:
+    return {**row, "answer": str(row["answer"])}
+
+
 _PROBLEM = Keys("problem", "answer")
+_TULU3_PREFERENCE = HubDataset("allenai/llama-3.1-tulu-3-8b-preference-mixture")
 HUB_DATASETS = {
     "gsm8k": HubDataset("openai/gsm8k", subset="main"),
     "squad": HubDataset("rajpurkar/squad", adapt=_squad),
     "tulu3_sft_mixture": HubDataset("allenai/tulu-3-sft-mixture"),
-    "tulu3_preference": HubDataset("allenai/llama-3.1-tulu-3-8b-preference-mixture"),
+    "tulu3_preference": _TULU3_PREFERENCE,
+    "Tulu3Preference": _TULU3_PREFERENCE,
+    "Nemotron-Cascade-2-SFT-Math": HubDataset("nvidia/Nemotron-Cascade-2-SFT-Data", subset="math"),
     "HelpSteer3": HubDataset("nvidia/HelpSteer3", adapt=_helpsteer3),
     "OpenMathInstruct-2": HubDataset(
         "nvidia/OpenMathInstruct-2",
@@ -67,7 +74,9 @@ HUB_DATASETS = {
         "agentica-org/DeepScaleR-Preview-Dataset", sft_keys=Keys("problem", "solution"), prompt_keys=_PROBLEM
     ),
     "AIME2024": HubDataset("HuggingFaceH4/aime_2024", sft_keys=Keys("problem", "solution"), prompt_keys=_PROBLEM),
+    "AIME2026": HubDataset("MathArena/aime_2026", adapt=_number_as_text, sft_keys=_PROBLEM, prompt_keys=_PROBLEM),
     "DAPOMath17K": HubDataset("BytedTsinghua-SIA/DAPO-Math-17k", adapt=_dapo_math),
+    "DAPOMathAIME2024": HubDataset("BytedTsinghua-SIA/AIME-2024", adapt=_dapo_math),
 }
 
 

@@ -99,6 +99,8 @@ def load_source(spec: SourceSpec, where: str = "data.train") -> Source:
     """
     if spec.dataset_name is None and spec.data_path is None:
         raise UserError(f"{where} names no data; set {where}.dataset_name or {where}.data_path (a file of rows)")
+    if spec.dataset_name == "GSM8K":  # NeMo RL has both
+        spec = replace(spec, dataset_name="gsm8k")
     if spec.dataset_name == "gsm8k":
         source = _load_gsm8k(spec, where)
     elif spec.data_path is not None:

@@ -208,6 +208,7 @@ def test_gsm8k_from_a_local_copy(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(GSM8K_VARIABLE, str(tmp_path))
     assert raw(load_source(SourceSpec("gsm8k", split="validation")), 0)["question"] == "2?"
     assert raw(load_source(SourceSpec("gsm8k", split="test")), 0)["question"] == "2?"
+    assert raw(load_source(SourceSpec("GSM8K", split="test")), 0)["question"] == "2?"
     with pytest.raises(UserError, match="dev.jsonl cannot be read"):
         load_source(SourceSpec("gsm8k", split="dev"))
 
@@ -240,6 +241,12 @@ def test_hub_rows_become_known_forms() -> None:
         )
         pair = parse_preference(row, *NONE)
         assert isinstance(pair[0], ChatExample) and pair[0].messages[-1]["content"] == chosen and pair[0] != pair[1]
+    aime = HUB_DATASETS["DAPOMathAIME2024"].adapt
+    assert aime is not None and aime is HUB_DATASETS["DAPOMath17K"].adapt
+    assert aime({"prompt": [USER], "reward_model": {"ground_truth": "42"}}) == {"messages": [USER], "answer": "42"}
+    assert HUB_DATASETS["Tulu3Preference"] is HUB_DATASETS["tulu3_preference"]
+    number = HUB_DATASETS["AIME2026"].adapt
+    assert number is not None and number({"problem": "P", "answer": 7})["answer"] == "7"
     tie = helpsteer({"context": [USER], "response1": "Well", "response2": "Badly", "overall_preference": 0})
     assert tie["chosen"] == tie["rejected"]
 
