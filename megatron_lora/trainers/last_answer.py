@@ -9,7 +9,7 @@ from megatron_lora.data.batch import Row
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.tokenizer import end_tokens
 from megatron_lora.errors import UserError
-from megatron_lora.rollout.generator import SamplingOptions
+from megatron_lora.rollout.generator import RolloutError, SamplingOptions
 from megatron_lora.runtime.activity import begin
 from megatron_lora.trainers.session import Session
 
@@ -24,11 +24,11 @@ def show_last_answer(session: Session, loader: GroupLoader[list[Row]]) -> None:
         return
     row = loader.dataset[0][0]
     prompt, wanted = split_row(row)
-    begin("answering a prompt at the end", is_slow=True)
+    begin("answering a prompt at the end")
     try:
         answer = _answer(session, prompt)
-    except (UserError, torch.OutOfMemoryError):
-        return
+    except (UserError, RolloutError, torch.OutOfMemoryError):
+        return  # the run itself is done and saved
     cells = [session.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, answer, wanted)]
     session.reporter.table(
         f"the model's answer after step {session.step}", ("prompt", "answer", "in the data"), [shorten(cells)]
