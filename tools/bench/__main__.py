@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_lora.errors import UserError
+from tools.bench.options import add_step_size, build_parser, check_device, check_out
 from tools.bench.task import SHAPES, Task, shape_of
 from tools.bench.worker import ENGINES
 
@@ -34,16 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    parser = build_parser("tools.bench", __doc__)
     parser.add_argument("--shape", default="qwen2.5-1.5b", help=f"one of {', '.join(SHAPES)}")
     parser.add_argument("--name", help="what the table is called in docs/benchmarks.md; default: the shape")
     parser.add_argument("--engines", default="ours-lora,peft-lora,bridge-lora", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md, chart.png, logs")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", type=Path, help="random model's folder, written if absent; default: a temporary one")
-    parser.add_argument("--rows", type=int, help="sequences of a step; default: the shape's")
-    parser.add_argument("--length", type=int, help="tokens of a sequence; default: the shape's")
-    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
+    add_step_size(parser)
     parser.add_argument("--warmup", type=int, default=3, help="steps before measuring")
     parser.add_argument("--steps", type=int, default=10, help="measured steps; the median counts")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of a chunk of this project's head")
@@ -97,10 +93,8 @@ def _check(options: argparse.Namespace) -> list[str]:
         raise UserError("--nproc above 1 is for ours and bridge alone; measure peft and hf in a run of one process")
     if options.tp != options.nproc:
         raise UserError(f"--tp {options.tp} needs --nproc {options.tp}, got {options.nproc}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no GPU; use --device cpu --shape tiny to try the tool out")
-    if (options.out / RESULTS).exists():
-        raise UserError(f"{options.out / RESULTS} exists; name another --out")
+    check_device(options.device)
+    check_out(options.out / RESULTS)
     return names
 
 

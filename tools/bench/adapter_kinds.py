@@ -24,6 +24,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.runtime.quiet import quiet_libraries
 from tools.bench.four_bit_model import save_random_four_bit
 from tools.bench.measure import GIB, measure
+from tools.bench.options import add_step_size, build_parser, check_device, check_out
 from tools.bench.task import SHAPES, Shape, save_random_model, shape_of
 
 FLOAT = {"cuda": "bfloat16", "cpu": "float32"}
@@ -65,18 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.adapter_kinds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = build_parser("tools.bench.adapter_kinds", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json and table.md; must not exist")
     parser.add_argument("--shapes", default="qwen2.5-1.5b,qwen2.5-7b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rows", type=int, help="sequences of a step; default: the shape's")
-    parser.add_argument("--length", type=int, help="tokens of a sequence; default: the shape's")
-    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
+    add_step_size(parser)
     parser.add_argument("--steps", type=int, default=5, help="measured steps after 2 others; the median counts")
     parser.add_argument("--answers", type=int, default=16, help="answers generated at once; 0: no generation")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer")
@@ -89,10 +83,8 @@ def _check(options: argparse.Namespace) -> tuple[list[str], dict[str, Shape]]:
     kinds = options.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise UserError(f"--kinds {','.join(unknown)}: wanted a list of {', '.join(KINDS)}")
-    if options.out.exists():
-        raise UserError(f"{options.out} exists; name another --out")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no GPU; use --device cpu --shapes tiny to try the tool out")
+    check_out(options.out)
+    check_device(options.device)
     return kinds, {name: shape_of(name) for name in options.shapes.split(",")}
 
 

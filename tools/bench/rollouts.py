@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_lora.errors import UserError
 from megatron_lora.runtime.spans import VARIABLE
 from tools.bench.__main__ import write_model
+from tools.bench.options import build_parser, check_out
 from tools.bench.task import shape_of
 from tools.bench.timeline import draw, last_step
 from tools.quickstart import run_command
@@ -56,12 +57,9 @@ def drawn_reward(prompt: str, completion: str, answer: str, extra: dict) -> floa
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench.rollouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = build_parser("tools.bench.rollouts", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and table.md; must not exist")
     parser.add_argument("--shape", default="qwen2.5-1.5b")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dataset", default="gsm8k", help="gsm8k or arithmetic")
     parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs), all one tensor-parallel group")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
@@ -134,8 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if unknown := [way for way in ways if way not in WAYS]:
             raise UserError(f"--ways {','.join(unknown)}: wanted a list of {', '.join(WAYS)}")
-        if options.out.exists():
-            raise UserError(f"{options.out} exists; name another --out")
+        check_out(options.out)
         shape_of(options.shape)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
