@@ -41,13 +41,14 @@ class StoredTensor:
 
 
 class TorchDistFolder:
-    """A checkpoint open for reading. tensors: every tensor by its key."""
+    """A checkpoint open for reading. tensors: every tensor by its key. keys: of objects, too."""
 
     def __init__(self, folder: Path):
         """Raises UserError where the folder holds no checkpoint, or a file of it is missing or truncated."""
         self.folder = folder
         metadata = _read_metadata(folder)
         _check_files(folder, metadata)
+        self.keys = frozenset(metadata.state_dict_metadata)
         self.tensors = {
             name: StoredTensor(entry.properties.dtype, tuple(entry.size))
             for name, entry in metadata.state_dict_metadata.items()
@@ -58,14 +59,24 @@ class TorchDistFolder:
         """The named tensors, whole, in memory. Raises UserError where a file is damaged."""
         stored = {name: self.tensors[name] for name in names}
         tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in stored.items()}
+        self._load(dict(tensors))
+        return tensors
+
+    def read_object(self, key: str) -> Any:
+        """An object that is no tensor. Raises UserError where a file is damaged."""
+        state: dict[str, Any] = {key: None}
+        self._load(state)
+        # Megatron-Core wraps what every rank has alike in a list.
+        return state[key][0] if isinstance(state[key], list) else state[key]
+
+    def _load(self, state: dict[str, Any]) -> None:
         try:
             with _one_process():
-                dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+                dcp.load(state, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
         except (dcp.CheckpointException, RuntimeError, OSError, *_DAMAGED) as error:
             raise UserError(
                 f"{self.folder} could not be read; a file of it is damaged ({first_line(error)})"
             ) from error
-        return tensors
 
 
 def write_torch_dist(folder: Path, entries: Mapping[str, StoredTensor], read: Callable[[str], Tensor]) -> None:

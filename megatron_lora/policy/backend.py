@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, without_expert
@@ -21,7 +22,7 @@ from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.principal import against_the_base, given_principal, residual_reader
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_pieces import principal_pieces
-from megatron_lora.policy.adapter_start import describe_modules
+from megatron_lora.policy.adapter_start import base_reader, describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
 from megatron_lora.policy.checksums import Pieces, join_ranks, to_numbers
 from megatron_lora.policy.frozen_start import FrozenStart
@@ -29,18 +30,20 @@ from megatron_lora.policy.interface import Policy, check_scores
 from megatron_lora.policy.scores import collect_rows
 from megatron_lora.runtime.world import World
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class BackendPolicy(Policy):
     """A model in the recipe's layout, its adapters (or all of it), and an optimizer.
 
-    spec: the adapter, None in full fine-tuning. a_init_key: the recipe's key for A's starting values.
+    pad_token_id: what fills a micro-batch. seed: of what is drawn. num_steps: the run's length, for schedules that
+    decay. keeps_start: whether full fine-tuning keeps its starting weights, for `reference()`. spec: the adapter, None
+    in full fine-tuning. a_init_key: the recipe's key for A's starting values.
     """
 
     a_init_key: str
-    config: PolicyConfig
-    world: World
     batching: BatchingOptions
-    spec: AdapterSpec | None
+    spec: AdapterSpec | None = None
     _gradients_checked: bool
     # What trains, in the reference policy, where that is not the base alone.
     _start: FrozenStart | None
@@ -50,6 +53,32 @@ class BackendPolicy(Policy):
     _principal: dict[str, Tensor] | None = None
     # Reads the base's weights by HF name, where the adapter's start or reference needs them.
     _read_base: ReadWeight | None = None
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        world: World,
+        *,
+        pad_token_id: int,
+        seed: int,
+        num_steps: int,
+        keeps_start: bool = False,
+    ):
+        self.config = policy
+        self.world = world
+        weights = self._build(seed, num_steps)
+        self.batching = self._batching_options(pad_token_id)
+        if self.spec is not None:
+            self._read_base = base_reader(self.spec, weights, DTYPES[policy.precision])
+        self._remember_start(keeps_start)
+
+    @abstractmethod
+    def _build(self, seed: int, num_steps: int) -> WeightSource:
+        """Model, adapters (`spec`), optimizer and schedule, with their starting values. Returns the base's weights."""
+
+    @abstractmethod
+    def _batching_options(self, pad_token_id: int) -> BatchingOptions:
+        """What the layout asks of micro-batches."""
 
     @property
     @abstractmethod

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.methods import method_of
 from megatron_lora.policy.interface import Policy
 from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors, trainer_fingerprint
 
@@ -19,7 +20,7 @@ UNIT_ROUNDOFF = 2.0**-24  # fp32
 def adds_to_the_base(spec: AdapterSpec | None) -> bool:
     """Whether a merged weight is the base's plus the scaled product of two factors, and so is each of its columns: not
     where rows are scaled (DoRA), the factors' start is taken out of the base (PiSSA), or all weights train."""
-    return spec is not None and spec.type in ("lora", "canonical_lora") and not getattr(spec, "residual", False)
+    return spec is not None and method_of(spec.type).adds_only and not spec.residual
 
 
 class MergedColumns:

@@ -14,9 +14,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_lora.errors import UserError
+from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.checksums import checksum, digest
 from megatron_lora.policy.interface import AdapterTensors, Policy
-from megatron_lora.policy.megatron.model import DTYPES
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors, trainer_fingerprint
 from megatron_lora.rollout.generator import (

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.linear import LoRAColumnParallelLinear
-from megatron_lora.policy.megatron.logprobs import HeadOptions, cap_logits, target_logprobs
+from megatron_lora.policy.frozen_head import HeadOptions, cap_logits
+from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.schedule import Engine
 from megatron_lora.rollout.native_cache import CacheSession, LaneStep
 

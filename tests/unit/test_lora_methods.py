@@ -1,23 +1,23 @@
 """Kinds of adapters: each beside peft's own linear, and what a recipe plans of them."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from megatron_lora.config.schema_adapters import AdapterType, PeftConfig
 from megatron_lora.config.schema_adapters import LoraConfig as DTensorAdapter
-from megatron_lora.config.schema_adapters import PeftConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora import base_weight, init
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import DenseWeight
 from megatron_lora.lora.describe import describe
 from megatron_lora.lora.init import initial_factors
-from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.layout import FACTORS_OF_TYPE, AdapterSpec
 from megatron_lora.lora.merge import WeightUpdate
-from megatron_lora.lora.methods import dora, method_of
+from megatron_lora.lora.methods import METHODS, dora, method_of
 from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.policy.adapter_start import starting_adapter
 
@@ -185,3 +185,8 @@ def test_dora_starts_at_the_norms_of_base_and_update() -> None:
 def test_what_a_kind_cannot_do_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PeftConfig(enabled=True, **options)
+
+
+def test_the_recipe_knows_the_kinds_that_are_there() -> None:
+    assert set(get_args(AdapterType)) == set(METHODS)
+    assert {method.type for method in METHODS.values()} == set(FACTORS_OF_TYPE)

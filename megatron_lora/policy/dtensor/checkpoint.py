@@ -3,6 +3,7 @@
 layout. The optimizer's moments are under its parameters' HF names.
 """
 
+import logging
 import pickle
 import random
 from collections.abc import Mapping
@@ -17,16 +18,20 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, write_adapter
+from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
+from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, ModelSpec
 from megatron_lora.lora.peft_format import fuse, to_hf
+from megatron_lora.policy.adam_state import COMMON, STATE, AdamState
 from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.dtensor import adapter
 from megatron_lora.policy.dtensor.optim import Schedule, TorchSchedule
 from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
 
-_STATE, _COMMON, _RANDOM = "state", "common", "random"
+logger = logging.getLogger(__name__)
+
+_RANDOM = "random"
 _READ_ERRORS = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
 
 
@@ -60,6 +65,14 @@ def load_model(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
     load_state(state, folder)
 
 
+def take_over_model(parameters: Mapping[str, nn.Parameter], shapes: ModelSpec, folder: Path) -> None:
+    """Fill the parameters (by HF name) from the other backend's weights. Raises UserError where they do not fit."""
+    source = MegatronWeights(folder, shapes)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            put(parameter, source.read(name))
+
+
 def save_optimizer(
     optimizer: torch.optim.Optimizer, schedule: Schedule, names: Mapping[nn.Parameter, str], folder: Path, world: World
 ) -> None:
@@ -68,14 +81,14 @@ def save_optimizer(
     common: dict[str, Any] = {"schedule": schedule.state_dict(), "values": {}}
     for parameter, fields in optimizer.state.items():
         for key, value in fields.items():
-            name = f"{_STATE}.{names[cast(nn.Parameter, parameter)]}.{key}"
+            name = f"{STATE}.{names[cast(nn.Parameter, parameter)]}.{key}"
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = value
             else:
                 common["values"][name] = value.cpu() if isinstance(value, Tensor) else value
     # Layouts cut the parameters into different groups, but what decays and learns alike has the same settings in all.
     common["groups"] = {_group_key(group): _settings(group) for group in optimizer.param_groups}
-    state[_COMMON] = _to_bytes(common)
+    state[COMMON] = _to_bytes(common)
     state[_random_key(world)] = _to_bytes(_random_state())
     dcp.save(state, checkpoint_id=folder)
 
@@ -85,14 +98,14 @@ def load_optimizer(
 ) -> None:
     """Restore moments, schedule and, on the same layout, random states, as `save_optimizer` wrote them."""
     stored = _tensors_in(folder)
-    if _COMMON not in stored:
+    if COMMON not in stored:
         raise UserError(f"{folder} holds no optimizer of this backend; resume with the backend that wrote it")
-    common_bytes = torch.empty(stored[_COMMON].size, dtype=torch.uint8)
+    common_bytes = torch.empty(stored[COMMON].size, dtype=torch.uint8)
     by_name = {name: parameter for parameter, name in names.items()}
-    state: dict[str, Any] = {_COMMON: common_bytes}
+    state: dict[str, Any] = {COMMON: common_bytes}
     for key, entry in stored.items():
-        if key.startswith(f"{_STATE}."):
-            parameter = by_name.get(key.removeprefix(f"{_STATE}.").rpartition(".")[0])
+        if key.startswith(f"{STATE}."):
+            parameter = by_name.get(key.removeprefix(f"{STATE}.").rpartition(".")[0])
             if parameter is None or tuple(entry.size) != tuple(parameter.shape):
                 raise UserError(f"{folder} holds the optimizer of another model or adapter ({key})")
             state[key] = torch.zeros_like(parameter.detach(), dtype=entry.properties.dtype)
@@ -104,6 +117,30 @@ def load_optimizer(
         _set_random_state(pickle.loads(state[_random_key(world)].numpy().tobytes()))
 
 
+def take_over_optimizer(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, parameters: Mapping[str, nn.Parameter], state: AdamState
+) -> None:
+    """Put the other backend's step, moments and schedule into this backend's optimizer of the same parameters.
+
+    parameters: what trains, under PEFT names for an adapter, else under HF names. An optimizer of another kind starts
+    anew, with a warning.
+    """
+    schedule.load_state_dict(dict(state.schedule))
+    if not isinstance(optimizer, torch.optim.Adam):
+        logger.warning("the checkpoint holds Adam's moments; %s starts anew", type(optimizer).__name__)
+        return
+    step = torch.tensor(float(state.step))
+    fields: dict[nn.Parameter, dict[str, Tensor]] = {p: {"step": step.clone()} for p in parameters.values()}
+    for kind, moments in state.moments.items():
+        for name, parameter in parameters.items():
+            fields[parameter][kind] = torch.zeros_like(parameter.detach())
+            put(fields[parameter][kind], moments[name])
+    content = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    content["state"] = {index: fields[parameter] for index, parameter in enumerate(order)}
+    optimizer.load_state_dict(content)
+
+
 def _put_optimizer_state(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
@@ -113,8 +150,8 @@ def _put_optimizer_state(
 ) -> None:
     fields: dict[str, dict[str, Any]] = {}
     for key, value in {**state, **common["values"]}.items():
-        if key.startswith(f"{_STATE}."):
-            name, _, field = key.removeprefix(f"{_STATE}.").rpartition(".")
+        if key.startswith(f"{STATE}."):
+            name, _, field = key.removeprefix(f"{STATE}.").rpartition(".")
             fields.setdefault(name, {})[field] = value
     recipes = [_settings(group) for group in optimizer.param_groups]
     content = optimizer.state_dict()

@@ -1,7 +1,7 @@
 """From packed tokens to log-probabilities: the module that FSDP calls, and the head in chunks, over TP ranks or whole.
 
 Full logits [T, vocabulary] never exist: the head is applied to chunks of tokens, and a frozen head's gradient is taken
-in the forward pass (policy.megatron.logprobs, `FrozenHead`); a head that trains is recomputed in the backward pass.
+in the forward pass (`policy.frozen_head`); a head that trains is recomputed in the backward pass.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.dtensor.adapter import AdaptedLinear
 from megatron_lora.policy.dtensor.attention import Packing
-from megatron_lora.policy.megatron.logprobs import HeadOptions, _FrozenHead
+from megatron_lora.policy.frozen_head import FrozenHead, HeadOptions
 
 
 class PolicyModule(nn.Module):
@@ -59,7 +59,7 @@ class PolicyModule(nn.Module):
         if adapted or weight.requires_grad or bias is not None or self.softcap is not None:
             return self._recomputed(hidden, head, batch.targets, batch.sources)
         local = _rows_of_rank(weight, self.tp)
-        return _FrozenHead.apply(  # type: ignore[return-value]
+        return FrozenHead.apply(  # type: ignore[return-value]
             hidden.squeeze(0), local, batch.targets, batch.sources, self.tp, self.head
         )
 

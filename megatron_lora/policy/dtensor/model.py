@@ -19,14 +19,13 @@ from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.model_spec import LinearSpec
 from megatron_lora.lora.peft_format import PREFIX
+from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.dtensor import adapter, attention
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears, weight_name
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
 from megatron_lora.policy.dtensor.parallel import ParallelPlan, parallelize
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.world import World
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.experts import split_fused
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.data.packing import collate
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec, FactorKey
@@ -19,13 +19,14 @@ from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.peft_format import ExpertLayout, fuse, to_hf
 from megatron_lora.objectives.base import Objective
-from megatron_lora.policy.adapter_start import base_reader, check_same_adapter
+from megatron_lora.policy.adam_state import optimizer_backend, read_adam, whole_model_backend
+from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.backend import BackendPolicy, local_part
 from megatron_lora.policy.batching import BatchingOptions, Groups
 from megatron_lora.policy.checksums import Pieces
-from megatron_lora.policy.dtensor import adapter, checkpoint, megatron_checkpoint, optim
+from megatron_lora.policy.dtensor import adapter, checkpoint, optim
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
-from megatron_lora.policy.dtensor.model import DTYPES, build_model
+from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.interface import (
     AdapterTensors,
     NonFiniteLoss,
@@ -34,35 +35,22 @@ from megatron_lora.policy.interface import (
 )
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.agreement import same_on_every_rank
-from megatron_lora.runtime.world import World
 
 
 class DTensorPolicy(BackendPolicy):
     """A transformers model in the recipe's layout, its adapters (or all of it), and a torch optimizer.
 
-    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. keeps_start: whether
-    full fine-tuning keeps its starting weights, for `reference()`. notices: what the user should know of how the recipe
-    was read.
+    notices: what the user should know of how the recipe was read.
     """
 
     a_init_key = "lora_A_init"
 
-    def __init__(
-        self,
-        policy: PolicyConfig,
-        world: World,
-        *,
-        pad_token_id: int,
-        seed: int,
-        num_steps: int,
-        keeps_start: bool = False,
-    ):
-        self.config = policy
-        self.world = world
+    def _build(self, seed: int, num_steps: int) -> WeightSource:
+        policy, world = self.config, self.world
         self.base = build_model(policy, world, seed)
         self.root = self.base.root
         self.mesh = self.base.mesh
-        self.spec: AdapterSpec | None = self.base.start.spec if self.base.start is not None else None
+        self.spec = self.base.start.spec if self.base.start is not None else None
         self.notices = self.base.notices
         if self.base.start is not None and self.base.start.drawn.principal is not None:
             drawn = self.base.start.drawn
@@ -72,15 +60,15 @@ class DTensorPolicy(BackendPolicy):
         self.trained = [parameter for parameter in self.names if parameter.requires_grad]
         self.optimizer = optim.build_optimizer(self.trained, policy, adapter.lora_plus_parameters(self.base.hf))
         self.scheduler = optim.build_schedule(self.optimizer, policy, num_steps)
-        multiple = world.tp if self.root.tp.sequence_parallel else 1
-        self.batching = BatchingOptions(
+        return self.base.weights
+
+    def _batching_options(self, pad_token_id: int) -> BatchingOptions:
+        multiple = self.world.tp if self.root.tp.sequence_parallel else 1
+        return BatchingOptions(
             pad_token_id=pad_token_id,
-            total_multiple=math.lcm(policy.make_sequence_length_divisible_by, multiple),
-            shares_prefixes=policy.shared_prefix is not False,
+            total_multiple=math.lcm(self.config.make_sequence_length_divisible_by, multiple),
+            shares_prefixes=self.config.shared_prefix is not False,
         )
-        if self.spec is not None:
-            self._read_base = base_reader(self.spec, self.base.weights, DTYPES[policy.precision])
-        self._remember_start(keeps_start)
 
     def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
         rows = [row for group in groups for row in group]
@@ -249,17 +237,16 @@ class DTensorPolicy(BackendPolicy):
             check_same_adapter(self.spec, AdapterSpec.load(weights / ADAPTER_FILE), weights)
             self._load_principal(weights)
             checkpoint.load_adapter(self.base.hf, self.spec, weights)
-        elif megatron_checkpoint.is_whole_model(weights):
-            megatron_checkpoint.load_whole_model(self._parameters(), self.base.shapes, weights)
+        elif whole_model_backend(weights) == "megatron":
+            checkpoint.take_over_model(self._parameters(), self.base.shapes, weights)
         else:
             checkpoint.load_model(self._parameters(), weights)
         if optimizer is None:
             return
-        if megatron_checkpoint.is_optimizer(optimizer):
+        if optimizer_backend(optimizer) == "megatron":
             trained = self._parameters() if self.spec is None else dict(adapter.peft_tensors(self.base.hf))
-            megatron_checkpoint.load_optimizer(
-                self.optimizer, self.scheduler, trained, self.spec, self.base.shapes, optimizer
-            )
+            state = read_adam(optimizer, self.spec, self.base.shapes)
+            checkpoint.take_over_optimizer(self.optimizer, self.scheduler, trained, state)
         else:
             checkpoint.load_optimizer(self.optimizer, self.scheduler, self.names, optimizer, self.world)
 

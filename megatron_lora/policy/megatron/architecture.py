@@ -105,7 +105,7 @@ def _apply_attention(provider: Any, model: HFModel) -> None:
     # Cosine and sine of queries and of keys are multiplied by the factor (yarn), so scores by its square.
     factor = next(factor for _, factor in model.rotary.values())
     provider.softmax_scale = model.softmax_scale * factor**2
-    # Of the head's logits: `logprobs.cap_logits`.
+    # Of the head's logits: `frozen_head.cap_logits`.
     provider.final_logit_softcapping = None
     provider.attn_logit_softcapping = model.attention_softcap
 

@@ -19,6 +19,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.methods import ReadWeight
+from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
@@ -33,7 +34,6 @@ from megatron_lora.runtime.native_layers import NativeAttention
 from megatron_lora.runtime.transformer_engine import have_transformer_engine, import_bridge
 from megatron_lora.runtime.world import World
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FUSIONS = (
     "gradient_accumulation_fusion",
     "masked_softmax_fusion",

@@ -21,7 +21,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.lora.linear import GradientGroup
-from megatron_lora.policy.megatron.model import DTYPES
+from megatron_lora.policy.backend import DTYPES
 
 
 def wrap_for_data_parallel(chunks: Sequence[GPTModel], policy: PolicyConfig, config: Any) -> list[Any]:

@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_lora.policy.adam_state import MOMENTS
+
 NAMES = ("param", *MOMENTS)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.model_names import model_parameters
+from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.inject import AdapterOptions, inject, put_factors
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
@@ -20,10 +21,12 @@ from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.packed_experts import adapts_experts
 from megatron_lora.lora.peft_format import ExpertLayout, to_hf
 from megatron_lora.objectives.base import Objective
-from megatron_lora.policy.adapter_start import DrawnStart, base_reader, check_same_adapter, draw_start, starting_adapter
-from megatron_lora.policy.backend import BackendPolicy
+from megatron_lora.policy.adam_state import optimizer_backend, whole_model_backend
+from megatron_lora.policy.adapter_start import DrawnStart, check_same_adapter, draw_start, starting_adapter
+from megatron_lora.policy.backend import DTYPES, BackendPolicy
 from megatron_lora.policy.batching import BatchingOptions, Groups
 from megatron_lora.policy.checksums import Pieces
+from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.interface import (
     AdapterTensors,
     NonFiniteLoss,
@@ -31,40 +34,24 @@ from megatron_lora.policy.interface import (
     StepResult,
 )
 from megatron_lora.policy.learning_rate import build_scheduler
-from megatron_lora.policy.megatron import checkpoint, dtensor_checkpoint, optim, saved_modules, schedule
+from megatron_lora.policy.megatron import checkpoint, optim, saved_modules, schedule, taken_over
 from megatron_lora.policy.megatron.adapter_checksums import adapter_pieces
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter, over_pipeline
 from megatron_lora.policy.megatron.base_weights import load_base_weights
 from megatron_lora.policy.megatron.export import merged_hf_weights
-from megatron_lora.policy.megatron.logprobs import HeadOptions
-from megatron_lora.policy.megatron.model import DTYPES, BaseModel, build_base
+from megatron_lora.policy.megatron.model import BaseModel, build_base
 from megatron_lora.policy.megatron.packed import RotaryPositions
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.agreement import same_on_every_rank
-from megatron_lora.runtime.world import World
 
 
 class MegatronPolicy(BackendPolicy):
-    """A base in the recipe's layout, its adapters (or all of it), and Megatron's optimizer.
-
-    num_steps: the run's length, for schedules that decay. pad_token_id: what fills a micro-batch. keeps_start: whether
-    full fine-tuning keeps its starting weights, for `reference()`.
-    """
+    """A base in the recipe's layout, its adapters (or all of it), and Megatron's optimizer."""
 
     a_init_key = "lora_A_init_method"
 
-    def __init__(
-        self,
-        policy: PolicyConfig,
-        world: World,
-        *,
-        pad_token_id: int,
-        seed: int,
-        num_steps: int,
-        keeps_start: bool = False,
-    ):
-        self.config = policy
-        self.world = world
+    def _build(self, seed: int, num_steps: int) -> WeightSource:
+        policy, world = self.config, self.world
         peft = policy.megatron_cfg.peft
         opened = open_base(policy)
         drawn: DrawnStart | None = None
@@ -82,7 +69,6 @@ class MegatronPolicy(BackendPolicy):
             changed=None if drawn is None else drawn.changed_base,
         )
         self.tp = self.base.tp
-        self.spec: AdapterSpec | None = None
         self.adapted: list[LoRALinear] = []
         self.saved: list[saved_modules.SavedTensor] = []
         if drawn is not None:
@@ -90,7 +76,6 @@ class MegatronPolicy(BackendPolicy):
         self.chunks = optim.wrap_for_data_parallel(self.base.chunks, policy, self.base.config)
         self.optimizer = optim.build_optimizer(self.chunks, policy)
         self.scheduler = build_scheduler(self.optimizer, policy, num_steps)
-        self.batching = _batching_options(policy, world, self.base, pad_token_id)
         self.unshared_reason = self.base.unshared_reason
         self.engine = schedule.Engine(
             chunks=self.chunks,
@@ -100,9 +85,24 @@ class MegatronPolicy(BackendPolicy):
             head=_head_options(policy, self.base),
             rotary=RotaryPositions(self.base.chunks),
         )
-        if self.spec is not None:
-            self._read_base = base_reader(self.spec, self.base.weights, DTYPES[policy.precision])
-        self._remember_start(keeps_start)
+        return self.base.weights
+
+    def _batching_options(self, pad_token_id: int) -> BatchingOptions:
+        policy, world, config = self.config, self.world, self.base.config
+        row_multiple = 2 * world.cp if world.cp > 1 else 1
+        total = policy.make_sequence_length_divisible_by
+        total *= world.cp * (2 if world.cp > 1 else 1) * (world.tp if config.sequence_parallel else 1)
+        stages = config.virtual_pipeline_model_parallel_size or 1
+        return BatchingOptions(
+            pad_token_id=pad_token_id,
+            row_multiple=row_multiple,
+            total_multiple=total,
+            micro_batch_multiple=world.pp if stages > 1 else 1,
+            equal_totals=stages > 1,
+            bounded_logits=policy.megatron_cfg.use_fused_linear_logprobs,
+            num_stages=world.pp,
+            shares_prefixes=self.base.unshared_reason is None,
+        )
 
     def _inject(self, drawn: DrawnStart) -> None:
         peft = self.config.megatron_cfg.peft
@@ -244,14 +244,14 @@ class MegatronPolicy(BackendPolicy):
             check_same_adapter(self.spec, AdapterSpec.load(weights / ADAPTER_FILE), weights)
             self._load_principal(weights)
         state, shapes = self._weights_state(), self.base.shapes
-        if self.spec is None and dtensor_checkpoint.is_whole_model(weights):
-            self._put_weights(dtensor_checkpoint.load_whole_model(state, shapes, weights))
+        if self.spec is None and whole_model_backend(weights) == "dtensor":
+            self._put_weights(taken_over.load_whole_model(state, shapes, weights))
         else:
             self._put_weights(checkpoint.load_weights(state, weights))
         if optimizer is None:
             self.optimizer.reload_model_params()
-        elif dtensor_checkpoint.is_optimizer(optimizer):
-            dtensor_checkpoint.load_optimizer(
+        elif optimizer_backend(optimizer) == "dtensor":
+            taken_over.load_optimizer(
                 self.optimizer, self.scheduler, self._weights_state(), shapes, self.spec, weights, optimizer
             )
         else:
@@ -301,21 +301,3 @@ def _head_options(policy: PolicyConfig, base: BaseModel) -> HeadOptions:
     megatron = policy.megatron_cfg
     chunk = megatron.fused_linear_logprobs_chunk_size if megatron.use_fused_linear_logprobs else 0
     return HeadOptions(chunk_size=chunk, vocab_size=base.shapes.vocab_size, softcap=base.softcap)
-
-
-def _batching_options(policy: PolicyConfig, world: World, base: BaseModel, pad_token_id: int) -> BatchingOptions:
-    config = base.config
-    row_multiple = 2 * world.cp if world.cp > 1 else 1
-    total = policy.make_sequence_length_divisible_by
-    total *= world.cp * (2 if world.cp > 1 else 1) * (world.tp if config.sequence_parallel else 1)
-    stages = config.virtual_pipeline_model_parallel_size or 1
-    return BatchingOptions(
-        pad_token_id=pad_token_id,
-        row_multiple=row_multiple,
-        total_multiple=total,
-        micro_batch_multiple=world.pp if stages > 1 else 1,
-        equal_totals=stages > 1,
-        bounded_logits=policy.megatron_cfg.use_fused_linear_logprobs,
-        num_stages=world.pp,
-        shares_prefixes=base.unshared_reason is None,
-    )

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.objectives.base import Objective
+from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.interface import NonFiniteLoss
-from megatron_lora.policy.megatron.logprobs import HeadOptions, target_logprobs
+from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.context_parallel import local_token_indices

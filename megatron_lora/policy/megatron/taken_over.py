@@ -1,8 +1,7 @@
-"""The other backend's checkpoint taken over: a whole model's weights and Adam's moments, which lie under Hugging Face
-names. (An adapter's weights have one format on both backends.)"""
+"""The other backend's checkpoint taken over: a whole model's weights and Adam's state, read under Hugging Face names.
+(An adapter's weights have one format on both backends.)"""
 
 import logging
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,22 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from torch import Tensor
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter
-from megatron_lora.conversion.megatron_weights import HF_EMBEDDING
+from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.model_names import fuse, model_parameters
-from megatron_lora.conversion.torch_dist import TorchDistFolder
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec
-from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.lora.peft_format import fuse as fuse_adapter
-from megatron_lora.policy.megatron.optimizer_state import MOMENTS, load_optimizer_state, sharded_optimizer_state
+from megatron_lora.policy.adam_state import AdamState, read_adam
+from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
 logger = logging.getLogger(__name__)
 
-# Names of policy/dtensor/checkpoint.py.
-_COMMON, _STATE = "common", "state"
 Read = Callable[[str], Tensor]
-
-
-def is_whole_model(weights: Path) -> bool:
-    """Whether the DTensor backend wrote this `policy/weights` in full fine-tuning."""
-    return HF_EMBEDDING in _stored(weights)
-
-
-def is_optimizer(optimizer: Path) -> bool:
-    """Whether the DTensor backend wrote this `policy/optimizer`."""
-    return _COMMON in _stored(optimizer)
 
 
 def load_whole_model(state: Mapping[str, Any], shapes: ModelSpec, folder: Path) -> dict[str, Any]:
     """Fill the model's sharded tensors. Raises UserError where the folder is of another model."""
-    return _fill(state, _fused_reader(TorchDistFolder(folder), shapes, "{}"))
+    return _fill(state, _fused_reader(MegatronWeights(folder, shapes).read, shapes))
 
 
 def load_optimizer(
@@ -60,22 +46,19 @@ def load_optimizer(
     weights_state: sharded tensors of what trains. weights, folder: `policy/weights` and `policy/optimizer`. Another
     kind of optimizer starts anew, with a warning. Raises UserError where the folders do not fit.
     """
-    stored = TorchDistFolder(folder)
-    common = pickle.loads(stored.read([_COMMON])[_COMMON].numpy().tobytes())
-    steps = [int(value) for name, value in common["values"].items() if name.endswith(".step")]
-    taken = max(steps, default=0)
-    _load_schedule(scheduler, common["schedule"], taken)
-    if not any(name.endswith(f".{MOMENTS[0]}") for name in stored.tensors):
+    state = read_adam(folder, spec, shapes)
+    _load_schedule(scheduler, state)
+    if not state.moments:
         logger.warning("%s holds no Adam moments: the optimizer starts anew", folder)
         optimizer.reload_model_params()
         return
     readers: dict[str, Read] = {}
     if spec is not None:
         readers["param"] = read_adapter(weights)[1].__getitem__
-        readers |= {moment: _adapter_moment(stored, moment, spec).__getitem__ for moment in MOMENTS}
+        readers |= {kind: _fused_adapter(moments, spec, folder) for kind, moments in state.moments.items()}
     else:
-        readers["param"] = _fused_reader(TorchDistFolder(weights), shapes, "{}")
-        readers |= {moment: _fused_reader(stored, shapes, f"{_STATE}.{{}}.{moment}") for moment in MOMENTS}
+        readers["param"] = _fused_reader(MegatronWeights(weights, shapes).read, shapes)
+        readers |= {kind: _fused_reader(moments.__getitem__, shapes) for kind, moments in state.moments.items()}
 
     def read(key: str) -> Tensor:
         # optimizer.<param | exp_avg | exp_avg_sq>.<the weight's name>
@@ -83,15 +66,15 @@ def load_optimizer(
         return readers[kind](name)
 
     wanted = sharded_optimizer_state(optimizer, weights_state, loading=True)["tensors"]
-    load_optimizer_state(optimizer, weights_state, {"step": taken, "tensors": _fill(wanted, read)})
+    load_optimizer_state(optimizer, weights_state, {"step": state.step, "tensors": _fill(wanted, read)})
 
 
-def _load_schedule(scheduler: Any, stored: Mapping[str, Any], steps: int) -> None:
-    if "num_steps" in stored:
-        scheduler.load_state_dict(stored)
+def _load_schedule(scheduler: Any, state: AdamState) -> None:
+    if "num_steps" in state.schedule:
+        scheduler.load_state_dict(state.schedule)
     else:
         # A torch scheduler of `policy.scheduler`: only how far the run is carries over.
-        scheduler.step(increment=steps)
+        scheduler.step(increment=state.step)
 
 
 def _fill(state: Mapping[str, Any], read: Read) -> dict[str, Any]:
@@ -113,40 +96,27 @@ def _part(whole: Tensor, sharded: ShardedTensor) -> Tensor:
     return result.to(sharded.data.device)
 
 
-def _fused_reader(stored: TorchDistFolder, shapes: ModelSpec, pattern: str) -> Read:
-    """Megatron's whole tensors by name, from tensors stored as `pattern` of HF names. The last one is kept: gate and up
-    are asked for one after the other."""
+def _fused_reader(read_hf: Read, shapes: ModelSpec) -> Read:
+    """Megatron's whole tensors by name, from those of HF names. The last one is kept: gate and up are asked for one
+    after the other."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
     last: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
         if name not in last:
             last.clear()
-            keys = [pattern.format(hf_name) for hf_name in table[name].hf_names]
-            missing = [key for key in keys if key not in stored.tensors]
-            if missing:
-                raise UserError(f"{stored.folder} is of another model: it lacks {missing[0]}")
-            tensors = stored.read(keys)
-            last[name] = fuse(table[name], [tensors[key] for key in keys], shapes)
+            try:
+                parts = [read_hf(hf_name) for hf_name in table[name].hf_names]
+            except KeyError as error:
+                raise UserError(f"the checkpoint is of another model: it lacks {error}") from error
+            last[name] = fuse(table[name], parts, shapes)
         return last[name]
 
     return read
 
 
-def _adapter_moment(stored: TorchDistFolder, moment: str, spec: AdapterSpec) -> dict[str, Tensor]:
-    """One moment of the fused factors; an A that linears share is stored once, under the first one's name."""
-    start, end = f"{_STATE}.", f".{moment}"
-    keys = [key for key in stored.tensors if key.startswith(start) and key.endswith(end)]
-    found = stored.read(keys)
-    named = {
-        PREFIX + key.removeprefix(start).removesuffix(end).replace(".default", ""): value
-        for key, value in found.items()
-    }
+def _fused_adapter(moments: Mapping[str, Tensor], spec: AdapterSpec, folder: Path) -> Read:
     try:
-        return fuse_adapter(named, spec)
+        return fuse_adapter(dict(moments), spec).__getitem__
     except KeyError as error:
-        raise UserError(f"{stored.folder} holds the optimizer of another adapter: it lacks {error}") from error
-
-
-def _stored(folder: Path) -> Mapping[str, Any]:
-    return TorchDistFolder(folder).tensors if (folder / ".metadata").is_file() else {}
+        raise UserError(f"{folder} holds the optimizer of another adapter: it lacks {error}") from error
