@@ -1,4 +1,5 @@
-"""Megatron policies in many layouts: the processes of each world size are started once for all tests that run."""
+"""Policies of both backends in many layouts: the processes of a backend and world size are started once for all tests
+that run."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.megatron_case import Case, case_rows
+from tests.distributed.cases import Case, case_rows
 from tests.support.four_bit import save_dequantized, save_four_bit
 from tests.support.launch import RanksFailed, run_ranks
 from tests.support.models import save_model
@@ -30,6 +31,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "head": {"targets": [*TARGETS, "lm_head"]},
     # Of a trained model: its text stays text.
     "small": {"std": 0.01},
+    "unlike": {
+        "targets": ["q_proj", "v_proj", "down_proj"],
+        "share_a": False,
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 2},
+        "layers_to_transform": [1, 3],
+    },
 }
 
 
@@ -55,10 +63,9 @@ class Room:
 
     def trained_base(self, case: Case) -> Path:
         """The base as the case's run computes with it: in 4 bits, it is another."""
-        peft = case.megatron.get("peft", {})
-        if peft.get("quantization") is None:
+        if case.peft.get("quantization") is None:
             return self.base(case.family)
-        double = bool(peft.get("double_quantization"))
+        double = bool(case.peft.get("double_quantization"))
         path = self.folder / f"{case.family}_dequantized_{double}"
         return path if path.is_dir() else save_dequantized(self.base(case.family), path, double=double)
 
@@ -72,47 +79,58 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
     return Room(tmp_path_factory.mktemp("bases"))
 
 
+# Backend and number of ranks.
+Group = tuple[str, int]
+
+
+def _group(case: Case) -> Group:
+    return case.backend, case.ranks
+
+
 class Workers:
-    """Runs every collected case of a world size at once, and keeps what each rank found."""
+    """Runs every collected case of a backend and world size at once, and keeps what each rank found."""
 
     def __init__(self, items: list[pytest.Item], room: Room, folder: Path):
         self.room = room
         self.folder = folder
-        self.failures: dict[int, str] = {}
-        self.cases: dict[int, dict[str, Case]] = {}
+        self.failures: dict[Group, str] = {}
+        self.cases: dict[Group, dict[str, Case]] = {}
         for item in items:
             parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()  # type: ignore[attr-defined]
             for value in parameters:
                 while isinstance(value, Case):
-                    known = self.cases.setdefault(value.ranks, {}).setdefault(value.name, value)
+                    known = self.cases.setdefault(_group(value), {}).setdefault(value.name, value)
                     assert known == value, f"two different cases are called {value.name}"
                     value = value.needs
 
     def found(self, case: Case) -> list[dict[str, Any]]:
         """What each rank found. Raises RanksFailed where the processes ended before."""
-        if case.ranks not in self.failures:
-            for other in self.cases[case.ranks].values():
+        group = _group(case)
+        if group not in self.failures:
+            for other in self.cases[group].values():
                 if other.needs is not None:
                     self.found(other.needs)
-            self._run(case.ranks)
+            self._run(group)
         paths = [self.folder / f"{case.name}.{rank}.pt" for rank in range(case.ranks)]
         if not all(path.is_file() for path in paths):
-            raise RanksFailed(f"no result for {case.name}: {self.failures[case.ranks]}")
+            raise RanksFailed(f"no result for {case.name}: {self.failures[group]}")
         return [torch.load(path, weights_only=False) for path in paths]
 
-    def _run(self, ranks: int) -> None:
-        request = self.folder / f"{ranks}.json"
-        cases = self.cases[ranks].values()
+    def _run(self, group: Group) -> None:
+        backend, ranks = group
+        request = self.folder / f"{backend}_{ranks}.json"
+        cases = self.cases[group].values()
         request.write_text(json.dumps({case.name: self._filled(case) for case in cases}))
         try:
-            self.failures[ranks] = ""
-            run_ranks("tests.distributed.megatron_worker", ranks, request, self.folder)
+            self.failures[group] = ""
+            run_ranks("tests.distributed.worker", ranks, request, self.folder)
         except RanksFailed as failure:
-            self.failures[ranks] = str(failure)
+            self.failures[group] = str(failure)
 
     def _filled(self, case: Case) -> dict[str, Any]:
         own = None if case.adapter in (None, "drawn") else str(self.room.adapter(case.family, str(case.adapter)))
         return asdict(case) | {
+            "backend": case.backend,
             "base_folder": str(self.room.base(case.family)),
             "adapter_folder": own,
             "learning_rate": case.learning_rate,
@@ -142,18 +160,22 @@ def reference(room: Room) -> Callable[..., Training]:
     """Ten steps of transformers + peft with the base and adapter of a case; the same case is trained once."""
     known: dict[str, Training] = {}
 
-    def trained(case: Case, **options: Any) -> Training:
+    def trained(case: Case, num_steps: int = 10, **options: Any) -> Training:
         asked = case.options if case.family == "smollm2" else {}
         base = room.trained_base(case)
-        key = repr((base.name, case.adapter, asked, options))
+        # What peft starts itself has values of its own.
+        fresh = case.options.get("fresh")
+        key = repr((base.name, case.adapter, asked, fresh, num_steps, options))
         if key not in known:
-            adapter = None if case.adapter is None else room.adapter(case.family, case.adapter)
+            starts = case.adapter is not None and fresh is None
+            adapter = room.adapter(case.family, str(case.adapter)) if starts else None
             share_a = ADAPTERS.get(str(case.adapter), {"share_a": False}).get("share_a", True)
             torch.set_num_threads(1)
             share_experts = ADAPTERS.get(str(case.adapter), {}).get("share_experts", False)
             own = {"lr": case.learning_rate, "eps": case.adam_eps, "share_a": share_a, "share_experts": share_experts}
-            options = own | options
-            known[key] = train(base, adapter, case_rows(case.family, asked), **options)
+            known[key] = train(
+                base, adapter, case_rows(case.family, asked)[:num_steps], **own | {"fresh": fresh} | options
+            )
         return known[key]
 
     return trained

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.runtime.world import init_megatron_world
-
-SEED = 11
+from tests.distributed.cases import SEED
 
 
 def policy_config(case: dict[str, Any], megatron: dict[str, Any] | None = None) -> PolicyConfig:

@@ -15,8 +15,8 @@ from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.megatron import schedule
 from megatron_lora.policy.megatron.base_weights import global_names, stored_weights
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from tests.distributed.cases import scored_rows, training_rows
 from tests.distributed.megatron_build import build_policy
-from tests.distributed.megatron_case import scored_rows, training_rows
 from tests.support.adapted_linear import VARIANTS, Variant, draw, run_on_rank
 from tests.support.live_memory import LiveFloats
 from tests.support.recorder import Recorder

@@ -11,9 +11,9 @@ from megatron_lora.objectives.base import LossSum
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from tests.distributed.cases import training_rows
 from tests.distributed.megatron_build import build_policy
-from tests.distributed.megatron_case import training_rows
-from tests.distributed.megatron_training_checks import train_steps
+from tests.distributed.policy_checks import train_steps
 
 POISON = 7
 POISONED_ROW = 4

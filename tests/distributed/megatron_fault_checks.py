@@ -17,9 +17,9 @@ from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods.additive import Lora
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from tests.distributed.cases import TP, scored_rows, training_rows
 from tests.distributed.megatron_build import build_policy
-from tests.distributed.megatron_case import TP, scored_rows, training_rows
-from tests.distributed.megatron_training_checks import train_steps
+from tests.distributed.policy_checks import train_steps
 
 NUM_STEPS = 3
 

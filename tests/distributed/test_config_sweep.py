@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.megatron_case import Case
+from tests.distributed.cases import Case
 from tests.support.config_sweep import all_flips, assert_honoured, sampled_flips
 
 pytestmark = pytest.mark.timeout(1800)

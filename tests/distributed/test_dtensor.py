@@ -1,214 +1,218 @@
-"""The DTensor backend on real ranks, world sizes 1, 2 and 4, against plain transformers + peft and against the Megatron
-backend."""
+"""The DTensor backend on real ranks, world sizes 1, 2 and 4, against plain transformers + peft. (Against the Megatron
+backend: test_backends.py.)"""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from megatron_lora.conversion.adapter_checkpoint import read_adapter
-from megatron_lora.conversion.export import write_peft_folder
-from megatron_lora.lora.peft_format import to_hf
-from tests.distributed.dtensor_worker import OTHERS, TRAIN, adam_eps, learning_rate, steps, truth_of
+from tests.distributed.cases import SP2, TP2, Case, scored_rows
 from tests.support.cached_norms import assert_never_stale
-from tests.support.compare import largest_difference, relative_differences
-from tests.support.config_sweep import assert_honoured
-from tests.support.four_bit import save_dequantized
-from tests.support.grouped import assert_same_numbers
-from tests.support.launch import chosen
-from tests.support.models import save_model
-from tests.support.reference import (
-    TARGETS,
-    changes_of,
-    cut_logits,
-    make_rows,
-    of_targets,
-    save_adapter,
-    token_logps,
-    train,
+from tests.support.compare import (
+    assert_goes_on_alike,
+    assert_same_run,
+    assert_same_training,
+    assert_same_update,
+    assert_stored_alike,
+    relative_differences,
 )
+from tests.support.config_sweep import all_flips, assert_honoured, sampled_flips
+from tests.support.grouped import assert_same_numbers
+from tests.support.peft_scores import assert_peft_scores_alike
+from tests.support.reference import Training, cut_logits, of_targets, token_logps
 
 # The first test of a world size waits for all of its cases.
 pytestmark = pytest.mark.timeout(2700)
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
-FAMILIES = ("llama3", "qwen2", "qwen3", "gemma3", "llama_biases")
-
-
-# Compiling, peft's own DoRA and all fields of all configs take a minute each.
-SLOW = {
-    "one_saved",
-    "sp_saved",
-    "pissa_one",
-    "one_dora_compiled",
-    "one_dora_compiled_recompute",
-    "one_dora_peft_forward",
-    "norms_one",
-    "config_sweep",
-    "config_sweep_all",
+DORA: dict[str, Any] = {"lora_cfg": {"type": "dora"}}
+NF4: dict[str, Any] = {"quantization": "nf4", "lora_dtype": "float32"}
+DOUBLE = {"lora_cfg": NF4 | {"double_quantization": True}}
+NF4_DORA = {"lora_cfg": NF4 | DORA["lora_cfg"]}
+STORED = {"lora_cfg": {"lora_dtype": "float32"}}
+RECOMPUTE = {"activation_checkpointing": True}
+COMPILED = {"compile": True}
+PEFT_FORWARD = {"lora_cfg": {"use_triton": False}}
+DORA_BY_PEFT = {"lora_cfg": DORA["lora_cfg"] | PEFT_FORWARD["lora_cfg"]}
+SAVED: dict[str, Any] = {"lora_cfg": {"modules_to_save": ["embed_tokens", "input_layernorm", "norm", "lm_head"]}}
+PISSA: dict[str, Any] = {"lora_cfg": {"init_lora_weights": "pissa", "type": "canonical_lora"}}
+PISSA_SAVED = {"lora_cfg": PISSA["lora_cfg"] | SAVED["lora_cfg"]}
+DROPS: dict[str, Any] = {"lora_cfg": {"dropout": 0.3}}
+PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64}}
+LONGER = {"sequence_packing": {"enabled": True, "train_mb_tokens": 96}}
+BFLOAT16 = {"precision": "bfloat16"}
+# `policy.optimizer` and `policy.scheduler` in NeMo RL's shape.
+NAMED_OPTIMIZER = {
+    "optimizer": {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.98]}},
+    "scheduler": [
+        {"name": "torch.optim.lr_scheduler.LinearLR", "kwargs": {"start_factor": 0.1, "total_iters": 4}},
+        {"name": "torch.optim.lr_scheduler.ConstantLR", "kwargs": {"factor": 1.0, "total_iters": 100}},
+        {"milestones": [4]},
+    ],
 }
 
 
-def named(cases: dict[str, Any], start: str = "") -> list[Any]:
-    """Parameters of the cases whose names start so; four ranks take a minute of two cores."""
-    names = [name for name in cases if name.startswith(start)]
-    return [
-        pytest.param(name, marks=[pytest.mark.long] if cases[name][0] > 2 or name in SLOW else []) for name in names
-    ]
+def case(name: str, ranks: int, dtensor: dict | None = None, check: str = "train", **fields: Any) -> Case:
+    return Case(f"dtensor_{name}", ranks, check, dtensor=dtensor or {}, **fields)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dtensor")
-    for family in FAMILIES:
-        save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+def full(name: str, ranks: int, family: str, dtensor: dict | None = None, check: str = "train", **fields: Any) -> Case:
+    return case(f"{name}_full", ranks, dtensor, check, family=family, adapter=None, **fields)
+
+
+def long(*cases: Case) -> list[Any]:
+    """Four ranks, compiling and peft's own DoRA take a minute each."""
+    return [pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
+TRAINED = [
+    case("one", 1, family="llama3"),
+    case("one_peft_forward", 1, PEFT_FORWARD, family="llama3"),
+    case("one_packed", 1, policy=PACKED),
+    case("one_recompute", 1, RECOMPUTE),
+    case("one_offload", 1, {"cpu_offload": True}),
+    case("one_gemma", 1, family="gemma3", policy=PACKED),
     # peft takes names of an MLP for parameters of the experts.
-    experts = save_model(folder / "qwen3_moe", "qwen3_moe")
-    save_adapter(experts, folder / "qwen3_moe_adapter", targets=TARGETS[:4])
-    save_adapter(folder / "llama3", folder / "llama3_head_adapter", targets=[*TARGETS, "lm_head"])
-    for family in ("llama3", "qwen2"):
-        save_adapter(folder / family, folder / f"{family}_dora_adapter", use_dora=True)
-    even = save_model(folder / "qwen3_even", "qwen3_even")
-    save_dequantized(even, folder / truth_of("qwen3_even_nf4"))
-    save_adapter(even, folder / "qwen3_even_nf4_adapter")
-    save_adapter(even, folder / "qwen3_even_nf4_dora_adapter", use_dora=True)
-    modules = ["embed_tokens", "input_layernorm", "model.norm", "lm_head"]
-    save_adapter(folder / "llama3", folder / "llama3_saved_adapter", modules_to_save=modules)
-    _save_unlike_adapter(folder / "llama3", folder / "unlike_adapter")
-    return folder
+    case("one_experts", 1, family="qwen3_moe", adapter="attention", policy=PACKED),
+    case("one_head", 1, family="llama3", adapter="head"),
+    full("one", 1, "qwen2"),
+    case("one_dora", 1, DORA, family="llama3", adapter="dora"),
+    case("one_dora_recompute", 1, DORA | RECOMPUTE, family="qwen2", adapter="dora"),
+    case("one_nf4", 1, {"lora_cfg": NF4}, family="qwen3_even"),
+    case("one_nf4_peft_forward", 1, {"lora_cfg": NF4 | PEFT_FORWARD["lora_cfg"]}, family="qwen3_even"),
+    case("one_nf4_dora_recompute", 1, NF4_DORA | RECOMPUTE, family="qwen3_even", adapter="dora"),
+    case("one_nf4_dora_compiled", 1, NF4_DORA | COMPILED, family="qwen3_even", adapter="dora"),
+    case("tp_saved", 2, TP2 | SAVED, family="llama3", adapter="saved"),
+    case("dp_dora", 2, DORA, family="llama3", adapter="dora"),
+    case("tp_dora", 2, TP2 | DORA, family="llama3", adapter="dora"),
+    case("sp_dora", 2, SP2 | DORA, family="qwen2", adapter="dora"),
+    case("dp_nf4", 2, {"lora_cfg": NF4}, family="qwen3_even"),
+    case("tp_nf4", 2, TP2 | DOUBLE, family="qwen3_even"),
+    case("tp_stored_nf4", 2, TP2 | STORED, family="qwen3_even_nf4"),
+    case("sp_nf4_dora", 2, SP2 | NF4_DORA, family="qwen3_even", adapter="dora"),
+    case("dp", 2, family="llama3"),
+    full("dp", 2, "qwen3"),
+    case("tp", 2, TP2),
+    case("tp_packed", 2, TP2, family="gemma3", policy=PACKED),
+    case("tp_recompute", 2, TP2 | RECOMPUTE),
+    case("tp_head", 2, TP2, family="llama3", adapter="head"),
+    case("tp_tied", 2, TP2, family="qwen2"),
+    full("tp", 2, "qwen3", TP2),
+    full("tp_tied", 2, "qwen2", TP2),
+    case("sp", 2, SP2),
+    case("sp_tied", 2, SP2, family="qwen2"),
+    case("sp_gemma", 2, SP2, family="gemma3", policy=PACKED),
+    case("sp_head", 2, SP2, family="llama3", adapter="head"),
+    full("sp", 2, "qwen3", SP2),
+    full("sp_tied", 2, "qwen2", SP2),
+    case("tp_biases", 2, TP2, family="llama_biases"),
+    full("sp_biases", 2, "llama_biases", SP2),
+    *long(
+        case("one_saved", 1, SAVED, family="llama3", adapter="saved"),
+        case("one_dora_peft_forward", 1, DORA_BY_PEFT, family="llama3", adapter="dora"),
+        case("one_dora_compiled", 1, DORA | COMPILED, family="llama3", adapter="dora"),
+        case("one_dora_compiled_recompute", 1, DORA | COMPILED | RECOMPUTE, family="llama3", adapter="dora"),
+        case("one_stored_nf4", 1, STORED, family="qwen3_even_nf4"),
+        case("sp_saved", 2, SP2 | SAVED, family="llama3", adapter="saved"),
+        case("tp_dp", 4, TP2),
+        case("sp_dp_packed", 4, SP2, family="llama3", policy=PACKED),
+        full("tp_dp", 4, "qwen3", TP2),
+        case("dp4", 4, family="qwen2"),
+    ),
+]
 
 
-def _save_unlike_adapter(base: Path, folder: Path) -> None:
-    """q and v with an A and a rank of their own, some layers only, rsLoRA's scale."""
-    torch.manual_seed(4)
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        use_rslora=True,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"v_proj": 2},
-        layers_to_transform=[1, 3],
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-
-
-class Runs:
-    """The workers' results; a world size runs its chosen cases once, when first asked for one, the slow ones apart."""
-
-    def __init__(self, folder: Path, chosen: set[str]):
-        self.folder = folder
-        self.chosen = chosen
-        self.logs: dict[tuple[int, bool], str] = {}
-        self.references: dict[tuple[str, bool], Any] = {}
-
-    def __getitem__(self, name: str) -> list[dict[str, Any]]:
-        size, group = self._size(name), (self._size(name), name in SLOW)
-        if group not in self.logs:
-            self.logs[group] = self._run(*group)
-        log = self.logs[group][-6000:]
-        paths = [self.folder / f"{name}.rank{rank}.pt" for rank in range(size)]
-        missing = [path.name for path in paths if not path.is_file()]
-        assert not missing, f"{missing} not written:\n{log}"
-        results = [torch.load(path, weights_only=False) for path in paths]
-        assert "error" not in results[0], f"{results[0]['error']}\n{log}"
-        return results
-
-    def _size(self, name: str) -> int:
-        return (TRAIN.get(name) or OTHERS[name])[0]
-
-    def _run(self, size: int, slow: bool) -> str:
-        names = [name for name in self.chosen if self._size(name) == size and (name in SLOW) == slow]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        command += ["-m", "tests.distributed.dtensor_worker", str(self.folder), *names]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        return done.stdout + done.stderr
-
-    def reference(self, family: str, full: bool) -> Any:
-        if (family, full) not in self.references:
-            base = self.folder / truth_of(family)
-            adapter = None if full else self.folder / f"{family}_adapter"
-            self.references[family, full] = train(
-                base, adapter, steps(), lr=learning_rate(family, full), eps=adam_eps(family)
-            )
-        return self.references[family, full]
-
-
-@pytest.fixture(scope="module")
-def runs(folder: Path, request: pytest.FixtureRequest) -> Runs:
-    return Runs(folder, chosen(request, [*TRAIN, *OTHERS]))
-
-
-@pytest.mark.parametrize("name", named(OTHERS, "config_sweep"))
-def test_a_field_of_the_config_is_honoured_or_refused(runs: Runs, name: str) -> None:
-    [got] = runs[name]
-    assert_honoured(got, megatron=False)
-
-
-@pytest.mark.parametrize("name", named(OTHERS, "shared_"))
-def test_shared_prefixes_change_no_number(runs: Runs, name: str) -> None:
-    for got in runs[name]:
-        assert_same_numbers(got["shared"], got["whole"])
-
-
-@pytest.mark.parametrize("name", named(TRAIN))
-def test_training_equals_transformers_and_peft(runs: Runs, name: str) -> None:
-    _, family, options = TRAIN[name]
-    full = options.get("full", False)
-    wanted = runs.reference(family, full)
-    for got in runs[name]:
-        assert max(relative_differences(got["losses"], wanted.losses)) < TOLERANCE
-        assert max(relative_differences(got["grad_norms"], wanted.grad_norms)) < TOLERANCE
+@pytest.mark.parametrize("case", TRAINED, ids=str)
+def test_training_equals_transformers_and_peft(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training]
+) -> None:
+    wanted = reference(case)
+    for found in ranks_found:
         # AdamW divides by the gradients' size, which carries rounding of near-zero gradients into full steps.
-        assert largest_difference(got["weights"], wanted.adapter) < 10 * TOLERANCE
-        assert all(in_modules == exported for in_modules, exported in got["fingerprints"])
+        assert_same_training(found, wanted, TOLERANCE, of_what_trained=10 * TOLERANCE)
+        assert all(in_modules == exported for in_modules, exported in found.get("fingerprints", []))
 
 
-@pytest.mark.parametrize("name", named(OTHERS, "resume"))
-def test_resume_is_bit_identical(runs: Runs, name: str) -> None:
-    for got in runs[name]:
-        assert got["resumed"]["losses"] == got["straight"]["losses"][3:]
-        assert got["resumed"]["grad_norms"] == got["straight"]["grad_norms"][3:]
-        for key, value in got["straight"]["weights"].items():
-            assert torch.equal(got["resumed"]["weights"][key], value), key
+def saved_case(name: str, ranks: int, dtensor: dict, others: dict[str, dict] | None = None, **fields: Any) -> Case:
+    layouts = {"same": dtensor} | (others or {})
+    return case(f"resume_{name}", ranks, dtensor, "checkpoint", options={"layouts": layouts}, **fields)
 
 
-@pytest.mark.parametrize(("name", "saved"), [("tp_to_dp", "resume_tp"), ("dp_full_to_tp", "resume_dp_full")])
-def test_checkpoint_goes_on_in_another_layout(runs: Runs, name: str, saved: str) -> None:
-    wanted = runs[saved][0]["straight"]
-    for got in runs[name]:
-        assert max(relative_differences(got["losses"], wanted["losses"][3:])) < 1e-5
-        assert max(relative_differences(got["grad_norms"], wanted["grad_norms"][3:])) < TOLERANCE
+RESUMED_TP = saved_case("tp", 2, TP2, {"dp": {}})
+RESUMED = [
+    saved_case("one", 1, DROPS, adapter="drawn"),
+    saved_case("full", 1, {}, family="qwen2", adapter=None),
+    RESUMED_TP,
+    saved_case("dp_full", 2, {}, {"tp": TP2}, family="qwen2", adapter=None),
+    saved_case("tp_pissa_saved", 2, TP2 | PISSA_SAVED, {"dp": PISSA_SAVED}, family="llama3", adapter="drawn"),
+    saved_case("tp_nf4_dora", 2, TP2 | NF4_DORA, {"dp": NF4_DORA}, family="qwen3_even", adapter="dora"),
+    *long(saved_case("tp_dp_full", 4, TP2, adapter=None)),
+]
 
 
-@pytest.mark.parametrize("name", ["resume_tp"])
-def test_adapter_checkpoint_has_the_shared_format(runs: Runs, folder: Path, name: str) -> None:
-    saved = runs[name][0]["saved"]
-    _, tensors = to_hf(*read_adapter(folder / "saved" / "tp" / "weights"))
-    assert set(tensors) == set(saved)
-    assert all(torch.equal(tensors[name], value) for name, value in saved.items())
+@pytest.mark.parametrize("case", RESUMED, ids=str)
+def test_resume_is_bit_identical(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    for found in ranks_found:
+        assert_same_run(found["uninterrupted"], found["continued"]["same"])
+        assert_stored_alike(found)
 
 
-@pytest.mark.parametrize("name", ["scores_one", "scores_tp", "scores_unlike", "scores_unlike_tp"])
-def test_scores(runs: Runs, folder: Path, name: str) -> None:
-    adapter = folder / ("unlike_adapter" if "unlike" in name else "llama3_adapter")
-    base = AutoModelForCausalLM.from_pretrained(folder / "llama3", attn_implementation="eager")
-    rows = make_rows(5, 101, seed=8)
+@pytest.mark.parametrize("case", [c for c in RESUMED if isinstance(c, Case) and len(c.options["layouts"]) > 1], ids=str)
+def test_checkpoint_goes_on_in_another_layout(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    for found in ranks_found:
+        for name in case.options["layouts"]:
+            assert_goes_on_alike(found["uninterrupted"], found["continued"][name])
+
+
+SWEEPS = [
+    case("config_sweep", 1, check="config_sweep", adapter=None, options={"names": names})
+    if len(names) < len(all_flips())
+    else pytest.param(
+        case("config_sweep_all", 1, check="config_sweep", adapter=None, options={"names": names}),
+        marks=pytest.mark.long,
+    )
+    for names in (sampled_flips(), list(all_flips()))
+]
+
+
+@pytest.mark.parametrize("case", SWEEPS, ids=str)
+def test_a_field_of_the_config_is_honoured_or_refused(case: Case, found: dict[str, Any]) -> None:
+    assert_honoured(found, megatron=False)
+
+
+SHARED = [
+    case("shared_one", 1, RECOMPUTE, "shared_prefix", family="gemma3", policy=LONGER),
+    case("shared_sp", 2, SP2, "shared_prefix", policy=LONGER),
+    case("shared_head", 2, TP2, "shared_prefix", family="llama3", adapter="head", policy=LONGER),
+    case("shared_dp", 2, {}, "shared_prefix", family="llama3", policy=LONGER),
+]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_shared_prefixes_change_no_number(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    for found in ranks_found:
+        assert_same_numbers(found["shared"], found["whole"])
+
+
+SCORED = [
+    case("scores_one", 1, {}, "scores", family="llama3"),
+    case("scores_unlike", 1, {}, "scores", family="llama3", adapter="unlike"),
+    case("scores_tp", 2, TP2, "scores", family="llama3"),
+    case("scores_unlike_tp", 2, SP2, "scores", family="llama3", adapter="unlike"),
+]
+
+
+@pytest.mark.parametrize("case", SCORED, ids=str)
+def test_scores(case: Case, ranks_found: list[dict[str, Any]], room: Any) -> None:
+    base = AutoModelForCausalLM.from_pretrained(room.base(case.family), attn_implementation="eager")
+    rows = scored_rows()
     with torch.no_grad():
         without = [token_logps(base, row) for row in rows]
-        model = PeftModel.from_pretrained(base, adapter)
+        model = PeftModel.from_pretrained(base, room.adapter(case.family, str(case.adapter)))
         adapted = [token_logps(model, row) for row in rows]
         logits = [model(row.input_ids[None]).logits[0, :-1] / 0.5 for row in rows]
         answer = rows[0].input_ids[:5].tolist()
@@ -221,7 +225,7 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
     assert min(float((c - s).min()) for c, s in zip(cut, sharp, strict=True)) > 0.1
     count = sum(row.num_targets for row in rows)
     loss = -sum(float((logps * row.target_mask[1:]).sum()) for logps, row in zip(adapted, rows, strict=True)) / count
-    for got in runs[name]:
+    for got in ranks_found:
         for key, wanted in (
             ("base", without),
             ("adapted", adapted),
@@ -240,75 +244,99 @@ def test_scores(runs: Runs, folder: Path, name: str) -> None:
             torch.testing.assert_close(got["merged"][key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", named(OTHERS, "pissa"))
-def test_an_adapter_of_the_residual_is_pefts_own(runs: Runs, folder: Path, name: str, tmp_path: Path) -> None:
-    fresh = {"init_lora_weights": "pissa"}
-    wanted = train(folder / "llama3", None, steps(), lr=learning_rate("llama3", False), share_a=False, fresh=fresh)
-    rows = make_rows(5, 101, seed=8)
-    for number, got in enumerate(runs[name]):
-        assert max(relative_differences(got["losses"], wanted.losses)) < TOLERANCE
-        assert max(relative_differences(got["grad_norms"], wanted.grad_norms)) < TOLERANCE
-        assert largest_difference(changes_of(got["config"], got["weights"]), wanted.adapter) < 10 * TOLERANCE
-        assert all(in_modules == exported for in_modules, exported in got["fingerprints"])
-        base: Any = AutoModelForCausalLM.from_pretrained(folder / "llama3", attn_implementation="eager")
-        merged: Any = AutoModelForCausalLM.from_pretrained(folder / "llama3", attn_implementation="eager")
-        merged.load_state_dict(got["merged"])
-        write_peft_folder(tmp_path / str(number), got["config"], got["weights"])
-        with torch.no_grad():
-            for row, start, reference in zip(rows, got["start"], got["reference"], strict=True):
-                assert (token_logps(base, row) - start[1:]).abs().max() < TOLERANCE
-                assert torch.equal(start, reference)
-            adapted = PeftModel.from_pretrained(base, tmp_path / str(number))
-            for row, scores in zip(rows, got["adapted"], strict=True):
-                assert (token_logps(adapted, row) - scores[1:]).abs().max() < TOLERANCE
-                assert (token_logps(merged, row) - scores[1:]).abs().max() < TOLERANCE
+def residual(name: str, ranks: int, dtensor: dict) -> Case:
+    options = {"fresh": {"init_lora_weights": "pissa"}}
+    return case(name, ranks, dtensor | PISSA, "kind", family="llama3", adapter="drawn", options=options)
 
 
-@pytest.mark.parametrize("name", named(OTHERS, "norms"))
-def test_norms_are_kept_until_the_factors_change(runs: Runs, name: str) -> None:
-    for got in runs[name]:
-        assert_never_stale(kept=got["True"], anew=got["False"])
+@pytest.mark.parametrize("case", [residual("pissa_tp", 2, TP2), *long(residual("pissa_one", 1, {}))], ids=str)
+def test_an_adapter_of_the_residual_is_pefts_own(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training], room: Any, tmp_path: Path
+) -> None:
+    wanted = reference(case)
+    for found in ranks_found:
+        assert_same_update(found, wanted, TOLERANCE)
+        assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
+    for which in ("trained", "other_start"):
+        assert_peft_scores_alike(ranks_found[0][which], room.base(case.family), tmp_path / which, None)
+    assert ranks_found[0]["other_start"]["far"] > 1e-3
 
 
-@pytest.mark.parametrize("name", named(OTHERS, "dropout"))
-def test_dropout(runs: Runs, name: str) -> None:
-    for got in runs[name]:
+NORMS = [
+    case("norms_tp", 2, TP2 | DORA, "cached_norms", family="llama3", adapter="dora"),
+    *long(case("norms_one", 1, DORA | COMPILED | RECOMPUTE, "cached_norms", family="llama3", adapter="dora")),
+]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_norms_are_kept_until_the_factors_change(case: Case, ranks_found: list[dict[Any, Any]]) -> None:
+    for found in ranks_found:
+        assert_never_stale(kept=found[True], anew=found[False])
+
+
+def dropout_case(name: str, ranks: int, dtensor: dict, position: str, **keys: Any) -> Case:
+    lora = {"lora_cfg": DROPS["lora_cfg"] | {"dropout_position": position} | keys}
+    return case(f"dropout_{name}", ranks, dtensor | lora, "dropout", adapter="drawn")
+
+
+DROPPED_OVER_TP = [dropout_case("tp_pre", 2, TP2, "pre"), dropout_case("tp_post", 2, SP2, "post")]
+DROPPED = [
+    dropout_case("pre", 1, {}, "pre"),
+    dropout_case("post", 1, {}, "post"),
+    dropout_case("peft_forward", 1, {}, "post", use_triton=False),
+    *DROPPED_OVER_TP,
+]
+
+
+@pytest.mark.parametrize("case", DROPPED, ids=str)
+def test_dropout(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    for found in ranks_found:
         # Recomputation draws the masks again.
-        assert max(relative_differences(got["recomputed"]["losses"], got["kept"]["losses"])) < 1e-5
-        assert max(relative_differences(got["recomputed"]["grad_norms"], got["kept"]["grad_norms"])) < 1e-5
-        evaluated, trained = got["evaluated"], got["trained"]
+        assert max(relative_differences(found["recomputed"]["losses"], found["kept"]["losses"])) < 1e-5
+        assert max(relative_differences(found["recomputed"]["grad_norms"], found["kept"]["grad_norms"])) < 1e-5
+        evaluated, trained = found["evaluated"], found["trained"]
         assert evaluated[0] == evaluated[1]
         assert abs(trained[0] - evaluated[0]) > 1e-4 * evaluated[0]
 
 
-def test_ranks_agree_on_the_gradient_under_dropout(runs: Runs) -> None:
-    for name in ("dropout_tp_pre", "dropout_tp_post"):
-        first, second = runs[name]
-        for key, value in first["kept"]["weights"].items():
-            assert torch.equal(second["kept"]["weights"][key], value), (name, key)
+@pytest.mark.parametrize("case", DROPPED_OVER_TP, ids=str)
+def test_ranks_agree_on_the_gradient_under_dropout(case: Case, ranks_found: list[dict[str, Any]]) -> None:
+    first, second = (found["kept"]["adapter"] for found in ranks_found)
+    assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
-@pytest.mark.parametrize("name", ["compiled"])
-def test_compiled_layers_give_the_same_numbers(runs: Runs, name: str) -> None:
-    wanted = runs.reference("qwen3", False)
-    [got] = runs[name]
-    assert max(relative_differences(got["losses"], wanted.losses[:3])) < TOLERANCE
-    assert max(relative_differences(got["grad_norms"], wanted.grad_norms[:3])) < TOLERANCE
+@pytest.mark.parametrize("case", [case("compiled", 1, COMPILED, options={"steps": 3})], ids=str)
+def test_compiled_layers_give_the_same_numbers(
+    case: Case, found: dict[str, Any], reference: Callable[..., Training]
+) -> None:
+    wanted = reference(case)
+    assert max(relative_differences(found["losses"], wanted.losses[:3])) < TOLERANCE
+    assert max(relative_differences(found["grad_norms"], wanted.grad_norms[:3])) < TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "full"), [("bfloat16", False), ("bfloat16_full", True), ("bfloat16_tp", False)])
-def test_bfloat16_trains_fp32_weights(runs: Runs, name: str, full: bool) -> None:
-    wanted = runs.reference("qwen3", full)
-    for got in runs[name]:
-        assert got["dtypes"] == ["torch.float32"]
-        assert max(relative_differences(got["losses"], wanted.losses)) < 3e-2
-        assert max(relative_differences(got["grad_norms"], wanted.grad_norms)) < 1e-1
+@pytest.mark.parametrize(
+    "case",
+    [
+        case("bfloat16", 1, policy=BFLOAT16),
+        full("bfloat16", 1, "qwen3", policy=BFLOAT16),
+        case("bfloat16_tp", 2, TP2, policy=BFLOAT16),
+    ],
+    ids=str,
+)
+def test_bfloat16_trains_fp32_weights(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training]
+) -> None:
+    wanted = reference(case)
+    for found in ranks_found:
+        assert found["dtypes"] == ["torch.float32"]
+        assert max(relative_differences(found["losses"], wanted.losses)) < 3e-2
+        assert max(relative_differences(found["grad_norms"], wanted.grad_norms)) < 1e-1
 
 
-@pytest.mark.parametrize("name", ["named_optimizer"])
-def test_torch_optimizer_and_schedulers(runs: Runs, folder: Path, name: str) -> None:
-    [got] = runs[name]
-    assert got["learning_rates"] == pytest.approx([1e-3, 3.25e-3, 5.5e-3, 7.75e-3, 1e-2, 1e-2])
-    base, adapter = folder / "llama3", folder / "llama3_adapter"
-    first = train(base, adapter, steps()[:2], lr=1e-3)
-    assert max(relative_differences(got["losses"][:2], first.losses)) < TOLERANCE
+@pytest.mark.parametrize(
+    "case", [case("named_optimizer", 1, family="llama3", policy=NAMED_OPTIMIZER, options={"steps": 6})], ids=str
+)
+def test_torch_optimizer_and_schedulers(case: Case, found: dict[str, Any], reference: Callable[..., Training]) -> None:
+    assert found["learning_rates"] == pytest.approx([1e-3, 3.25e-3, 5.5e-3, 7.75e-3, 1e-2, 1e-2])
+    first = reference(case, lr=1e-3, num_steps=2)
+    assert max(relative_differences(found["losses"][:2], first.losses)) < TOLERANCE

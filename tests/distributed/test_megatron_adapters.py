@@ -10,8 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from megatron_lora.lora.init import init_factor
-from tests.distributed.megatron_build import SEED
-from tests.distributed.megatron_case import CP, FULL_RECOMPUTE, PP, SP, TP, VPP, Case, scored_rows
+from tests.distributed.cases import CP, FULL_RECOMPUTE, PP, SEED, SP, TP, VPP, Case, scored_rows
 from tests.distributed.megatron_failure_checks import POISONED_ROW
 from tests.support.cached_norms import assert_never_stale
 from tests.support.compare import largest_difference, relative_differences

@@ -4,18 +4,17 @@ another, the optimizer's moments included (without them the next updates would b
 from typing import Any
 
 import pytest
-import torch
 
-from tests.distributed.megatron_case import CP, EP, ETP, PP, SP, TP, VPP, Case
-from tests.support.compare import largest_difference, relative_differences
+from tests.distributed.cases import CP, EP, ETP, PP, SP, TP, VPP, Case
+from tests.support.compare import assert_goes_on_alike, assert_same_run, assert_stored_alike
 
 pytestmark = pytest.mark.timeout(2700)
 
-TOLERANCE = 1e-5
 WHOLE_OPTIMIZER = {"optimizer": {"use_distributed_optimizer": False}}
 DORA = {"peft": {"type": "dora", "lora_plus_ratio": 4.0}}
 PISSA = {"peft": {"init_lora_weights": "pissa"}}
 SAVED = {"peft": {"modules_to_save": ["embed_tokens", "input_layernorm", "norm", "lm_head"]}}
+NF4 = {"peft": {"quantization": "nf4", "double_quantization": True, "lora_dtype": "float32"}}
 DROPOUT = {"peft": {"dropout": 0.2}}
 
 
@@ -39,8 +38,8 @@ SAME = [
     case("dora_lora_plus", 2, TP | DORA, {"dp": DORA, "pp": PP | DORA}, adapter="dora"),
     case("pissa", 2, TP | PISSA, {"dp": PISSA, "pp": PP | PISSA}, adapter="drawn"),
     case("saved", 2, TP | SAVED, {"dp": SAVED, "pp": PP | SAVED}, adapter="saved"),
+    case("nf4", 2, TP | NF4, {"dp": NF4, "pp": PP | NF4}, family="qwen3_even"),
     case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
-    case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}}),
     case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="experts"),
     case("full", 2, TP, {"dp": {}, "pp": PP}, family="qwen2", adapter=None),
 ]
@@ -53,34 +52,23 @@ SHARED_EXPERTS = case(
     family="qwen3_moe",
     adapter="shared_experts",
 )
-LONG = [pytest.param(SHARED_EXPERTS, marks=pytest.mark.long)]
+FOUR = case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}})
+LONG = [pytest.param(case, marks=pytest.mark.long) for case in (SHARED_EXPERTS, FOUR)]
 REFUSED = [FROM_ONE_RANK]
 
 
 @pytest.mark.parametrize("case", [*SAME, *LONG], ids=str)
 def test_the_same_layout_goes_on_bit_for_bit(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
-        wanted, again = found["uninterrupted"], found["continued"]["same"]
-        assert again["losses"] == wanted["losses"]
-        assert again["grad_norms"] == wanted["grad_norms"]
-        assert set(again["adapter"]) == set(wanted["adapter"])
-        assert all(torch.equal(again["adapter"][name], value) for name, value in wanted["adapter"].items())
-        assert all(torch.equal(mine, other) for mine, other in zip(again["scores"], wanted["scores"], strict=True))
+        assert_same_run(found["uninterrupted"], found["continued"]["same"])
+        assert_stored_alike(found)
 
 
-def assert_goes_on_like(wanted: dict[str, Any], again: dict[str, Any]) -> None:
-    assert max(relative_differences(again["losses"], wanted["losses"])) < TOLERANCE
-    assert max(relative_differences(again["grad_norms"], wanted["grad_norms"])) < TOLERANCE
-    assert all((a - b).abs().max() < 10 * TOLERANCE for a, b in zip(again["scores"], wanted["scores"], strict=True))
-    if wanted["adapter"]:
-        assert largest_difference(again["adapter"], wanted["adapter"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("case", [*(case for case in SAME if len(case.options["layouts"]) > 1), *LONG], ids=str)
+@pytest.mark.parametrize("case", [*(c for c in SAME if len(c.options["layouts"]) > 1), *LONG], ids=str)
 def test_other_layouts_go_on_alike(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
         for name in case.options["layouts"]:
-            assert_goes_on_like(found["uninterrupted"], found["continued"][name])
+            assert_goes_on_alike(found["uninterrupted"], found["continued"][name])
 
 
 TO_MORE_RANKS = Case(
@@ -97,7 +85,7 @@ def test_a_checkpoint_of_one_rank_goes_on_at_two(case: Case, found: dict[str, An
     assert case.needs is not None
     wanted = workers.found(case.needs)[0]["uninterrupted"]
     for again in found["continued"].values():
-        assert_goes_on_like(wanted, again)
+        assert_goes_on_alike(wanted, again)
 
 
 @pytest.mark.parametrize("case", [case for case in SAME if case.options.get("asynchronous")], ids=str)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.megatron_case import CP, EP, ETP, FULL_RECOMPUTE, PP, SP, Case
+from tests.distributed.cases import CP, EP, ETP, FULL_RECOMPUTE, PP, SP, Case
 from tests.support.compare import assert_same_training
 from tests.support.reference import ALPHA, RANK, Training
 
@@ -64,7 +64,7 @@ def test_ten_steps_equal_transformers_and_peft(
     base = load_file(room.base(case.family) / "model.safetensors")
     started = load_file(room.adapter(case.family, case.adapter) / "adapter_model.safetensors")
     for found in ranks_found:
-        assert_same_training(found, wanted, "adapter", TOLERANCE)
+        assert_same_training(found, wanted, TOLERANCE)
         assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
         assert not [name for name, value in started.items() if torch.equal(found["adapter"][name], value)]
         if case.options.get("merged"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.megatron_case import Case
+from tests.distributed.cases import Case
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.reference import Training
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.megatron_case import CP, FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, VPP, Case
+from tests.distributed.cases import CP, FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, VPP, Case
 from tests.support.compare import assert_same_training
 from tests.support.reference import Training
 
@@ -30,7 +30,7 @@ CASES = [
     case("vpp", 2, "qwen2", VPP),
     case("cp", 2, "qwen2", CP),
     case("sp", 2, "llama_biases", SP),
-    case("sp_pp", 4, "qwen2", SP | PP),
+    pytest.param(case("sp_pp", 4, "qwen2", SP | PP), marks=pytest.mark.long),
 ]
 
 
@@ -40,4 +40,4 @@ def test_ten_steps_equal_transformers(
 ) -> None:
     wanted = reference(case)
     for found in ranks_found:
-        assert_same_training(found, wanted, "weights", TOLERANCE)
+        assert_same_training(found, wanted, TOLERANCE)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.megatron_case import CP, EP, ETP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
+from tests.distributed.cases import CP, EP, ETP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
 from tests.support.models import FAMILIES, UNUSUAL
 from tests.support.reference import cut_logits, of_targets
 
@@ -34,7 +34,7 @@ def case(layout: str, family: str) -> Case:
 
 CASES = [case("tp1", family) for family in FAMILIES]
 CASES += [case(layout, family) for layout in ("tp", "pp") for family in ("qwen2", "gemma3")]
-CASES += [case(layout, family) for layout in ("sp", "cp", "tp_pp") for family in ("qwen2", "gemma3")]
+CASES += [case(layout, family) for layout in ("sp", "cp") for family in ("qwen2", "gemma3")]
 CASES += [case(layout, family) for layout in ("tp1", "tp") for family in UNUSUAL]
 CASES += [
     case("sp", "llama_biases"),
@@ -45,6 +45,7 @@ CASES += [
 CASES += [case(layout, "qwen3_moe") for layout in ("tp1", "sp", "pp", "cp", "ep", "etp")]
 CASES += [case(layout, family) for layout in ("tp1", "sp", "pp") for family in ("gemma", "gemma2")]
 LONG = [case(layout, family) for layout in ("tp", "pp") for family in FAMILIES if family not in ("qwen2", "gemma3")]
+LONG += [case("tp_pp", family) for family in ("qwen2", "gemma3")]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
 
 

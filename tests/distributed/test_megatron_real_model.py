@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.megatron_case import FULL_RECOMPUTE, PP, Case
+from tests.distributed.cases import FULL_RECOMPUTE, PP, Case
 from tests.support.compare import assert_same_training, largest_difference
 from tests.support.reference import Training
 
@@ -46,8 +46,8 @@ def test_a_real_model_trains_as_in_transformers_and_peft(
     assert max(wanted.losses) < 3, "real text under real weights"
     start = load_file(room.adapter(case.family, case.adapter) / "adapter_model.safetensors")
     for found in ranks_found:
-        assert_same_training(found, wanted, "adapter", TOLERANCE)
-        # Steps are gradients here (megatron_case.ADAM_EPS): what each tensor moved by is compared, not where it is.
+        assert_same_training(found, wanted, TOLERANCE)
+        # Steps are gradients here (cases.ADAM_EPS): what each tensor moved by is compared, not where it is.
         moved, should = (
             {name: value - start[name] for name, value in adapter.items()}
             for adapter in (found["adapter"], wanted.adapter)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.megatron_case import FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, TP, VPP, Case
+from tests.distributed.cases import FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, TP, VPP, Case
 from tests.support.grouped import assert_same_numbers
 
 pytestmark = pytest.mark.timeout(2700)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from tests.end_to_end.conftest import Job
 from tests.support.trainer import gsm8k_rows, run_commands, run_trainer, write_rows
@@ -79,6 +81,21 @@ def below_a_file(folder: Path, job: Job) -> list[str]:
     return [str(job.recipe), f"checkpointing.checkpoint_dir={folder / 'file' / 'run'}"]
 
 
+def peft_folder(**settings: object) -> Callable[[Path, Job], list[str]]:
+    """Starting from an adapter that some other peft wrote."""
+
+    def make(folder: Path, job: Job) -> list[str]:
+        adapter = folder / "adapter"
+        adapter.mkdir()
+        content = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **settings}
+        (adapter / "adapter_config.json").write_text(json.dumps(content))
+        save_file({"unread": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+        return [str(job.recipe), f"{PEFT}.init_adapter={adapter}"]
+
+    return make
+
+
+PEFT = "policy.megatron_cfg.peft"
 GOOD_ROW = gsm8k_rows(1, seed=3)[0]
 TP, PP = "policy.megatron_cfg.tensor_model_parallel_size", "policy.megatron_cfg.pipeline_model_parallel_size"
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_head": 4, "n_embd": 64}
@@ -96,6 +113,23 @@ MISTAKES = {
     "dim 0": Mistake(override("policy.megatron_cfg.peft.dim=0"), ("peft.dim", "0")),
     "target that fits nothing": Mistake(
         override("policy.megatron_cfg.peft.target_modules=[linear_kqv]"), ("linear_kqv", "linear_qkv")
+    ),
+    "4 bits without the adapters' dtype": Mistake(
+        override(f"{PEFT}.quantization=nf4"), ("quantization=nf4 needs lora_dtype", "lora_dtype=bfloat16 or float32")
+    ),
+    "full fine-tuning in 4 bits": Mistake(
+        override(f"{PEFT}.quantization=nf4", f"{PEFT}.lora_dtype=float32", f"{PEFT}.enabled=false"),
+        ("quantization=nf4 with enabled=false", "set enabled=true"),
+    ),
+    "B slower than A": Mistake(override(f"{PEFT}.lora_plus_ratio=0.5"), (f"{PEFT}.lora_plus_ratio", "0.5", "1")),
+    "DoRA where B is split": Mistake(
+        override(f"{PEFT}.type=dora", f"{PEFT}.a2a_experimental=true"), ("needs a row-parallel linear's whole B",)
+    ),
+    "a kind that is not there": Mistake(override(f"{PEFT}.type=lokr"), (f"{PEFT}.type", "lokr", "canonical_lora")),
+    "an adapter of another kind": Mistake(peft_folder(peft_type="IA3"), ("peft_type='IA3'", "merge_and_unload")),
+    "trained biases": Mistake(override(f"{PEFT}.bias=lora_only"), (f"{PEFT}.bias", "lora_only")),
+    "an adapter with trained biases": Mistake(
+        peft_folder(peft_type="LORA", r=4, lora_alpha=8, bias="lora_only"), ("bias", "lora_only")
     ),
     "init_adapter that is not there": Mistake(
         override("policy.megatron_cfg.peft.init_adapter=/no/adapter"), ("/no/adapter",)

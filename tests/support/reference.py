@@ -37,14 +37,13 @@ def save_adapter(
     targets: list[str] | None = None,
     share_a: bool = True,
     std: float = 0.1,
-    use_dora: bool = False,
-    modules_to_save: list[str] | None = None,
     parameters: list[str] | None = None,
     share_experts: bool = False,
+    **settings: Any,
 ) -> Path:
     """An HF PEFT adapter, B away from zero, and DoRA's magnitudes from the norms. share_a: q, k, v have one A and gate,
-    up another; else each its own. std: of the factors' entries. modules_to_save: trained whole, not as in
-    the base. parameters: peft's `target_parameters`. share_experts: experts of a layer have the same factors."""
+    up another; else each its own. std: of the factors' entries. parameters: peft's `target_parameters`. share_experts:
+    experts of a layer have the same factors. settings: more of peft's; modules_to_save are not as in the base."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     config = LoraConfig(
@@ -52,9 +51,8 @@ def save_adapter(
         lora_alpha=ALPHA,
         target_modules=targets or TARGETS,
         task_type="CAUSAL_LM",
-        use_dora=use_dora,
-        modules_to_save=modules_to_save,
         target_parameters=parameters,
+        **settings,
     )
     model = get_peft_model(base, config)
     with torch.no_grad():
@@ -200,7 +198,7 @@ def train(
         untie_experts(model)
     # Files hold a tied head once, and a shared A under the name of each of its linears.
     named = model.named_parameters(remove_duplicate=adapter_folder is None)
-    state = {_stored(name): value.detach().clone() for name, value in named if any(w in name for w in wanted)}
+    state = {stored_name(name): value.detach().clone() for name, value in named if any(w in name for w in wanted)}
     return Training(losses, norms, state)
 
 
@@ -244,7 +242,7 @@ def of_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
 
 
-def _stored(name: str) -> str:
+def stored_name(name: str) -> str:
     """A parameter's name in a PEFT file."""
     return (
         name.replace(".modules_to_save.default", "")

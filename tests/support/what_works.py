@@ -22,7 +22,7 @@ COLUMNS = (
 )
 PARITY, KINDS = "tests/distributed/test_megatron_parity.py", "tests/distributed/test_megatron_kinds.py"
 CHECKPOINT, DTENSOR = "tests/distributed/test_megatron_checkpoint.py", "tests/distributed/test_dtensor.py"
-WORKER, PEFT = "tests/distributed/dtensor_worker.py", "tests/unit/test_layout_peft_format.py"
+PEFT = "tests/unit/test_layout_peft_format.py"
 EXPORT, SAVED = "tests/end_to_end/test_adapter_export.py", "tests/unit/test_saved_modules.py"
 PRINCIPAL = "tests/unit/test_lora_principal.py"
 GRPO, RUNS = "tests/end_to_end/test_grpo.py", "tools/kinds.py"
@@ -56,7 +56,7 @@ def _in_and_out(row: str) -> dict[str, Shown]:
 
 
 def _dtensor(row: str, test: str = "test_training_equals_transformers_and_peft") -> Shown:
-    return Shown("yes", DTENSOR, test, row, WORKER)
+    return Shown("yes", DTENSOR, test, row)
 
 
 def _run(name: str) -> Shown:
@@ -72,7 +72,7 @@ TABLE: dict[str, dict[str, Shown]] = {
         **_resumed('case("tp", 2, TP, {"dp"'),
         "export": Shown("yes", EXPORT, "test_both_modes_give_one_model"),
         "import": Shown("yes", EXPORT, "test_any_hf_adapter_goes_in_and_comes_out_bit_for_bit"),
-        "DTensor": _dtensor('"tp": (2, "qwen3", TP2)'),
+        "DTensor": _dtensor('case("tp", 2, TP2)'),
     },
     "`canonical_lora`": {
         "training": _trained('case("own_a", 1, adapter="own")'),
@@ -81,12 +81,12 @@ TABLE: dict[str, dict[str, Shown]] = {
             "yes", CHECKPOINT, "test_the_same_layout_goes_on_bit_for_bit", 'case("one_own_a", 1, {}, adapter="own")'
         ),
         **_in_and_out('"some_linears"'),
-        "DTensor": _dtensor('"pissa_tp"', "test_an_adapter_of_the_residual_is_pefts_own"),
+        "DTensor": _dtensor('residual("pissa_tp", 2', "test_an_adapter_of_the_residual_is_pefts_own"),
     },
     "`use_rslora`": {
         "GRPO, native rollouts": _run("rslora"),
         **_in_and_out('"all_linear_rslora"'),
-        "DTensor": _dtensor('"scores_unlike_tp"', "test_scores"),
+        "DTensor": _dtensor('case("scores_unlike_tp", 2', "test_scores"),
     },
     "`lora_plus_ratio`": {
         "training": _trained('case("lora_plus_sp", 2, SP | LORA_PLUS)', "test_lora_plus_gives_b_a_rate_of_its_own"),
@@ -112,7 +112,7 @@ TABLE: dict[str, dict[str, Shown]] = {
         "GRPO, vLLM": Shown("merged", RUNS, "train", '"dora, vLLM": ('),
         **_resumed('case("dora_lora_plus", 2'),
         **_in_and_out('"dora"'),
-        "DTensor": _dtensor('"tp_dora": (2'),
+        "DTensor": _dtensor('case("tp_dora", 2'),
     },
     "`pissa`": {
         "training": Shown("yes", KINDS, "test_ten_steps_equal_pefts_own", 'layouts("pissa", PISSA)'),
@@ -123,7 +123,17 @@ TABLE: dict[str, dict[str, Shown]] = {
         "import": Shown(
             "converted", "tests/unit/test_lora_principal.py", "test_what_is_trained_is_an_adapter_of_the_base"
         ),
-        "DTensor": _dtensor('"pissa_tp"', "test_an_adapter_of_the_residual_is_pefts_own"),
+        "DTensor": _dtensor('residual("pissa_tp", 2', "test_an_adapter_of_the_residual_is_pefts_own"),
+    },
+    "`quantization: nf4`": {
+        "training": _trained('nf4_case("tp1", 1, {})'),
+        "GRPO, vLLM": Shown(
+            "yes",
+            "tests/distributed/test_rollout_four_bit.py",
+            "test_refits_in_both_modes_answer_with_the_bases_own_values",
+        ),
+        **_resumed('case("nf4", 2'),
+        "DTensor": _dtensor('case("tp_nf4", 2'),
     },
     "`modules_to_save`": {
         "training": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
@@ -131,7 +141,7 @@ TABLE: dict[str, dict[str, Shown]] = {
         **_resumed('case("saved", 2'),
         "export": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
         "import": Shown("yes", SAVED, "test_a_folder_of_peft_goes_in_and_out"),
-        "DTensor": _dtensor('"tp_saved": (2'),
+        "DTensor": _dtensor('case("tp_saved", 2'),
     },
 }
 

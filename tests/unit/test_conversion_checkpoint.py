@@ -83,7 +83,7 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_megatron_reads_ours_and_we_read_megatrons(tmp_path):
     spec, tensors = make_adapter()

@@ -1,70 +1,37 @@
-"""What a worker can be asked about the numbers of a policy: logits, training, starting values, checkpoints."""
+"""What a worker can be asked about the numbers of a policy of either backend: training, checkpoints, what is kept."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from torch import Tensor
 
-from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
+from megatron_lora.conversion.adapter_checkpoint import read_adapter, read_start, write_start
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
+from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.lora.principal import against_the_base
 from megatron_lora.objectives.sft import SFTObjective
-from megatron_lora.policy.megatron.logprobs import cap_logits
-from megatron_lora.policy.megatron.policy import MegatronPolicy
-from tests.distributed.megatron_build import build_policy
-from tests.distributed.megatron_case import case_rows, scored_rows, training_rows
+from megatron_lora.policy.backend import BackendPolicy
+from tests.distributed.build import build_policy, keys_of
+from tests.distributed.cases import case_rows, scored_rows, training_rows
 from tests.support.cached_norms import scores_after_changes
+from tests.support.config_sweep import sweep
 from tests.support.fingerprints import fingerprints
 from tests.support.grouped import grouped_numbers
 
 
-def train_steps(policy: MegatronPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
-    """Loss and gradient norm before each update."""
+def train_steps(policy: BackendPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
+    """Loss, gradient norm and learning rate of each update."""
     results = [policy.train_step([[row] for row in rows], SFTObjective()) for rows in steps]
-    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
-
-
-def logits(case: dict[str, Any]) -> dict[str, Any]:
-    """The base's logits [T, vocabulary] (last stage), and log-probabilities by the plain and by the chunked path."""
-    policy = build_policy(case)
-    kept: list[Tensor] = []
-    head = getattr(policy.base.chunks[-1], "output_layer", None)
-    if policy.base.has_last_stage:
-        assert head is not None
-        # A copy: the log-probabilities are computed in place.
-        hook = head.register_forward_hook(lambda module, args, out: kept.append(out[0].detach().squeeze(1).clone()))
-    chunked = policy.engine.head
-    policy.engine.head = replace(chunked, chunk_size=0)
-    rows = scored_rows()
-    plain = [policy.score([row])[0] for row in rows]
-    if kept:
-        hook.remove()
-    policy.engine.head = chunked
-    found: dict[str, Any] = {"plain": plain, "chunked": policy.score(rows)}
-    with policy.adapters_disabled():
-        found["without_adapter"] = policy.score(rows)
-    with policy.sampling(0.7):
-        found["temperature"] = policy.score(rows)
-    with policy.sampling(0.7, top_k=30, top_p=0.6):
-        found["cut"] = policy.score(rows)
-        policy.engine.head = replace(policy.engine.head, chunk_size=0)
-        found["cut_plain"] = policy.score(rows)
-    found["logits"] = [cap_logits(_whole_vocabulary(policy, piece), policy.base.softcap) for piece in kept]
-    found["trainable"] = policy.trainable_parameters()
-    return found
-
-
-def _whole_vocabulary(policy: MegatronPolicy, shard: Tensor) -> Tensor:
-    pieces = [torch.empty_like(shard) for _ in range(policy.tp.size)]
-    torch.distributed.all_gather(pieces, shard.contiguous(), group=policy.tp.group)
-    return torch.cat(pieces, 1)
+    return {
+        "losses": [r.loss for r in results],
+        "grad_norms": [r.grad_norm for r in results],
+        "learning_rates": [r.learning_rate for r in results],
+    }
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
@@ -84,28 +51,15 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             found["merged"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
     else:
         found["weights"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
-    found["dtypes"] = sorted({str(p.dtype) for linear in policy.adapted for p in (linear.lora_A, linear.lora_B)})
+    found["dtypes"] = sorted({str(parameter.dtype) for parameter in policy._trained()})
     found["trainable"] = policy.trainable_parameters()
-    return found
-
-
-def start(case: dict[str, Any]) -> dict[str, Any]:
-    """The whole factors that a policy starts with, under Megatron's names, for each pair of init methods."""
-    from megatron_lora.policy.megatron.adapter_gather import gather_adapter
-
-    found = {}
-    for a_method, b_method in case["options"]["methods"]:
-        peft = case["megatron"].get("peft", {}) | {"lora_A_init_method": a_method, "lora_B_init_method": b_method}
-        policy = build_policy(case, case["megatron"] | {"peft": peft})
-        assert policy.spec is not None
-        found[f"{a_method}, {b_method}"] = gather_adapter(policy.adapted, policy.spec)
     return found
 
 
 def checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     """Three steps, a checkpoint, three steps more; then policies of other layouts go on from it.
 
-    options.layouts: name -> megatron_cfg of each policy that loads. options.asynchronous: how it is written.
+    options.layouts: name -> the backend's keys of each policy that loads. options.asynchronous: how it is written.
     options.from_case: the case whose checkpoint is loaded instead, nothing being written.
     """
     options = case["options"]
@@ -122,20 +76,34 @@ def checkpoint(case: dict[str, Any]) -> dict[str, Any]:
             found["all_written"] = pending(True)
         else:
             policy.save(weights, optimizer)
+        if policy.spec is not None:
+            exported = {name: value.clone() for name, value in policy.adapter().tensors.items()}
+            found |= {"saved": exported, "stored": _stored(weights)}
         found["uninterrupted"] = _three_more(policy)
-    for name, megatron in options["layouts"].items():
-        policy = build_policy(case, megatron, seed=99)
+    for name, keys in options["layouts"].items():
+        policy = build_policy(case, keys, seed=99)
         policy.load(weights, optimizer)
         found["continued"][name] = _three_more(policy)
     if options.get("other_rank"):
-        other = build_policy(case | {"adapter_folder": None}, case["megatron"] | {"peft": {"dim": 8}})
+        other = build_policy(case | {"adapter_folder": None}, keys_of(case, {"dim": 8}))
         found["refused"] = refusal(other, weights, optimizer)
     return found
+
+
+def _stored(weights: Path) -> dict[str, Any]:
+    """A checkpoint's adapter under PEFT names, read in this process."""
+    torch.distributed.barrier()
+    spec, fused = read_adapter(weights)
+    if spec.residual:
+        spec, fused = against_the_base(spec, fused, read_start(weights, spec))
+    return to_hf(spec, fused)[1]
 
 
 @contextmanager
 def weights_written_last(weights: Path) -> Iterator[None]:
     """Writers that are started here take a second longer for the weights than for the optimizer."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     write: Any = FileSystemWriterAsync.write_preloaded_data_multithread
 
     def slow(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
@@ -146,7 +114,7 @@ def weights_written_last(weights: Path) -> Iterator[None]:
         yield
 
 
-def _three_more(policy: MegatronPolicy) -> dict[str, Any]:
+def _three_more(policy: BackendPolicy) -> dict[str, Any]:
     found: dict[str, Any] = train_steps(policy, training_rows(3, first=3))
     # What follows is scored in the mean over all rows: the whole model's state in one number each.
     found["scores"] = policy.score(scored_rows())
@@ -154,7 +122,7 @@ def _three_more(policy: MegatronPolicy) -> dict[str, Any]:
     return found
 
 
-def refusal(policy: MegatronPolicy, weights: Path, optimizer: Path) -> str:
+def refusal(policy: BackendPolicy, weights: Path, optimizer: Path) -> str:
     try:
         policy.load(weights, optimizer)
     except UserError as error:
@@ -196,7 +164,7 @@ def kind(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _as_it_is(policy: MegatronPolicy) -> dict[str, Any]:
+def _as_it_is(policy: BackendPolicy) -> dict[str, Any]:
     exported, rows = policy.adapter(), scored_rows()
     found: dict[str, Any] = {"exported": (exported.config, exported.tensors), "scores": policy.score(rows)}
     found["merged"] = {name: value.clone().cpu() for name, value in policy.hf_weights()}
@@ -211,18 +179,26 @@ def cached_norms(case: dict[str, Any]) -> dict[str, Any]:
     """Scores after each change of the factors, with DoRA's norms kept and with norms of each forward pass."""
     found = {}
     for kept in (True, False):
-        peft = case["megatron"]["peft"] | {"dora_cached_norms": kept}
-        policy = build_policy(case, case["megatron"] | {"peft": peft})
+        policy = build_policy(case, keys_of(case, {"dora_cached_norms": kept}))
         out = Path(case["shared_folder"]) / f"{case['name']}_{kept}"
-        found[kept] = scores_after_changes(policy, policy.adapted, training_rows(1)[0], scored_rows(), out)
+        found[kept] = scores_after_changes(policy, policy._linears.values(), training_rows(1)[0], scored_rows(), out)
     return found
 
 
+def config_sweep(case: dict[str, Any]) -> dict[str, Any]:
+    """`tests.support.config_sweep.sweep` of options.names."""
+
+    def build(base: Path) -> BackendPolicy:
+        return build_policy(case | {"base_folder": str(base)})
+
+    names, megatron = case["options"]["names"], case["backend"] == "megatron"
+    return sweep(Path(case["shared_folder"]) / case["name"], names, build, megatron=megatron)
+
+
 CHECKS = {
+    "config_sweep": config_sweep,
     "shared_prefix": shared_prefix,
-    "logits": logits,
     "train": train,
-    "start": start,
     "checkpoint": checkpoint,
     "cached_norms": cached_norms,
     "kind": kind,

@@ -1,4 +1,4 @@
-"""What the tests of the Megatron policy ask of a worker: one `Case` a policy that is built and looked at."""
+"""What the tests of both backends ask of a worker: one `Case` a policy that is built and looked at."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +9,7 @@ from tests.support.real_text import text_rows
 from tests.support.reference import make_rows
 
 VOCAB_SIZE = SIZES["vocab_size"]
+SEED = 11
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
 SP: dict[str, Any] = TP | {"sequence_parallel": True}
 PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
@@ -16,6 +17,9 @@ VPP: dict[str, Any] = PP | {"virtual_pipeline_model_parallel_size": 2}
 EP: dict[str, Any] = {"expert_model_parallel_size": 2}
 ETP: dict[str, Any] = SP | {"expert_tensor_parallel_size": 2}
 CP: dict[str, Any] = {"context_parallel_size": 2}
+# Of the DTensor backend.
+TP2: dict[str, Any] = {"tensor_parallel_size": 2}
+SP2: dict[str, Any] = TP2 | {"sequence_parallel": True}
 FULL_RECOMPUTE: dict[str, Any] = {"activation_checkpointing": True}
 PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 
@@ -31,10 +35,11 @@ LEARNING_RATES = {"smollm2": 1.0, "gemma2": 2e-4, "qwen3_even": 2e-3, "qwen3_eve
 
 @dataclass(frozen=True)
 class Case:
-    """name: unique among all tests. ranks: processes. check: a function of `megatron_worker`. family: the base.
+    """name: unique among all tests. ranks: processes. check: a function of `worker`. family: the base.
     adapter: an adapter folder of `conftest.room`, "drawn" for one that the policy starts, None for full fine-tuning.
-    megatron, policy: keys set in policy.megatron_cfg and policy. options: what the check itself wants to know.
-    needs: a case of fewer ranks whose files this one reads."""
+    megatron, dtensor, policy: keys set in policy.megatron_cfg, policy.dtensor_cfg and policy; a case with `dtensor` is
+    one of that backend. options: what the check itself wants to know. needs: a case of fewer ranks whose files this one
+    reads."""
 
     name: str
     ranks: int
@@ -42,12 +47,22 @@ class Case:
     family: str = "qwen3"
     adapter: str | None = "shared"
     megatron: dict[str, Any] = field(default_factory=dict)
+    dtensor: dict[str, Any] | None = None
     policy: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     needs: "Case | None" = None
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def backend(self) -> str:
+        return "megatron" if self.dtensor is None else "dtensor"
+
+    @property
+    def peft(self) -> dict[str, Any]:
+        """The keys of its adapter."""
+        return self.megatron.get("peft", {}) if self.dtensor is None else self.dtensor.get("lora_cfg", {})
 
     @property
     def learning_rate(self) -> float:

@@ -1,6 +1,7 @@
 """Under torchrun: run the cases of a JSON file one after the other and save what this rank found in each.
 
-Arguments: the file (name -> `megatron_case.Case` with its folders filled in) and the folder for `<name>.<rank>.pt`.
+Arguments: the file (name -> `cases.Case` of one backend with its folders filled in) and the folder for
+`<name>.<rank>.pt`.
 """
 
 import gc
@@ -10,26 +11,24 @@ import sys
 import time
 import traceback
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from megatron_lora.runtime.world import init_distributed
-from tests.distributed import (
-    megatron_config_checks,
-    megatron_cost_checks,
-    megatron_failure_checks,
-    megatron_fault_checks,
-    megatron_training_checks,
-)
 
-CHECKS = (
-    megatron_training_checks.CHECKS
-    | megatron_cost_checks.CHECKS
-    | megatron_failure_checks.CHECKS
-    | megatron_fault_checks.CHECKS
-    | megatron_config_checks.CHECKS
-)
+# Modules with checks of their own, by backend; importing Megatron takes seconds.
+CHECKS = {
+    "megatron": (
+        "policy_checks",
+        "megatron_checks",
+        "megatron_cost_checks",
+        "megatron_failure_checks",
+        "megatron_fault_checks",
+    ),
+    "dtensor": ("policy_checks", "dtensor_checks"),
+}
 
 
 def main() -> None:
@@ -37,13 +36,16 @@ def main() -> None:
     logging.disable(logging.WARNING)
     cases = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(sys.argv[2])
+    [backend] = {case["backend"] for case in cases.values()}
+    modules = [import_module(f"tests.distributed.{name}") for name in CHECKS[backend]]
+    checks = {name: check for module in modules for name, check in module.CHECKS.items()}
     rank = init_distributed().rank
     failed: list[str] = []
     for name, case in cases.items():
         # The end of stderr is shown where a rank fails.
         print(f"rank {rank}, {time.process_time():.0f} s: case {name}", file=sys.stderr, flush=True)
         try:
-            found = CHECKS[case["check"]](case | {"shared_folder": str(folder)})
+            found = checks[case["check"]](case | {"shared_folder": str(folder)})
         except Exception:
             if len(cases) == 1 or torch.distributed.get_world_size() > 1:
                 raise  # the other ranks may wait for this one
