@@ -1,8 +1,9 @@
 """What a run writes: `checkpointing` and `logger`."""
 
+import re
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_lora.config.schema_base import NonNegativeInt, Place, PositiveFloat, PositiveInt, Section
 
@@ -30,10 +31,16 @@ class CheckpointingConfig(Section):
 
     checkpoint_must_save_by: str | None = Field(
         default=None,
-        pattern=r"^\d+:\d{1,2}:\d{1,2}:\d{1,2}$",
         description="`DD:HH:MM:SS` of training, by which the run has saved and ended with status 0: a step that would "
         "end later is not begun. The same command goes on. null: no such time.",
     )
+
+    @field_validator("checkpoint_must_save_by")
+    @classmethod
+    def _is_a_duration(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", value):
+            raise ValueError("wanted days, hours, minutes and seconds, such as 00:03:45:00")
+        return value
 
     @property
     def seconds_to_save(self) -> float | None:
