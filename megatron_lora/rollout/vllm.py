@@ -264,7 +264,10 @@ class _SentWeights:
             tensor = tensor.to(device=self.device, dtype=self.dtype)
             self.num_bytes += tensor.numel() * tensor.element_size()
             if name.startswith("model.layers.") and name.endswith("_proj.weight"):
-                self.columns[name] = {c: tensor[:, c] + 0.0 for c in vllm_worker.sampled_columns(tensor.shape[1])}
-                for column, values in self.columns[name].items():
+                read_back = vllm_worker.is_read_back(name)
+                columns = vllm_worker.sampled_columns(tensor.shape[1])
+                # There are many experts: one column of each.
+                self.columns[name] = {c: tensor[:, c] + 0.0 for c in (columns if read_back else columns[-1:])}
+                for column, values in self.columns[name].items() if read_back else ():
                     self.pieces[name, 0, column] = checksum(values[:, None], 0, column)
             yield name, tensor

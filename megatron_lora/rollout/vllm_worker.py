@@ -4,6 +4,7 @@ Each function is called through `LLM.collective_rpc` with the worker as its firs
 the worker lives in this process, so tensors are handed over as they are.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -133,6 +134,11 @@ def sampled_columns(num_columns: int) -> list[int]:
     return sorted({0, num_columns // 2, num_columns - 1})
 
 
+def is_read_back(name: str) -> bool:
+    """Whether `weight_pieces` has this HF tensor: not of experts, which vLLM packs and has no linears for."""
+    return re.fullmatch(rf"model\.layers\.\d+\.({ATTENTION}|{MLP})\.\w+_proj\.weight", name) is not None
+
+
 def weight_pieces(worker: Any) -> Pieces:
     """Checksums of sampled columns of every layer's linears, under HF names, read back through the linears."""
     model = worker.model_runner.get_model().model
@@ -145,7 +151,9 @@ def weight_pieces(worker: Any) -> Pieces:
             (MLP, "gate_up_proj", ("gate_proj", "up_proj")),
             (MLP, "down_proj", ("down_proj",)),
         ):
-            linear = getattr(getattr(block, parent), name)
+            linear = getattr(getattr(block, parent), name, None)
+            if linear is None:
+                continue  # a layer with experts
             linear = getattr(linear, "base_layer", linear)
             names = [f"model.layers.{layer}.{parent}.{part}.weight" for part in parts]
             pieces |= _linear_pieces(linear, names, dtype)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.support.compare import largest_difference
-from tests.support.launch import RanksFailed
+from tests.support.launch import ROOT, RanksFailed
 from tests.support.runs import (
     adapter_of,
     assert_names_are_known,
@@ -297,3 +299,31 @@ def test_dynamic_sampling_gives_up_with_a_reason(base: Path, tmp_path: Path) -> 
     values["env"]["reward_functions"][0]["function"] = "tests.support.rewards:always_one"
     with pytest.raises(RanksFailed, match="dynamic sampling found 0 groups"):
         run(tmp_path, values, 1)
+
+
+@long
+def test_adapters_on_experts_with_vllm(tmp_path: Path) -> None:
+    """EP=2, an engine for each rank; the files say the same as the run."""
+    # vLLM's product of experts on a CPU takes multiples of 32.
+    base = save_base(tmp_path / "base", "qwen3_moe", moe_intermediate_size=64)
+    values = recipe(
+        base, {"backend": "vllm", "vllm_cfg": {"tensor_parallel_size": 1}}, {"expert_model_parallel_size": 2}
+    )
+    values["policy"]["megatron_cfg"]["peft"]["target_modules"] = ["linear_qkv", "linear_fc1", "linear_fc2"]
+    folder = run(tmp_path, values, 2)
+    lines = metrics(folder)
+    assert [line["adapter_version"] for line in lines] == list(range(STEPS))
+    assert max(line["rollout_logprob_error"] for line in lines) < 1e-4
+    first, last = (adapter_of(folder / f"step_{step}") for step in (1, STEPS))
+    assert any(".mlp.experts.base_layer.lora_A" in name for name in last)
+    assert not [name for name in last if torch.equal(first[name], last[name])]
+    for mode in ("adapter", "merged"):
+        convert("--mode", mode, "--adapter-ckpt", folder / f"step_{STEPS}", "--hf-ckpt-path", tmp_path / mode)
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert exported.keys() == last.keys()
+    assert all(torch.equal(exported[name], value) for name, value in last.items())
+
+
+def convert(*arguments: Any) -> None:
+    command = [sys.executable, "conversion/convert_lora_to_hf.py", *map(str, arguments), "--check-logits"]
+    subprocess.run(command, cwd=ROOT, check=True)

@@ -51,7 +51,7 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Qwen3Config(**sizes, head_dim=32, tie_word_embeddings=False)
     if family == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
-        return Qwen3MoeConfig(**sizes | {"head_dim": 32, "tie_word_embeddings": False} | experts)
+        return Qwen3MoeConfig(**SIZES | {"head_dim": 32, "tie_word_embeddings": False} | experts | changes)
     if family == "mistral":
         return MistralConfig(**{"sliding_window": None} | sizes, head_dim=32)
     if family == "gemma":

@@ -23,10 +23,10 @@ from tests.support.models import save_model
 from tools.tiny_model import build_tokenizer
 
 
-def save_base(folder: Path, **changes: object) -> Path:
+def save_base(folder: Path, family: str = "qwen3", **changes: object) -> Path:
     """A random model with the quickstart's tokenizer, which spells texts byte by byte."""
     tokenizer = build_tokenizer()
-    save_model(folder, "qwen3", vocab_size=len(tokenizer), **changes)
+    save_model(folder, family, vocab_size=len(tokenizer), **changes)
     tokenizer.save_pretrained(folder)
     return folder
 
