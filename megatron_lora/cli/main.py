@@ -1,4 +1,4 @@
-"""The installed command: `megatron-lora train RECIPE.yaml --nproc 8 key=value`, `show`, `export`, `merge`, `import`."""
+"""The installed command: `megatron-lora train RECIPE.yaml --nproc 8 key=value`, `serve`, `show`, `export`, ..."""
 
 import os
 import sys
@@ -24,6 +24,7 @@ USAGE = "\n".join(
         "usage: megatron-lora COMMAND ...",
         "",
         "  train       run a recipe: megatron-lora train RECIPE.yaml [--nproc N] [dotted.key=value ...]",
+        "  serve       rollout server for a run: megatron-lora serve RECIPE.yaml --port 8000",
         *(f"  {name:<11} {what}" for name, (_, _, what) in TOOLS.items()),
         '  completion  print a completion script: eval "$(megatron-lora completion bash)"',
         "",
@@ -38,18 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command == "train":
             return train(rest)
+        if command == "serve":
+            from megatron_lora.cli.serve import serve
+
+            return serve(rest)
         if command in TOOLS:
             return _run_tool(command, rest)
         if command == "completion":
             print(script(rest))
             return 0
         if command == "__complete":
-            print("\n".join(complete(rest, ["train", *TOOLS, "completion"])))
+            print("\n".join(complete(rest, ["train", "serve", *TOOLS, "completion"])))
             return 0
         if command in ("-h", "--help"):
             print(USAGE)
             return 0
-        raise UserError(f"unknown command {command}; the commands are train, {', '.join(TOOLS)}, completion")
+        raise UserError(f"unknown command {command}; the commands are train, serve, {', '.join(TOOLS)}, completion")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -10,6 +10,7 @@ from megatron_lora.config.schema_base import (
     Int,
     KeywordArguments,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     Section,
 )
@@ -41,6 +42,31 @@ class VllmConfig(Section):
     )
 
 
+class ColocatedConfig(Section):
+    """`policy.generation.colocated`."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Answer in the trainer's processes, on their GPUs; false: by the servers of `servers.urls`.",
+    )
+
+
+class ServersConfig(Section):
+    """`policy.generation.servers`: rollouts by vLLM servers with GPUs of their own."""
+
+    urls: list[str] = Field(
+        default_factory=list, description="Servers, as http://host:port; `megatron-lora serve` starts one."
+    )
+    shared_folder: str | None = Field(
+        default=None,
+        description="Folder that trainer and servers see under this name, for new weights; null: in the run's folder.",
+    )
+    timeout_seconds: PositiveFloat = Field(
+        default=600.0, description="A server that takes longer for a prompt's answers is left out."
+    )
+    requests_at_once: PositiveInt = Field(default=64, description="Prompts that a server is asked at once.")
+
+
 class GenerationConfig(Section):
     """`policy.generation`."""
 
@@ -64,6 +90,8 @@ class GenerationConfig(Section):
     val_top_k: Int | None = Field(default=None, description="At validation; null: `top_k`.")
     stop_token_ids: list[Int] | None = Field(default=None, description="Further token ids that end an answer.")
     stop_strings: list[str] | None = Field(default=None, description="Texts that end an answer.")
+    colocated: ColocatedConfig = Field(default_factory=ColocatedConfig, description="Where answers are drawn.")
+    servers: ServersConfig = Field(default_factory=ServersConfig, description="Rollout servers.")
     vllm_cfg: VllmConfig = Field(default_factory=VllmConfig, description="vLLM's engine.")
     vllm_kwargs: KeywordArguments = Field(default_factory=dict, description="Further arguments of vLLM's engine.")
 

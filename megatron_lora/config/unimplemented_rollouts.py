@@ -9,7 +9,7 @@ TABLE: tuple[Group, ...] = (
     Group(
         _GENERATION,
         "the engine runs in the trainer's processes, on their GPUs, and answers all prompts of a step before it trains",
-        any_value("colocated.enabled", "vllm_cfg.async_engine", "refit_transport", "use_async_rollouts"),
+        any_value("vllm_cfg.async_engine", "refit_transport", "use_async_rollouts"),
     ),
     Group(
         _GENERATION,

@@ -201,6 +201,8 @@ def engine_arguments(
     else:
         arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(model, max_model_len, dtype)
         arguments["worker_cls"] = CPU_WORKER
+        # A prompt read in pieces takes back its answer's random draw, which vLLM cannot do on a CPU.
+        arguments["enable_chunked_prefill"] = False
     fields = overridden_fields(policy, model)
     if stored_four_bit:
         arguments["load_format"] = "dummy"

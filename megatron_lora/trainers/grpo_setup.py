@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_lora.config.schema import PolicyConfig, Recipe
 from megatron_lora.config.schema_algorithms import GrpoConfig
+from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.data.dataset import Prompt, PromptDataset
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
@@ -37,6 +38,7 @@ def check_grpo(recipe: Recipe, world: World) -> None:
             "policy.generation.temperature=0 draws the same answer every time, so no group has an advantage; set it "
             "above 0 (1.0 is usual; val_temperature=0 is for validation)"
         )
+    _check_place(generation)
     if generation.backend == "megatron":
         _check_native(recipe.policy)
     else:
@@ -111,6 +113,32 @@ def _check_shaping(recipe: Recipe) -> None:
         soft_overlong_penalty(
             nothing, shaping.max_response_length, shaping.overlong_buffer_length, shaping.overlong_buffer_penalty
         )
+
+
+def _check_place(generation: GenerationConfig) -> None:
+    """Who answers where: in the trainer's processes, or servers."""
+    urls = generation.servers.urls
+    if generation.colocated.enabled and urls:
+        raise UserError(
+            f"policy.generation.servers.urls names {len(urls)} servers, but policy.generation.colocated.enabled is "
+            "true; set it to false, or urls to []"
+        )
+    if generation.colocated.enabled:
+        return
+    if generation.backend != "vllm":
+        raise UserError(
+            f"policy.generation.colocated.enabled=false, but backend={generation.backend} generates with the training "
+            "model itself; set backend to vllm or enabled to true"
+        )
+    if not urls:
+        raise UserError(
+            "policy.generation.colocated.enabled=false needs policy.generation.servers.urls, such as "
+            '["http://node1:8000"]; start a server with `megatron-lora serve RECIPE.yaml --host 0.0.0.0 --port 8000`, '
+            "or set enabled to true"
+        )
+    wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
+    if wrong or len(set(urls)) < len(urls):
+        raise UserError(f"policy.generation.servers.urls={urls}: wanted each server once, as http://host:port")
 
 
 def _check_native(policy: PolicyConfig) -> None:

@@ -4,6 +4,7 @@ repeats."""
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ class RolloutEngine:
             from megatron_lora.rollout.native import NativeGenerator
 
             return NativeGenerator(session.policy, session.tokenizer)
+        if not config.generation.colocated.enabled:
+            from megatron_lora.rollout.servers import ServerGenerator
+
+            folder = Path(session.recipe.checkpointing.checkpoint_dir)
+            return ServerGenerator(config, session.world, session.tokenizer, folder, session.reporter.message)
         from megatron_lora.rollout.vllm import VllmGenerator
 
         adapter = session.policy.adapter() if vllm_engine.hands_over_adapter(config, session.world) else None

@@ -1,0 +1,142 @@
+"""One rollout server: vLLM's own HTTP interface, with a limit on every wait."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lora.policy.checksums import DifferentCopies, digest, join_ranks
+from megatron_lora.rollout.generator import SamplingOptions
+
+# Seconds for an answer that takes no generation; for loading weights.
+SHORT, LOADING = 10.0, 300.0
+
+
+class ServerFailed(RuntimeError):
+    """The server does not answer, or answers with an error. permanent: it will again (a request it cannot take)."""
+
+    def __init__(self, reason: str, *, permanent: bool = False):
+        super().__init__(reason)
+        self.permanent = permanent
+
+
+@dataclass
+class Drawn:
+    """One answer of a server. logprobs: of each token, nats."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class ServerClient:
+    """A server at `url`. adapter: the name of the adapter that answers; None: the base."""
+
+    def __init__(self, url: str, timeout: float):
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.base = ""
+        self.max_length = 0
+        self.adapter: str | None = None
+
+    def describe(self) -> None:
+        """Ask which model it serves. Raises ServerFailed."""
+        models = self._get("/v1/models")["data"]
+        base = next((model for model in models if model.get("parent") is None), None)
+        if base is None:
+            raise ServerFailed(f"{self.url} serves no base model", permanent=True)
+        self.base, self.max_length = base["id"], int(base.get("max_model_len") or 0)
+        self._loaded = [model["id"] for model in models if model.get("parent") is not None]
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """Answer with this adapter from now on; others are unloaded, of which it may have kept some of a run before."""
+        self.describe()
+        if name in self._loaded:
+            self._post("/v1/unload_lora_adapter", {"lora_name": name}, SHORT)
+        self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, LOADING)
+        for other in self._loaded:
+            if other != name:
+                self._post("/v1/unload_lora_adapter", {"lora_name": other}, SHORT)
+        self.adapter = name
+
+    def load_weights(self, folder: str) -> None:
+        """Replace the base's weights by those in a folder, and answer without an adapter."""
+        self._rpc("reload_from", [folder], LOADING)
+        self._post("/reset_prefix_cache", {}, SHORT)
+        self.adapter = None
+
+    def fingerprint(self, kind: str) -> str | None:
+        """Of what it holds; None where it cannot be asked (not started by `megatron-lora serve`)."""
+        try:
+            ranks = self._rpc("held_numbers", [kind], LOADING)
+        except ServerFailed as error:
+            if error.permanent:
+                return None
+            raise
+        parts = [{(name, row, column): value for name, row, column, value in rank} for rank in ranks]
+        try:
+            return digest(kind, join_ranks(parts))
+        except DifferentCopies as error:
+            raise ServerFailed(f"{self.url}: {error}") from error
+
+    def complete(self, prompt: Sequence[int], n: int, options: SamplingOptions, seed: int) -> list[Drawn]:
+        """n answers to a prompt of token ids."""
+        greedy = options.temperature == 0
+        body: dict[str, Any] = {
+            "model": self.adapter or self.base,
+            "prompt": list(prompt),
+            "n": 1 if greedy else n,
+            "max_tokens": min(options.max_new_tokens, self.max_length - len(prompt)),
+            "temperature": options.temperature,
+            "top_p": 1.0 if greedy else options.top_p,
+            "top_k": -1 if greedy else options.top_k,
+            "stop": list(options.stop_strings),
+            "stop_token_ids": list(options.stop_token_ids),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "add_special_tokens": False,
+        }
+        if not greedy:
+            body["seed"] = seed
+        choices = self._post("/v1/completions", body, self.timeout)["choices"]
+        drawn = [
+            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+            for choice in sorted(choices, key=lambda choice: choice["index"])
+        ]
+        if any(one.finish_reason not in ("stop", "length") for one in drawn):
+            raise ServerFailed(f"{self.url} broke off an answer ({', '.join(one.finish_reason for one in drawn)})")
+        return drawn * (n if greedy else 1)
+
+    def answers(self) -> bool:
+        try:
+            self._request("/health", None, SHORT)
+        except ServerFailed:
+            return False
+        return True
+
+    def _rpc(self, method: str, arguments: list[str], timeout: float) -> list[Any]:
+        return self._post("/collective_rpc", {"method": method, "args": arguments, "timeout": timeout}, timeout)[
+            "results"
+        ]
+
+    def _get(self, path: str) -> Any:
+        return json.loads(self._request(path, None, SHORT))
+
+    def _post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
+        text = self._request(path, body, timeout)
+        return json.loads(text) if text[:1] in (b"{", b"[") else None
+
+    def _request(self, path: str, body: dict[str, Any] | None, timeout: float) -> bytes:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            reason = error.read()[:500].decode(errors="replace")
+            permanent = error.code in (400, 404, 405, 422)
+            raise ServerFailed(f"{self.url}{path}: status {error.code}: {reason}", permanent=permanent) from error
+        except (OSError, ValueError) as error:  # refused, reset, timed out, no JSON
+            raise ServerFailed(f"{self.url}{path}: {error or type(error).__name__}") from error

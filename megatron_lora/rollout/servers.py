@@ -1,0 +1,322 @@
+"""Rollouts by servers: `vllm serve` on other GPUs or hosts, spoken to over HTTP by the run's first rank.
+
+A refit writes the adapter (or merged weights) once to a folder that trainer and servers share, and each server loads it
+under a name with its version. A server that fails is left out and its prompts are asked again elsewhere; it is taken
+back when it answers and holds the present version.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.lora.peft_format import PREFIX
+from megatron_lora.policy.checksums import checksum, digest, to_numbers
+from megatron_lora.policy.interface import AdapterTensors
+from megatron_lora.rollout import vllm_worker
+from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors
+from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFailed
+from megatron_lora.rollout.vllm import SEED_STRIDE
+from megatron_lora.runtime.world import World
+
+# Bytes of merged weights in a file.
+SHARD_BYTES = 2 << 30
+# The longest block of a server's cache (vLLM on a CPU: 128), for the probe's contexts.
+BLOCK = 128
+
+
+class ServerGenerator(Generator):
+    """The servers of `policy.generation.servers.urls`. Each answers whole prompts, dealt out in turn.
+
+    say: told when a server is left out or taken back. Raises UserError where none answers, or one serves sequences that
+    are too short.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        world: World,
+        tokenizer: Decoder | None,
+        run_folder: Path,
+        say: Callable[[str], None] = print,
+    ):
+        settings = policy.generation.servers
+        self.policy, self.world, self.tokenizer, self.say = policy, world, tokenizer, say
+        self.folder = Path(settings.shared_folder or run_folder / "rollout-weights").expanduser().absolute()
+        self.clients = [ServerClient(url, settings.timeout_seconds) for url in settings.urls]
+        self.at_once = settings.requests_at_once
+        self.dtype = getattr(torch, policy.generation.vllm_cfg.precision or policy.precision)
+        self.block_size = BLOCK
+        self.max_length = policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
+        self.num_replicas = len(self.clients)
+        self._out: dict[str, str] = {}
+        self._kind = "base"
+
+    def start(self) -> None:
+        self._on_first(self._look)
+
+    def _look(self) -> None:
+        for client in self.clients:
+            try:
+                client.describe()
+            except ServerFailed as error:
+                raise UserError(
+                    f"policy.generation.servers.urls: {error}; start it with `megatron-lora serve RECIPE --port PORT`"
+                ) from error
+            if client.max_length < self.max_length:
+                raise UserError(
+                    f"{client.url} serves sequences of up to {client.max_length} tokens, the run needs "
+                    f"{self.max_length}: start it with --max-model-len {self.max_length} or more"
+                )
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+
+    def wake(self) -> None:
+        """Servers have GPUs of their own."""
+
+    def sleep(self) -> None:
+        """Servers have GPUs of their own."""
+
+    def load_adapter(self, adapter: AdapterTensors, version: int) -> Handover:
+        factors = scaled_factors(adapter, self.dtype, torch.device("cpu"))
+        num_bytes = sum(tensor.numel() * tensor.element_size() for pair in factors.values() for tensor in pair)
+        handover = Handover(num_bytes, factors_fingerprint(factors))
+
+        def hand_over() -> None:
+            folder = _fresh(self.folder / f"version-{version}")
+            tensors = {}
+            for name, (a, b) in factors.items():
+                tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
+                tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
+            save_file(tensors, folder / "adapter_model.safetensors")
+            # The scale is in B, each linear's own.
+            largest = max(a.shape[0] for a, _ in factors.values())
+            config = {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": largest,
+                "lora_alpha": largest,
+                "bias": "none",
+                "target_modules": sorted({name.split(".")[-1] for name in factors}),
+            }
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            self._hold(folder, handover)
+
+        return self._handed_over("adapter", version, handover, hand_over)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
+        # Every rank takes part in gathering; the first one writes.
+        folder = self.folder / f"version-{version}"
+        writer = _Shards(folder, self.dtype) if self.world.rank == 0 else None
+        for name, tensor in weights:
+            if writer is not None:
+                writer.add(name, tensor)
+        handover = writer.close() if writer is not None else Handover(0, "")
+
+        return self._handed_over("merge", version, handover, lambda: self._hold(folder, handover))
+
+    def _handed_over(self, kind: str, version: int, handover: Handover, action: Callable[[], None]) -> Handover:
+        self._kind, self.version = kind, version
+
+        def act() -> Handover:
+            action()
+            for old in self.folder.iterdir():
+                if old.name != f"version-{version}":
+                    shutil.rmtree(old, ignore_errors=True)
+            return handover
+
+        self.handover = self._on_first(act)
+        return self.handover
+
+    def _hold(self, folder: Path, handover: Handover) -> None:
+        """Let every server load what is in the folder; those that cannot are left out."""
+        self._present = (folder, handover)
+        for client in self.clients:
+            try:
+                self._give(client)
+                self._out.pop(client.url, None)
+            except ServerFailed as error:
+                self._leave_out(client, str(error))
+        self._some_left()
+
+    def _give(self, client: ServerClient) -> None:
+        folder, handover = self._present
+        if self._kind == "adapter":
+            client.load_adapter(folder.name, str(folder))
+        else:
+            client.load_weights(str(folder))
+        held = client.fingerprint(self._kind)
+        if held is not None and held != handover.fingerprint:
+            raise ServerFailed(f"{client.url} holds {held} after it was handed {handover.fingerprint}")
+
+    def held_fingerprint(self) -> str:
+        def ask() -> str:
+            found = {client.url: client.fingerprint(self._kind) for client in self._alive()}
+            # A server that cannot be asked is proven by the probe alone.
+            known = {value for value in found.values() if value is not None} or {self.handover.fingerprint}
+            if len(known) > 1:
+                raise RolloutError(f"the rollout servers hold different weights: {found}")
+            return known.pop()
+
+        return self._on_first(ask)
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self.max_length:
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_length - 1}, so that an answer "
+                    "fits into policy.generation.vllm_cfg.max_model_len"
+                )
+        answers = self._on_first(lambda: self._ask_all(prompts, num_samples, options))
+        return [
+            self._sample(index, list(prompts[index]), drawn) for index, found in enumerate(answers) for drawn in found
+        ]
+
+    def _sample(self, index: int, prompt: list[int], drawn: Drawn) -> Sample:
+        return Sample(
+            prompt_index=index,
+            prompt_ids=prompt,
+            completion_ids=drawn.token_ids,
+            logprobs=torch.tensor(drawn.logprobs, dtype=torch.float32),
+            finish_reason=drawn.finish_reason,
+            text=self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True) if self.tokenizer else "",
+            adapter_version=self.version,
+        )
+
+    def _ask_all(self, prompts: Sequence[Sequence[int]], n: int, options: SamplingOptions) -> list[list[Drawn]]:
+        self._take_back()
+        answers: list[list[Drawn] | None] = [None] * len(prompts)
+        # By number first, so that each server continues each context of a refit's probe.
+        todo = {client.url: [] for client in self.clients}
+        for index in reversed(range(len(prompts))):
+            todo[self.clients[index % len(self.clients)].url].append(index)
+        running: dict[Future[list[Drawn]], tuple[ServerClient, int]] = {}
+        with ThreadPoolExecutor(self.at_once * len(self.clients)) as pool:
+            while running or any(todo.values()):
+                self._move_from_dead(todo)
+                for client in self._alive():
+                    mine = sum(1 for other, _ in running.values() if other is client)
+                    for _ in range(min(self.at_once - mine, len(todo[client.url]))):
+                        index = todo[client.url].pop()
+                        seed = (options.seed * SEED_STRIDE + index * n) % (1 << 62)
+                        running[pool.submit(client.complete, prompts[index], n, options, seed)] = client, index
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    client, index = running.pop(future)
+                    try:
+                        answers[index] = future.result()
+                        self.on_answers(n)
+                    except ServerFailed as error:
+                        self._leave_out(client, str(error))
+                        todo[client.url].append(index)
+        return [found for found in answers if found is not None]
+
+    def _move_from_dead(self, todo: dict[str, list[int]]) -> None:
+        alive = self._some_left()
+        for url in self._out:
+            for place, index in enumerate(todo[url]):
+                todo[alive[place % len(alive)].url].append(index)
+            todo[url] = []
+
+    def _take_back(self) -> None:
+        for client in self.clients:
+            if client.url not in self._out or not client.answers():
+                continue
+            try:
+                client.describe()
+                if self._kind != "base":
+                    self._give(client)
+            except ServerFailed as error:
+                self._out[client.url] = str(error)
+                continue
+            del self._out[client.url]
+            self.say(f"rollout server {client.url} answers again and holds version {self.version}: taken back")
+
+    def _leave_out(self, client: ServerClient, reason: str) -> None:
+        if client.url not in self._out:
+            self.say(f"rollout server left out: {reason}")
+        self._out[client.url] = reason
+
+    def _alive(self) -> list[ServerClient]:
+        return [client for client in self.clients if client.url not in self._out]
+
+    def _some_left(self) -> list[ServerClient]:
+        alive = self._alive()
+        if not alive:
+            raise RolloutError(f"no rollout server is left: {'; '.join(self._out.values())}")
+        return alive
+
+    def close(self) -> None:
+        """The servers go on; whoever started them ends them."""
+        if self.world.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _on_first(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives on rank 0, or its error, on all ranks."""
+        box: list[Any] = [None, None]
+        if self.world.rank == 0:
+            try:
+                box[0] = action()
+            except (UserError, RolloutError) as error:
+                box[1] = error
+            except ServerFailed as error:
+                box[1] = RolloutError(str(error))
+        if self.world.size > 1:
+            device = self.world.device if self.world.device.type == "cuda" else None
+            dist.broadcast_object_list(box, src=0, device=device)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+class _Shards:
+    """Writes merged weights to files of a folder as they come, and keeps what the fingerprint is of."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.folder, self.dtype = _fresh(folder), dtype
+        self.shard: dict[str, Tensor] = {}
+        self.pieces: dict[tuple[str, int, int], Tensor] = {}
+        self.columns: dict[str, dict[int, Tensor]] = {}
+        self.num_bytes = self.held = self.number = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.to("cpu", self.dtype).contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self.shard and self.held + size > SHARD_BYTES:
+            self._write()
+        self.shard[name] = tensor
+        self.held += size
+        self.num_bytes += size
+        if name.startswith("model.layers.") and name.endswith("_proj.weight"):
+            columns = {c: tensor[:, c] + 0.0 for c in vllm_worker.sampled_columns(tensor.shape[1])}
+            self.columns[name] = columns
+            self.pieces |= {(name, 0, c): checksum(values[:, None], 0, c) for c, values in columns.items()}
+
+    def close(self) -> Handover:
+        self._write()
+        totals: dict[str, int] = {}
+        for (name, _, _), value in to_numbers(self.pieces).items():
+            totals[name] = totals.get(name, 0) + value
+        return Handover(self.num_bytes, digest("merge", totals), self.columns)
+
+    def _write(self) -> None:
+        save_file(self.shard, self.folder / f"weights-{self.number:05}.safetensors")
+        self.shard, self.held, self.number = {}, 0, self.number + 1
+
+
+def _fresh(folder: Path) -> Path:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,217 @@
+"""What the trainer does where a rollout server fails, against small HTTP servers that fail on command. Real servers:
+tests/end_to_end/test_rollout_servers.py."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.errors import UserError
+from megatron_lora.lora.peft_format import PREFIX
+from megatron_lora.policy.interface import AdapterTensors
+from megatron_lora.rollout.generator import RolloutError, SamplingOptions
+from megatron_lora.rollout.server_client import ServerClient, ServerFailed
+from megatron_lora.rollout.servers import ServerGenerator
+from megatron_lora.runtime.world import World
+
+LINEAR = "model.layers.0.self_attn.q_proj"
+OPTIONS = SamplingOptions(max_new_tokens=4, seed=1)
+
+
+class Server:
+    """Answers each prompt with its first token, `n` times. behaviour: ok, error, hang, or other (other weights)."""
+
+    def __init__(self, port: int = 0):
+        self.behaviour, self.adapters, self.asked = "ok", {}, 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                models = [{"id": "base", "parent": None, "max_model_len": 64}]
+                models += [{"id": name, "parent": "base"} for name in outer.adapters]
+                self.reply(200, {"data": models} if self.path == "/v1/models" else {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.reply(*outer.post(self.path, body))
+
+            def reply(self, status: int, body: Any) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self.http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/v1/load_lora_adapter":
+            self.adapters[body["lora_name"]] = body["lora_path"]
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+        if path == "/collective_rpc":
+            return self.rpc()
+        if path != "/v1/completions":
+            return 200, {}
+        self.asked += 1
+        if self.behaviour == "error":
+            return 500, {"error": "engine dead"}
+        if self.behaviour == "hang":
+            threading.Event().wait(3.0)
+        choice = {"token_ids": body["prompt"][:1], "logprobs": {"token_logprobs": [-0.5]}, "finish_reason": "stop"}
+        return 200, {"choices": [choice | {"index": number} for number in range(body["n"])]}
+
+    def rpc(self) -> tuple[int, Any]:
+        """As `server_worker.ServerWorker.held_numbers`, from the file that it was given."""
+        from safetensors.torch import load_file
+
+        from megatron_lora.policy.checksums import checksum
+
+        folder = next(iter(self.adapters.values()))
+        tensors = load_file(Path(folder) / "adapter_model.safetensors")
+        wrong = 1 if self.behaviour == "other" else 0
+        return 200, {"results": [[[name, 0, 0, int(checksum(t)) + wrong] for name, t in tensors.items()]]}
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def two() -> Iterator[list[Server]]:
+    servers = [Server(), Server()]
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+def adapter() -> AdapterTensors:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{PREFIX}{LINEAR}.lora_A.weight": torch.randn(2, 8, generator=generator),
+        f"{PREFIX}{LINEAR}.lora_B.weight": torch.randn(8, 2, generator=generator),
+    }
+    return AdapterTensors({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, tensors)
+
+
+def start(servers: list[Server], tmp_path: Path, timeout: float = 30.0) -> tuple[ServerGenerator, list[str]]:
+    urls = [server.url for server in servers]
+    policy = PolicyConfig.model_validate(
+        {
+            "model_name": "base",
+            "precision": "float32",
+            "max_total_sequence_length": 64,
+            "generation": {"colocated": {"enabled": False}, "servers": {"urls": urls, "timeout_seconds": timeout}},
+        }
+    )
+    said: list[str] = []
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    generator = ServerGenerator(policy, world, None, tmp_path, said.append)
+    generator.start()
+    generator.load_adapter(adapter(), 3)
+    return generator, said
+
+
+def answers(generator: ServerGenerator) -> list[tuple[int, list[int], int]]:
+    samples = generator.generate([[10 + i, 1] for i in range(8)], 2, OPTIONS)
+    return [(sample.prompt_index, sample.completion_ids, sample.adapter_version) for sample in samples]
+
+
+WANTED = [(i, [10 + i], 3) for i in range(8) for _ in range(2)]
+
+
+def test_prompts_are_shared_out_and_come_back_in_order(two: list[Server], tmp_path: Path) -> None:
+    generator, said = start(two, tmp_path)
+    assert answers(generator) == WANTED and not said
+    assert [server.asked for server in two] == [4, 4]
+    assert generator.held_fingerprint() == generator.handover.fingerprint
+
+
+def test_an_old_version_is_unloaded_and_its_file_removed(two: list[Server], tmp_path: Path) -> None:
+    generator, _ = start(two, tmp_path)
+    generator.load_adapter(adapter(), 4)
+    assert [list(server.adapters) for server in two] == [["version-4"]] * 2
+    assert [path.name for path in (tmp_path / "rollout-weights").iterdir()] == ["version-4"]
+    generator.close()
+    assert not (tmp_path / "rollout-weights").exists()
+
+
+@pytest.mark.parametrize("behaviour", ["error", "hang"])
+def test_a_server_that_fails_is_left_out_and_its_prompts_asked_elsewhere(
+    two: list[Server], tmp_path: Path, behaviour: str
+) -> None:
+    generator, said = start(two, tmp_path, timeout=1.0)
+    two[0].behaviour = behaviour
+    assert answers(generator) == WANTED
+    assert len(said) == 1 and said[0].startswith("rollout server left out") and two[0].url in said[0]
+    assert two[1].asked == 8
+    two[0].behaviour = "ok"
+    assert answers(generator) == WANTED
+    assert "taken back" in said[1] and two[0].asked > 1
+
+
+def test_a_dead_server_is_taken_back_with_the_present_version(two: list[Server], tmp_path: Path) -> None:
+    generator, said = start(two, tmp_path)
+    two[0].stop()
+    assert answers(generator) == WANTED
+    generator.load_adapter(adapter(), 4)
+    two[0] = Server(two[0].port)
+    samples = generator.generate([[5], [6]], 1, OPTIONS)
+    assert {sample.adapter_version for sample in samples} == {4}
+    assert two[0].adapters and list(two[0].adapters) == ["version-4"] and two[0].asked == 1
+    assert "taken back" in said[-1]
+
+
+def test_a_server_with_other_weights_is_not_used(two: list[Server], tmp_path: Path) -> None:
+    generator, said = start(two, tmp_path)
+    two[1].behaviour = "other"
+    generator.load_adapter(adapter(), 4)
+    assert "holds adapter:" in said[0] and two[1].url in said[0]
+    two[1].asked = 0
+    generator.generate([[5], [6]], 1, OPTIONS)
+    assert two[1].asked == 0
+
+
+def test_without_any_server_the_run_ends_with_the_reasons(two: list[Server], tmp_path: Path) -> None:
+    generator, _ = start(two, tmp_path)
+    for server in two:
+        server.behaviour = "error"
+    with pytest.raises(RolloutError, match="no rollout server is left.*engine dead.*engine dead"):
+        answers(generator)
+
+
+def test_a_server_that_is_not_there_is_refused_at_start(two: list[Server], tmp_path: Path) -> None:
+    two[1].stop()
+    with pytest.raises(UserError, match=r"servers\.urls.*refused.*megatron-lora serve"):
+        start(two, tmp_path)
+
+
+def test_a_server_of_shorter_sequences_is_refused(two: list[Server], tmp_path: Path) -> None:
+    urls = [server.url for server in two]
+    policy = PolicyConfig.model_validate(
+        {"model_name": "base", "max_total_sequence_length": 128, "generation": {"servers": {"urls": urls}}}
+    )
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="up to 64 tokens, the run needs 128"):
+        ServerGenerator(policy, world, None, tmp_path).start()
+
+
+def test_a_server_without_workers_of_ours_has_no_fingerprint(two: list[Server]) -> None:
+    client = ServerClient(two[0].url, 5.0)
+    two[0].rpc = lambda: (404, {"detail": "Not Found"})
+    assert client.fingerprint("adapter") is None
+    two[0].rpc = lambda: (500, {})
+    with pytest.raises(ServerFailed):
+        client.fingerprint("adapter")
