@@ -50,11 +50,11 @@ class ServerGenerator(Generator):
         run_folder: Path,
         say: Callable[[str], None] = print,
     ):
-        settings = policy.generation.servers
+        servers = policy.generation.servers
         self.policy, self.world, self.tokenizer, self.say = policy, world, tokenizer, say
-        self.folder = Path(settings.shared_folder or run_folder / "rollout-weights").expanduser().absolute()
-        self.clients = [ServerClient(url, settings.timeout_seconds) for url in settings.urls]
-        self.at_once = settings.requests_at_once
+        self.folder = Path(servers.shared_folder or run_folder / "rollout-weights").expanduser().absolute()
+        self.clients = [ServerClient(url, servers.timeout_seconds) for url in servers.urls]
+        self.at_once = servers.requests_at_once
         self.dtype = getattr(torch, policy.generation.vllm_cfg.precision or policy.precision)
         self.block_size = BLOCK
         self.max_length = policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
