@@ -49,8 +49,21 @@ class ServerClient:
         self.base, self.max_length = base["id"], int(base.get("max_model_len") or 0)
         self._loaded = [model["id"] for model in models if model.get("parent") is not None]
 
+    def restore_base(self) -> None:
+        """Answer with the base of its model folder, whatever weights a run before has left in it."""
+        self.adapter = None
+        try:
+            replaced = self._rpc("restore_base", [], LOADING)
+        except ServerFailed as error:
+            if error.permanent:  # its weights cannot be replaced either
+                return
+            raise
+        if "True" in replaced:
+            self._post("/reset_prefix_cache", {}, SHORT)
+
     def load_adapter(self, name: str, folder: str) -> None:
-        """Answer with this adapter from now on; others are unloaded, of which it may have kept some of a run before."""
+        """Answer with this adapter on the base; others are unloaded, of which it may have kept some of a run before."""
+        self.restore_base()
         self.describe()
         if name in self._loaded:
             self._post("/v1/unload_lora_adapter", {"lora_name": name}, SHORT)

@@ -29,7 +29,17 @@ class ServerWorker:
         with torch.no_grad():
             vllm_worker.remove_adapter(self)
             vllm_worker.reload_weights(self, _tensors(Path(folder)))
+        self._has_other_weights = True
         return True
+
+    def restore_base(self) -> bool:
+        """Hold the model folder's weights again, where a run has replaced them; whether one had."""
+        replaced = getattr(self, "_has_other_weights", False)
+        if replaced:
+            with torch.no_grad():
+                vllm_worker.reload_weights(self, None)
+            self._has_other_weights = False
+        return replaced
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

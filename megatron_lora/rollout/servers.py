@@ -69,6 +69,7 @@ class ServerGenerator(Generator):
         for client in self.clients:
             try:
                 client.describe()
+                client.restore_base()
             except ServerFailed as error:
                 raise UserError(
                     f"policy.generation.servers.urls: {error}; start it with `megatron-lora serve RECIPE --port PORT`"
@@ -235,6 +236,7 @@ class ServerGenerator(Generator):
                 continue
             try:
                 client.describe()
+                client.restore_base()
                 if self._kind != "base":
                     self._give(client)
             except ServerFailed as error:
