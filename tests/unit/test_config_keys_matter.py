@@ -111,7 +111,7 @@ SAMPLING: Turns = {
     "stop_strings": ({}, ["x"]),
 }
 # Who generates and on what, which other tests run: no matter of the answers' distribution.
-ENGINE = {"backend", "refit", "vllm_cfg", "vllm_kwargs"}
+ENGINE = {"backend", "refit", "vllm_cfg", "vllm_kwargs", "colocated", "servers"}
 REWARD: Turns = {
     "kind": ({"kind": "exact"}, "gsm8k"),
     "name": ({"kind": "exact"}, "another"),
