@@ -40,6 +40,17 @@ SIZES: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": True,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 40,
     "sliding_window": 8,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -106,7 +117,12 @@ def _save_model(family: str, folder: Path) -> Any:
 
     kind = CONFIG_MAPPING[family]
     declared = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
-    config = kind(**{name: value for name, value in SIZES.items() if name in declared or name == "head_dim"})
+    sizes = {name: value for name, value in SIZES.items() if name in declared}
+    if "kv_lora_rank" in declared:
+        # Latent attention: the head's size is the sum of two others, and each head has keys of its own.
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
+    config = kind(**sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     model = model.float().eval()

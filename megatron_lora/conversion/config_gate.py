@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_lora.conversion.hf_model import QUANTIZATION, SIZES, HFModel, activation
+from megatron_lora.conversion.hf_model import PARTIAL_ROTARY, QUANTIZATION, SIZES, HFModel, activation
+from megatron_lora.conversion.routing_gate import check_routing
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_tables import WHOLE_QK_NORM
 
 BUILT_FROM = frozenset(
     {
@@ -23,24 +25,38 @@ BUILT_FROM = frozenset(
         "attn_logit_softcapping",
         "decoder_sparse_step",
         "final_logit_softcapping",
+        "first_k_dense_replace",
         "hidden_act",
         "hidden_activation",
+        "kv_lora_rank",
         "layer_types",
         "max_position_embeddings",
         "max_window_layers",
         "mlp_bias",
+        "mlp_layer_types",
         "mlp_only_layers",
         "moe_intermediate_size",
+        "n_group",
+        "n_routed_experts",
+        "n_shared_experts",
         "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
         "num_local_experts",
+        "q_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
         "query_pre_attn_scalar",
         "rms_norm_eps",
         "rope_parameters",
+        "routed_scaling_factor",
         "sliding_window",
         "tie_word_embeddings",
+        "topk_group",
+        "topk_method",
+        "use_qk_norm",
         "use_sliding_window",
+        "v_head_dim",
     }
 )
 WITHOUT_EFFECT = frozenset(
@@ -69,6 +85,8 @@ WITHOUT_EFFECT = frozenset(
 MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((None, False), "attention is causal here"),
     "output_router_logits": ((False, None), "the router's auxiliary loss is no part of the loss here"),
+    "clip_qkv": ((None,), "queries, keys and values are not clipped here"),
+    "rope_interleave": ((True, None), "latent attention turns features in pairs here"),
     "is_encoder_decoder": ((False, None), "the model is a decoder"),
     # Not of any class; transformers looks for them all the same.
     "is_causal": ((None, True), "attention is causal here"),
@@ -105,6 +123,8 @@ def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str
     """Notices for the user. megatron: whether Megatron-Core computes; else transformers does. max_length: tokens of the
     run's longest sequence. Raises UserError that names every field that cannot be honoured, with its value."""
     problems = [*_switches(model), *_sizes(model), *_attention(model), *_activation(model)]
+    if not problems and model.shapes.num_experts:
+        problems += check_routing(model, megatron=megatron)
     problems += _rope_kinds(model, max_length)
     if not problems:
         problems += _rotary(model, megatron)
@@ -144,6 +164,15 @@ def _sizes(model: HFModel) -> Iterator[str]:
             f"num_key_value_heads={shapes.num_query_groups} does not divide "
             f"num_attention_heads={shapes.num_attention_heads}"
         )
+    if shapes.is_latent and config.num_key_value_heads != shapes.num_attention_heads:
+        yield (
+            f"num_key_value_heads={config.num_key_value_heads}: latent attention makes keys and values for each of the "
+            f"num_attention_heads={shapes.num_attention_heads}"
+        )
+    if shapes.is_latent and shapes.attention_bias:
+        yield "attention_bias=true: Megatron-Core's latent attention has no biases"
+    if model.family in WHOLE_QK_NORM and shapes.num_attention_heads * shapes.head_dim != shapes.hidden_size:
+        yield f"head_dim={shapes.head_dim}: the norm of the queries is of hidden_size={shapes.hidden_size} features"
     if shapes.num_experts and not 1 <= shapes.num_experts_per_token <= shapes.num_experts:
         yield f"num_experts_per_tok={shapes.num_experts_per_token} of num_experts={shapes.num_experts}"
     if shapes.head_dim % 2:
@@ -221,9 +250,9 @@ def _rope_kinds(model: HFModel, max_length: int) -> Iterator[str]:
 
 
 def _rotary(model: HFModel, megatron: bool) -> Iterator[str]:
-    half = model.shapes.head_dim // 2
+    half = (model.shapes.rope_head_dim or model.shapes.head_dim) // 2
     for frequencies, _ in model.rotary.values():
-        if frequencies.numel() != half:
+        if frequencies.numel() != half and model.family not in PARTIAL_ROTARY:
             yield (
                 f"rope_parameters: rotary embeddings of {2 * frequencies.numel()} of {2 * half} features "
                 "(partial_rotary_factor) are not supported for this family"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -33,10 +33,29 @@ QUANTIZATION = "quantization_config"
 # Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
 _WINDOW_EVERYWHERE = ("mistral", "qwen3_moe")
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+# Families whose attention turns the first features of a head only, where `partial_rotary_factor` says so.
+PARTIAL_ROTARY = ("glm4_moe",)
 _SOFTCAPPED = ("gemma2", "gemma3_text")
 # What an override may name although no class declares it: older spellings of `rope_parameters`.
 ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 _ACTIVATION_FIELDS = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A token's choice of experts: those of the highest scores, to which a bias is added where they are `biased`.
+
+    score: the function that makes scores of the router's logits. normalized: the weights of a token's experts sum to 1.
+    scale: what they are multiplied by then. groups, chosen_groups: experts are chosen from the best of equal groups,
+    which the sum of their two best experts ranks.
+    """
+
+    score: Literal["softmax", "sigmoid"]
+    normalized: bool
+    biased: bool
+    scale: float
+    groups: int
+    chosen_groups: int
 
 
 @dataclass(frozen=True)
@@ -105,9 +124,29 @@ class HFModel:
     @property
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by, but for a factor on rotary embeddings."""
-        if self.family in _SOFTCAPPED:
-            return self.config.query_pre_attn_scalar**-0.5
-        return self.shapes.head_dim**-0.5
+        return float(self.empty.model.layers[0].self_attn.scaling)
+
+    @property
+    def rotary_percent(self) -> float:
+        """The part of a head's features that rotary embeddings turn, 1 for all."""
+        frequencies, _ = next(iter(self.rotary.values()))
+        return 2 * frequencies.numel() / self.shapes.head_dim
+
+    @property
+    def routing(self) -> Routing:
+        """How its tokens choose their experts. The model has experts."""
+        config = self.config
+        biased = any(other.name.endswith("router.expert_bias") for other in self.shapes.others)
+        grouped = hasattr(config, "n_group") and self.family != "deepseek_v2"
+        return Routing(
+            score="sigmoid" if biased else "softmax",
+            # DeepSeek-V2's class has the switch and does not apply it.
+            normalized=bool(config.norm_topk_prob) and self.family != "deepseek_v2",
+            biased=biased,
+            scale=float(getattr(config, "routed_scaling_factor", 1.0)),
+            groups=(config.n_group or 1) if grouped else 1,
+            chosen_groups=(config.topk_group or 1) if grouped else 1,
+        )
 
     @cached_property
     def rotary(self) -> dict[str, tuple[Tensor, float]]:

@@ -58,8 +58,8 @@ def open_model(
 
 
 def expected_tensors(model: HFModel) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape of every parameter; a tied head is not repeated."""
-    found = {name: tuple(value.shape) for name, value in model.empty.named_parameters(remove_duplicate=False)}
+    """HF name -> shape of every parameter and kept buffer; a tied head is not repeated."""
+    found = {name: tuple(value.shape) for name, value in model.empty.state_dict().items()}
     if model.shapes.tied_embeddings:
         del found[HEAD]
     return {name: shape for name, shape in found.items() if not is_fused(name, model.shapes)} | expert_shapes(

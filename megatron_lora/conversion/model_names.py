@@ -61,7 +61,7 @@ def model_parameters(shapes: ModelSpec) -> list[ModelParameter]:
 
 
 def _plain(other: ParameterSpec, layer: int | None) -> ModelParameter:
-    axis = 0 if other.name == EMBEDDING else None
+    axis = 0 if other.name == EMBEDDING else other.tp_axis
     return ModelParameter(resolve(other.name, layer), (resolve(other.hf_name, layer),), other.shape, axis)
 
 
@@ -72,7 +72,7 @@ def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
         name = resolve(linear.name, layer) + ("" if expert is None else f".{expert}")
         names = [resolve(part.name, layer, expert) for part in linear.parts]
         fusion = linear.kind if len(linear.parts) > 1 else None
-        axis = 0 if linear.parallel == "column" else 1
+        axis = {"column": 0, "row": 1, "replicated": None}[linear.parallel]
         shape = (linear.out_features, linear.in_features)
         weights, biases = (tuple(f"{hf}.{end}" for hf in names) for end in ("weight", "bias"))
         result.append(ModelParameter(f"{name}.weight", weights, shape, axis, fusion, expert))

@@ -20,7 +20,7 @@ from megatron_lora.lora.model_spec import (
     ModelSpec,
     ParameterSpec,
 )
-from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PATHS
+from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PATHS, WHOLE_QK_NORM
 
 
 def describe(sizes: ModelSizes) -> ModelSpec:
@@ -93,6 +93,8 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
         if name not in names or layers == ():
             continue
         rows, hf = row.rows(sizes), names[name]
+        if 0 in (row.in_features(sizes), *rows.values()):
+            continue
         parts = tuple(HFPart(key, hf if isinstance(hf, str) else hf[key], size) for key, size in rows.items())
         result.append(
             LinearSpec(
@@ -103,7 +105,7 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
                 row.parallel,
                 query_groups=sizes.num_query_groups if kind == "linear_qkv" else 0,
                 layers=layers,
-                experts=0 if row.in_dense else sizes.num_experts,
+                experts=sizes.num_experts if row.expert else 0,
                 bias=_has_bias(sizes, kind),
             )
         )
@@ -122,17 +124,24 @@ def _has_bias(sizes: ModelSizes, kind: str) -> bool:
 def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
     mapped = mapping(_family_of(sizes))
     result = [ParameterSpec(EMBEDDING, mapped[EMBEDDING], (sizes.vocab_size, sizes.hidden_size))]
-    for path, (shape, in_dense, in_sparse) in OTHERS.items():
-        layers = _layers(sizes, in_dense, in_sparse)
-        if LAYER + path in mapped and layers != ():
-            result.append(ParameterSpec(LAYER + path, mapped[LAYER + path], shape(sizes), layers))
+    for path, row in OTHERS.items():
+        layers, shape = _layers(sizes, row.in_dense, row.in_sparse), row.shape(sizes)
+        if LAYER + path in mapped and layers != () and 0 not in shape:
+            result.append(ParameterSpec(LAYER + path, mapped[LAYER + path], shape, layers, _tp_axis(sizes, path)))
     norm = "decoder.final_layernorm.weight"
     return (*result, ParameterSpec(norm, mapped[norm], (sizes.hidden_size,)))
+
+
+def _tp_axis(sizes: ModelSizes, path: str) -> int | None:
+    # Each rank norms its own heads, with the sum over all of them.
+    whole = sizes.model_type in WHOLE_QK_NORM and path.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+    return 0 if whole else OTHERS[path].tp_axis
 
 
 def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
+    names = linear_names(family)
     # Where bridge maps no head of its own (Gemma), the family's is tied by default, and config.json may not say so.
     tied = config.get("tie_word_embeddings")
     layers = int(config["num_hidden_layers"])
@@ -146,15 +155,15 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": int(config.get("head_dim") or hidden // heads),
         "vocab_size": int(config["vocab_size"]),
         "tied_embeddings": OUTPUT_LAYER not in mapping(family) if tied is None else bool(tied),
-        "gated": any(
-            isinstance(linear_names(family).get(LAYER + PATHS[kind]), dict)
-            for kind in ("linear_fc1", "experts.linear_fc1")
-        ),
+        "gated": any(isinstance(names.get(LAYER + PATHS[kind]), dict) for kind in ("linear_fc1", "experts.linear_fc1")),
         "attention_bias": bool(config.get("attention_bias", BIASES[0] in mapping(family))),
         "mlp_bias": bool(config.get("mlp_bias")),
+        "qk_norm": bool(config.get("use_qk_norm", True)),
     }
-    if f"{LAYER}mlp.experts.linear_fc1" in linear_names(family):
+    if LAYER + PATHS["experts.linear_fc1"] in names:
         sizes |= _expert_sizes(config, layers)
+    if LAYER + PATHS["linear_kv_down_proj"] in names:
+        sizes |= _latent_sizes(config, heads)
     return sizes
 
 
@@ -162,16 +171,39 @@ def _expert_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     number = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
     if number is None:
         raise KeyError("num_experts")
-    # Qwen3-MoE's rule: transformers' Qwen3MoeDecoderLayer.
-    step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or []
-    if not isinstance(dense, list | tuple):
-        raise UserError(f"mlp_only_layers={dense!r} in the base model's config.json: wanted a list of layer numbers")
-    sparse = [n for n in range(num_layers) if n not in dense and (n + 1) % step == 0]
+    width = int(config.get("moe_intermediate_size") or config["intermediate_size"])
     return {
         "num_experts": int(number),
         "num_experts_per_token": int(config["num_experts_per_tok"]),
-        "moe_ffn_hidden_size": int(config.get("moe_intermediate_size") or config["intermediate_size"]),
-        "dense_layers": tuple(n for n in range(num_layers) if n not in sparse),
+        "moe_ffn_hidden_size": width,
+        "shared_ffn_hidden_size": width * int(config.get("n_shared_experts") or 0),
+        "dense_layers": _dense_layers(config, num_layers),
+    }
+
+
+def _dense_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The layers without experts, by the rules of transformers' Qwen3MoeDecoderLayer and DeepseekV3DecoderLayer."""
+    step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list | tuple):
+        raise UserError(f"mlp_only_layers={dense!r} in the base model's config.json: wanted a list of layer numbers")
+    kinds = config.get("mlp_layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list | tuple) or len(kinds) != num_layers:
+            raise UserError(f"mlp_layer_types={kinds!r} in the base model's config.json: wanted one for each layer")
+        return tuple(n for n, kind in enumerate(kinds) if kind == "dense")
+    first = int(config.get("first_k_dense_replace") or 0)
+    return tuple(n for n in range(num_layers) if n < first or n in dense or (n + 1) % step)
+
+
+def _latent_sizes(config: Mapping[str, Any], heads: int) -> dict[str, Any]:
+    rotated = int(config["qk_rope_head_dim"])
+    return {
+        "num_query_groups": heads,
+        "head_dim": int(config["qk_nope_head_dim"]) + rotated,
+        "q_rank": int(config.get("q_lora_rank") or 0),
+        "kv_rank": int(config["kv_lora_rank"]),
+        "rope_head_dim": rotated,
+        "value_head_dim": int(config["v_head_dim"]),
     }
 
 

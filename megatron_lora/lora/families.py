@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.lora.model_spec import LAYER
-from megatron_lora.lora.model_tables import ATTENTION, PATHS, has_place
+from megatron_lora.lora.model_tables import PATHS, QUERIES, has_place
 
 FAMILIES_FILE = Path(__file__).with_name("families.json")
 
@@ -55,5 +55,6 @@ def unknown_reason(family: object) -> str | None:
     strange = [name for name in mapping(family) if not has_place(name)]
     if strange:
         return f" (nothing here knows {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''})"
-    missing = [kind for kind in ATTENTION if LAYER + PATHS[kind] not in linear_names(family)]
-    return f" (it has no {', '.join(missing)})" if missing else None
+    if not any(LAYER + PATHS[kind] in linear_names(family) for kind in QUERIES):
+        return f" (it has no {' and no '.join(QUERIES)})"
+    return None

@@ -66,7 +66,7 @@ class FrozenColumnParallelLinear(FrozenLinear):
     """`linear_qkv`, `linear_fc1` (with the norm before them, where Megatron fuses it) and `output_layer`."""
 
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
-        """x [s, b, in], or [t, in] of an expert -> ([S, b, out / tp], bias or None)."""
+        """x [s, b, in], or [t, in] of an expert or a latent -> ([S, b, out / tp], bias or None)."""
         bias = None if self.skip_bias_add else self.bias
         out = self._product(self._normed(x).flatten(0, -2), self.base_weight(weight), bias)
         return out.view(-1, *x.shape[1:-1], out.shape[-1]), self.bias if self.skip_bias_add else None
@@ -74,6 +74,19 @@ class FrozenColumnParallelLinear(FrozenLinear):
     def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
         """[t, in] -> [T, out / tp]."""
         return frozen_column_parallel(x, weight, bias, self.tp)
+
+
+class FrozenReplicatedLinear(FrozenLinear):
+    """Latent attention's down projections, whole on every tensor-parallel rank: each works on the tokens it has."""
+
+    def forward(self, x: Tensor) -> Any:
+        """x [s, b, in] -> ([s, b, out], None)."""
+        out = self._product(x.flatten(0, 1), self.base_weight())
+        return out.view(*x.shape[:-1], out.shape[-1]), None
+
+    def _product(self, x: Tensor, weight: BaseWeight) -> Tensor:
+        """[t, in] -> [t, out], without communication."""
+        return frozen_column_parallel(x, weight, None, self.tp.without_communication())
 
 
 class FrozenRowParallelLinear(FrozenLinear):

@@ -16,9 +16,22 @@ from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.frozen_linear import FrozenLinear
 from megatron_lora.lora.init import Factors
 from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout, expert_of, without_expert
-from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRARowParallelLinear
+from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRAReplicatedLinear, LoRARowParallelLinear
 from megatron_lora.lora.methods import method_of
+from megatron_lora.lora.model_spec import Parallel
+from megatron_lora.lora.model_tables import LINEARS
 from megatron_lora.lora.sharding import shard
+
+# Where the linears of a layer are that are no single expert's: path of their module -> their names in it.
+_KINDS_OF_PARENT: dict[str, list[str]] = {}
+for _row in LINEARS.values():
+    if not _row.expert:
+        _KINDS_OF_PARENT.setdefault(_row.path.rpartition(".")[0], []).append(_row.path.rpartition(".")[2])
+_KINDS: dict[Parallel, type[LoRALinear]] = {
+    "column": LoRAColumnParallelLinear,
+    "row": LoRARowParallelLinear,
+    "replicated": LoRAReplicatedLinear,
+}
 
 
 @dataclass(frozen=True)
@@ -97,18 +110,21 @@ def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
     for layer in chunk.decoder.layers:
         number: Any = layer.layer_number
         prefix = f"decoder.layers.{number - 1}"
-        for parent_name, attributes in (
-            ("self_attention", ("linear_qkv", "linear_proj")),
-            ("mlp", ("linear_fc1", "linear_fc2")),
-        ):
-            parent = getattr(layer, parent_name)
-            for attribute in attributes:
-                if hasattr(parent, attribute):
-                    yield f"{prefix}.{parent_name}.{attribute}", parent, attribute
+        for path, kinds in _KINDS_OF_PARENT.items():
+            parent = _submodule(layer, path)
+            for kind in kinds:
+                if hasattr(parent, kind):
+                    yield f"{prefix}.{path}.{kind}", parent, kind
         if isinstance(layer.mlp, BaseMoELayer):
             yield from _expert_linears(layer.mlp, f"{prefix}.mlp.experts")
     if chunk.post_process:
         yield "output_layer", chunk, "output_layer"
+
+
+def _submodule(layer: Any, path: str) -> Any:
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+    return layer
 
 
 def _expert_linears(layer: BaseMoELayer, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
@@ -141,8 +157,8 @@ def _adapt(
 ) -> LoRALinear:
     """like: an adapted linear with which the new one has its factors in common."""
     weight = base_weight_of(base)
-    column = spec.shapes.linear(layout.kind).parallel == "column"
-    all_to_all = options.all_to_all and not column and tp.sequence_parallel
+    parallel = spec.shapes.linear(layout.kind).parallel
+    all_to_all = options.all_to_all and parallel == "row" and tp.sequence_parallel
     padded = weight.shape[0] * tp.size if layout.kind == "output_layer" else None
 
     def local(tensor: Tensor, factor: FactorKey) -> Tensor:
@@ -154,8 +170,7 @@ def _adapt(
     whole = factors(layout) if like is None else {}
     dtype = options.dtype or weight.dtype
     mask = layout.b_mask(spec.shapes)
-    linear = LoRAColumnParallelLinear if column else LoRARowParallelLinear
-    return linear(
+    return _KINDS[parallel](
         base,
         layout,
         spec.shapes,

@@ -18,9 +18,15 @@ from torch import Tensor
 
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
-from megatron_lora.lora.frozen_linear import FrozenColumnParallelLinear, FrozenLinear, FrozenRowParallelLinear
+from megatron_lora.lora.frozen_linear import (
+    FrozenColumnParallelLinear,
+    FrozenLinear,
+    FrozenReplicatedLinear,
+    FrozenRowParallelLinear,
+)
 from megatron_lora.lora.layout import Factor, FactorKey, ModelSpec, ModuleLayout, module_name
 from megatron_lora.lora.methods import AdapterMethod
+from megatron_lora.lora.model_spec import Parallel
 from megatron_lora.lora.sharding import split_axis
 
 # Ranks over which Megatron does not sum a factor's gradient, and has to be summed: tensor-parallel peers, those that
@@ -47,7 +53,7 @@ class LoRALinear(FrozenLinear):
     communicates in the linear's place. shared: the factors of another expert's linear, if it has them too.
     """
 
-    parallel_kind: str
+    parallel_kind: Parallel
 
     def __init__(
         self,
@@ -98,9 +104,10 @@ class LoRALinear(FrozenLinear):
     @property
     def held_factors(self) -> list[HeldFactor]:
         """This rank's part of each factor, in the order of the method's table."""
-        column = self.parallel_kind == "column"
         return [
-            HeldFactor(factor, getattr(self, factor.name), split_axis(factor.key, column, a2a=self.all_to_all))
+            HeldFactor(
+                factor, getattr(self, factor.name), split_axis(factor.key, self.parallel_kind, a2a=self.all_to_all)
+            )
             for factor in self.method.factors
         ]
 
@@ -110,9 +117,7 @@ class LoRALinear(FrozenLinear):
             parameter: Any = held.parameter
             set_tensor_model_parallel_attributes(parameter, held.axis is not None, held.axis or 0, 1)
             # With all-to-all every rank of B and A already holds its whole gradient.
-            partial = held.axis is None and self.method.gradient_is_partial(
-                held.factor, self.parallel_kind == "column", self.split
-            )
+            partial = held.axis is None and self.method.gradient_is_partial(held.factor, self.parallel_kind, self.split)
             # Factors of experts are reduced over the ranks that hold the same experts.
             parameter.allreduce = self.expert is None
             groups: list[GradientGroup] = []
@@ -186,8 +191,8 @@ class LoRALinear(FrozenLinear):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Base parameters and the factors; see `policy.megatron.checkpoint` for which of them are written."""
-        weight_axis = 0 if self.parallel_kind == "column" else 1
-        axes = {"weight": weight_axis, "bias": 0} if self.parallel_kind == "column" else {"weight": weight_axis}
+        of_base: dict[Parallel, dict[str, int]] = {"column": {"weight": 0, "bias": 0}, "row": {"weight": 1}}
+        axes = of_base.get(self.parallel_kind, {})
         axes |= {held.factor.name: held.axis for held in self.held_factors if held.axis is not None}
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -221,6 +226,21 @@ class LoRAColumnParallelLinear(LoRALinear, FrozenColumnParallelLinear):
 
     def _adapted_product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None, call: AdapterCall) -> Tensor:
         return self.method.column(x, weight, bias, self._values(), self._derive(weight), call)
+
+
+class LoRAReplicatedLinear(LoRALinear, FrozenReplicatedLinear):
+    """An adapter on a linear that every tensor-parallel rank holds whole."""
+
+    parallel_kind = "replicated"
+
+    def _product(self, x: Tensor, weight: BaseWeight) -> Tensor:
+        if not self.enabled:
+            return super()._product(x, weight)
+        # Under sequence parallelism each rank has tokens of its own.
+        shared = not self.tp.sequence_parallel
+        call = self._call(x.shape[0], same_input_mask=shared, same_output_mask=shared, x=x)
+        call = replace(call, parallel=self.tp.without_communication())
+        return self.method.column(x, weight, None, self._values(), self._derive(weight), call)
 
 
 class LoRARowParallelLinear(LoRALinear, FrozenRowParallelLinear):

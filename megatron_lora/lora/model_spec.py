@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 LAYER = "decoder.layers.*."
+# What tensor parallelism splits of a linear: its rows, its columns, or nothing.
+Parallel = Literal["column", "row", "replicated"]
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -27,7 +29,8 @@ class LinearSpec:
 
     kind: its name below attention or MLP. name: Megatron's, with its place. parts: the HF linears that it covers, whose
     rows lie one part after the other, within each of `query_groups` equal groups where there are any. parallel: what
-    tensor parallelism splits, rows (with their groups, or of each part) or columns. layers: None for every layer.
+    tensor parallelism splits, rows (with their groups, or of each part), columns or nothing. layers: None for every
+    layer.
     experts: how many there are of it in a layer, 0 where it is no expert's. bias: whether it has one.
     """
 
@@ -35,7 +38,7 @@ class LinearSpec:
     name: str
     parts: tuple[HFPart, ...]
     in_features: int
-    parallel: Literal["column", "row"]
+    parallel: Parallel
     query_groups: int = 0
     layers: tuple[int, ...] | None = None
     experts: int = 0
@@ -90,12 +93,14 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A tensor that is no adaptable linear's: a norm, a router, the embedding. layers: as in `LinearSpec`."""
+    """A tensor that is no adaptable linear's: a norm, a router, the embedding. layers: as in `LinearSpec`. tp_axis:
+    what tensor parallelism splits."""
 
     name: str
     hf_name: str
     shape: tuple[int, ...]
     layers: tuple[int, ...] | None = None
+    tp_axis: int | None = None
 
     def is_in(self, layer: int) -> bool:
         return self.name.startswith(LAYER) and (self.layers is None or layer in self.layers)
@@ -105,7 +110,13 @@ class ParameterSpec:
 class ModelSizes:
     """The sizes of a decoder that decide every factor's shape. vocab_size is the model's own, without padding.
     attention_bias: q, k, v and o have biases; mlp_bias: gate, up and down have. num_experts: of a layer, 0 for a dense
-    model; moe_ffn_hidden_size: of one expert; dense_layers: those without experts in a model that has them."""
+    model; moe_ffn_hidden_size: of one expert; shared_ffn_hidden_size: of the shared experts together, 0 for none;
+    dense_layers: those without experts in a model that has them. qk_norm: the queries' and keys' norms that the family
+    has are there.
+
+    Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) has a kv_rank: of the compressed keys and values;
+    q_rank: of the compressed queries, 0 where they are not compressed; head_dim: of a query, of which rope_head_dim are
+    rotated; value_head_dim: of a value."""
 
     model_type: str
     hidden_size: int
@@ -123,6 +134,17 @@ class ModelSizes:
     num_experts_per_token: int = 0
     moe_ffn_hidden_size: int = 0
     dense_layers: tuple[int, ...] = ()
+    shared_ffn_hidden_size: int = 0
+    qk_norm: bool = True
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_head_dim: int = 0
+    value_head_dim: int = 0
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether its attention is latent (MLA)."""
+        return self.kv_rank > 0
 
     @property
     def sizes(self) -> dict[str, Any]:

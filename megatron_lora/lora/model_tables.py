@@ -5,97 +5,154 @@ A tensor of a family has a place in the description where a row here bears its M
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-from megatron_lora.lora.model_spec import EMBEDDING, LAYER, OUTPUT_LAYER, ModelSizes
+from megatron_lora.lora.model_spec import EMBEDDING, LAYER, OUTPUT_LAYER, ModelSizes, Parallel
 
 
 @dataclass(frozen=True)
 class LinearRow:
-    """A kind of linear: its path in a layer, and how its sizes follow from the model's."""
+    """A kind of linear: its path in a layer, and how its sizes follow from the model's. A model where one is 0 has none
+    of it. expert: there is one for each expert."""
 
     path: str
-    parallel: Literal["column", "row"]
+    parallel: Parallel
     in_features: Callable[[ModelSizes], int]
     rows: Callable[[ModelSizes], dict[str, int]]
     in_dense: bool = True
     in_sparse: bool = True
+    expert: bool = False
+
+
+def _hidden(sizes: ModelSizes) -> int:
+    return sizes.hidden_size
 
 
 def _query(sizes: ModelSizes) -> int:
     return sizes.num_attention_heads * sizes.head_dim
 
 
+def _key(sizes: ModelSizes) -> int:
+    return sizes.num_query_groups * sizes.head_dim
+
+
+def _value(sizes: ModelSizes) -> int:
+    return sizes.num_attention_heads * (sizes.value_head_dim or sizes.head_dim)
+
+
 def _qkv_rows(sizes: ModelSizes) -> dict[str, int]:
-    key = sizes.num_query_groups * sizes.head_dim
-    return {"q": _query(sizes), "k": key, "v": key}
+    return {"q": _query(sizes), "k": _key(sizes), "v": _key(sizes)}
+
+
+def _kv_up_rows(sizes: ModelSizes) -> dict[str, int]:
+    not_rotated = sizes.head_dim - sizes.rope_head_dim
+    return {"kv_b": sizes.num_attention_heads * (not_rotated + sizes.value_head_dim)}
 
 
 def _gate_up(size: int, gated: bool) -> dict[str, int]:
     return {"gate": size, "up": size} if gated else {"up": size}
 
 
+def _mlp(path: str, width: Callable[[ModelSizes], int], **where: bool) -> dict[str, LinearRow]:
+    """Both linears of an MLP."""
+    return {
+        "linear_fc1": LinearRow(
+            f"{path}.linear_fc1", "column", _hidden, lambda s: _gate_up(width(s), s.gated), **where
+        ),
+        "linear_fc2": LinearRow(f"{path}.linear_fc2", "row", width, lambda s: {"down": s.hidden_size}, **where),
+    }
+
+
+def _below(name: str, rows: dict[str, LinearRow]) -> dict[str, LinearRow]:
+    return {f"{name}.{kind}": row for kind, row in rows.items()}
+
+
+# In the forward's order.
 LINEARS: dict[str, LinearRow] = {
-    "linear_qkv": LinearRow("self_attention.linear_qkv", "column", lambda s: s.hidden_size, _qkv_rows),
-    "linear_proj": LinearRow("self_attention.linear_proj", "row", _query, lambda s: {"o": s.hidden_size}),
-    "linear_fc1": LinearRow(
-        "mlp.linear_fc1",
-        "column",
-        lambda s: s.hidden_size,
-        lambda s: _gate_up(s.ffn_hidden_size, s.gated),
-        in_sparse=False,
+    "linear_qkv": LinearRow("self_attention.linear_qkv", "column", _hidden, _qkv_rows),
+    "linear_q_proj": LinearRow(
+        "self_attention.linear_q_proj", "column", _hidden, lambda s: {"q": 0 if s.q_rank else _query(s)}
     ),
-    "linear_fc2": LinearRow(
-        "mlp.linear_fc2", "row", lambda s: s.ffn_hidden_size, lambda s: {"down": s.hidden_size}, in_sparse=False
+    "linear_q_down_proj": LinearRow(
+        "self_attention.linear_q_down_proj", "replicated", _hidden, lambda s: {"q_a": s.q_rank}
     ),
-    "experts.linear_fc1": LinearRow(
-        "mlp.experts.linear_fc1",
-        "column",
-        lambda s: s.hidden_size,
-        lambda s: _gate_up(s.moe_ffn_hidden_size, s.gated),
-        in_dense=False,
+    "linear_q_up_proj": LinearRow(
+        "self_attention.linear_q_up_proj", "column", lambda s: s.q_rank, lambda s: {"q_b": _query(s)}
     ),
-    "experts.linear_fc2": LinearRow(
-        "mlp.experts.linear_fc2",
-        "row",
-        lambda s: s.moe_ffn_hidden_size,
-        lambda s: {"down": s.hidden_size},
-        in_dense=False,
+    "linear_kv_down_proj": LinearRow(
+        "self_attention.linear_kv_down_proj", "replicated", _hidden, lambda s: {"kv_a": s.kv_rank + s.rope_head_dim}
     ),
+    "linear_kv_up_proj": LinearRow("self_attention.linear_kv_up_proj", "column", lambda s: s.kv_rank, _kv_up_rows),
+    "linear_proj": LinearRow("self_attention.linear_proj", "row", _value, lambda s: {"o": s.hidden_size}),
+    **_mlp("mlp", lambda s: s.ffn_hidden_size, in_sparse=False),
+    **_below("experts", _mlp("mlp.experts", lambda s: s.moe_ffn_hidden_size, in_dense=False, expert=True)),
+    **_below("shared_experts", _mlp("mlp.shared_experts", lambda s: s.shared_ffn_hidden_size, in_dense=False)),
 }
 
 
 PATHS = {kind: row.path for kind, row in LINEARS.items()}
+# The linears of attention whose biases one switch of the config turns on.
 ATTENTION = ("linear_qkv", "linear_proj")
 BIASES = tuple(f"{LAYER}{PATHS[kind]}.bias" for kind in ATTENTION)
+# A family has one of these.
+QUERIES = ("linear_qkv", "linear_kv_down_proj")
+# Families whose norms of queries and keys are over all heads together, not over each.
+WHOLE_QK_NORM = ("olmoe",)
+# Families whose router adds a bias to what it chooses experts by. Bridge maps one for DeepSeek-V2 too, which has none.
+BIASED_ROUTER = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
 
 
-def _hidden(sizes: ModelSizes) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class OtherRow:
+    """A tensor of a layer that is no linear's: its shape (one with a 0 is not there), the layers that have it, and what
+    tensor parallelism splits."""
+
+    shape: Callable[[ModelSizes], tuple[int, ...]]
+    in_dense: bool = True
+    in_sparse: bool = True
+    tp_axis: int | None = None
+
+
+def _width(sizes: ModelSizes) -> tuple[int, ...]:
     return (sizes.hidden_size,)
 
 
-def _head(sizes: ModelSizes) -> tuple[int, ...]:
-    return (sizes.head_dim,)
+def _qk_norm(heads: Callable[[ModelSizes], int]) -> Callable[[ModelSizes], tuple[int, ...]]:
+    def shape(sizes: ModelSizes) -> tuple[int, ...]:
+        # Latent attention has these in the linears that follow them.
+        if sizes.is_latent or not sizes.qk_norm:
+            return (0,)
+        return (heads(sizes) if sizes.model_type in WHOLE_QK_NORM else sizes.head_dim,)
+
+    return shape
 
 
-# What else stands in a layer, in the forward's order: path -> (shape, in dense layers, in layers with experts).
-OTHERS: dict[str, tuple[Callable[[ModelSizes], tuple[int, ...]], bool, bool]] = {
-    "self_attention.linear_qkv.layer_norm_weight": (_hidden, True, True),
-    "self_attention.q_layernorm.weight": (_head, True, True),
-    "self_attention.k_layernorm.weight": (_head, True, True),
-    "self_attention.linear_proj.post_layernorm.weight": (_hidden, True, True),
-    "mlp.linear_fc1.layer_norm_weight": (_hidden, True, False),
-    "mlp.linear_fc2.post_layernorm.weight": (_hidden, True, False),
-    "pre_mlp_layernorm.weight": (_hidden, False, True),
-    "mlp.router.weight": (lambda s: (s.num_experts, s.hidden_size), False, True),
+# In the forward's order.
+OTHERS: dict[str, OtherRow] = {
+    # Where a column-parallel linear follows, the norm is that linear's.
+    "input_layernorm.weight": OtherRow(lambda s: (s.hidden_size if s.is_latent else 0,)),
+    "self_attention.linear_qkv.layer_norm_weight": OtherRow(_width),
+    "self_attention.q_layernorm.weight": OtherRow(_qk_norm(_query)),
+    "self_attention.k_layernorm.weight": OtherRow(_qk_norm(_key)),
+    "self_attention.linear_q_up_proj.layer_norm_weight": OtherRow(lambda s: (s.q_rank,)),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": OtherRow(lambda s: (s.kv_rank,)),
+    "self_attention.linear_proj.post_layernorm.weight": OtherRow(_width),
+    "mlp.linear_fc1.layer_norm_weight": OtherRow(_width, in_sparse=False),
+    "mlp.linear_fc2.post_layernorm.weight": OtherRow(_width, in_sparse=False),
+    "pre_mlp_layernorm.weight": OtherRow(_width, in_dense=False),
+    "mlp.router.weight": OtherRow(lambda s: (s.num_experts, s.hidden_size), in_dense=False),
+    "mlp.router.expert_bias": OtherRow(
+        lambda s: (s.num_experts if s.model_type in BIASED_ROUTER else 0,), in_dense=False
+    ),
 }
 WHOLE = (EMBEDDING, OUTPUT_LAYER, "decoder.final_layernorm.weight")
 # The same tensors under the names that other layer specifications give them.
 ALIASES = (
-    "input_layernorm.weight",
+    "self_attention.kv_layernorm.weight",
     "mlp.experts.local_experts.*.linear_fc1.weight",
     "mlp.experts.local_experts.*.linear_fc2.weight",
 )
+# Mapped by bridge, in no model of its family (GLM-4.5).
+UNUSED = ("mlp.shared_experts.router.weight",)
 
 
 def has_place(name: str) -> bool:
@@ -103,4 +160,4 @@ def has_place(name: str) -> bool:
     path = name.removeprefix(LAYER)
     linear = path.removesuffix("*").removesuffix(".weight").removesuffix(".bias")
     known = linear in {row.path for row in LINEARS.values()}
-    return name in WHOLE or path in OTHERS or path in ALIASES or known or name.startswith("mtp.")
+    return name in WHOLE or path in (*OTHERS, *ALIASES, *UNUSED) or known or name.startswith("mtp.")

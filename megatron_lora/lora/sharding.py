@@ -6,8 +6,9 @@
 | `out` (B's rows) | split, as W's rows | whole; B's rows split under `a2a_experimental` |
 | `rank` | whole | whole |
 
-W's rows on a rank: qkv is contiguous by query groups; fc1 is [gate of the rank; up of the rank]; output_layer is
-contiguous over the padded vocabulary.
+A replicated linear (latent attention's down projections) and its factors are whole on every rank. W's rows on a rank:
+qkv is contiguous by query groups; fc1 is [gate of the rank; up of the rank]; output_layer is contiguous over the padded
+vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import FACTORS, FactorKey, ModelSpec
+from megatron_lora.lora.model_spec import Parallel
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def placement(
     """Where the slice of `tp_rank` lies. a2a: row-parallel B is split too. padded_vocab_size: rows of the output layer
     over all ranks, by default the vocabulary itself. Raises UserError where the TP size does not divide."""
     linear = shapes.linear(kind)
-    axis = split_axis(factor, linear.parallel == "column", a2a=a2a)
+    axis = split_axis(factor, linear.parallel, a2a=a2a)
     if axis is None:
         return Placement(None, 0, ())
     if linear.parallel == "row":
@@ -67,10 +69,11 @@ def placement(
     return _even_placement(axis, linear.out_features, parts, tp_rank, tp_size)
 
 
-def split_axis(factor: FactorKey, column: bool, *, a2a: bool = False) -> int | None:
-    """The axis of a factor that is split over TP with a column- or a row-parallel linear; None where every rank holds
-    the whole factor."""
-    split = "out" if column or (a2a and factor == "B") else "in"
+def split_axis(factor: FactorKey, parallel: Parallel, *, a2a: bool = False) -> int | None:
+    """The axis of a factor that is split over TP with its linear; None where every rank holds the whole factor."""
+    if parallel == "replicated":
+        return None
+    split = "out" if parallel == "column" or (a2a and factor == "B") else "in"
     axes = FACTORS[factor].axes
     return axes.index(split) if split in axes else None
 

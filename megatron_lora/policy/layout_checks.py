@@ -55,11 +55,18 @@ def sequence_multiple(policy: PolicyConfig) -> int:
 def _check_tensor_parallel(key: str, size: int, shape: ModelSpec) -> None:
     # Each rank holds whole query groups with their query heads, and an equal part of the MLP.
     # Experts are split by a size of their own.
-    width = shape.ffn_hidden_size if "linear_fc1" in shape.kinds else shape.hidden_size
+    widths = [
+        number
+        for kind, number in (
+            ("linear_fc1", shape.ffn_hidden_size),
+            ("shared_experts.linear_fc1", shape.shared_ffn_hidden_size),
+        )
+        if kind in shape.kinds
+    ]
     fits = [
         candidate
         for candidate in _divisors(shape.num_query_groups)
-        if shape.num_attention_heads % candidate == 0 and width % candidate == 0
+        if shape.num_attention_heads % candidate == 0 and all(width % candidate == 0 for width in widths)
     ]
     if size in fits:
         return
@@ -68,7 +75,7 @@ def _check_tensor_parallel(key: str, size: int, shape: ModelSpec) -> None:
     elif shape.num_query_groups % size:
         what = f"{shape.num_query_groups} query groups"
     else:
-        what = f"MLP width of {width}"
+        what = f"MLP width of {next(width for width in widths if width % size)}"
     raise UserError(f"{key}={size} does not divide the model's {what}; use {_choices(fits)}")
 
 

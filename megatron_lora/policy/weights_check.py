@@ -12,7 +12,21 @@ from megatron_lora.conversion.hf_model import ROPE_NAMES, HFModel, read_hf_model
 from megatron_lora.conversion.inventory import open_weights
 from megatron_lora.errors import UserError
 
-MEGATRON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
+MEGATRON_FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v3",
+    "deepseek_v2",
+    "glm4_moe_lite",
+)
 
 
 def read_base(policy: PolicyConfig) -> HFModel:

@@ -19,6 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_lora.runtime.native_layers import NativeAttention, capped_attention
+from megatron_lora.runtime.rotary import picked, rotary_modules
 
 # Tokens of the cache are read in multiples of this (what lies behind a row's newest token is masked): attention kernels
 # want aligned masks, and see few different shapes.
@@ -28,8 +29,8 @@ READ_TOKENS = 64
 def row_bytes(chunks: Sequence[GPTModel], capacity: int) -> int:
     """What one row of up to `capacity` tokens keeps on this rank."""
     attentions: list[Any] = [layer.self_attention for chunk in chunks for layer in chunk.decoder.layers]
-    widths = [a.num_query_groups_per_partition * a.hidden_size_per_attention_head for a in attentions]
-    return 2 * sum(widths) * whole_reads(capacity) * chunks[0].config.params_dtype.itemsize
+    widths = [a.num_query_groups_per_partition * (a.key_hidden_size + a.val_hidden_size) for a in attentions]
+    return sum(widths) * whole_reads(capacity) * chunks[0].config.params_dtype.itemsize
 
 
 def whole_reads(num_tokens: int) -> int:
@@ -174,9 +175,9 @@ def cached_attention(
     session = CacheSession(num_slots, capacity, max_position)
     with ExitStack() as restore:
         for chunk in chunks:
-            rotary: Any = chunk.rotary_pos_emb
-            rotary.forward = partial(_rotary_at_positions, rotary.forward, session)
-            restore.callback(delattr, rotary, "forward")
+            for rotary in rotary_modules(chunk):
+                rotary.forward = partial(_rotary_at_positions, rotary.forward, session)
+                restore.callback(delattr, rotary, "forward")
             for layer in chunk.decoder.layers:
                 attention: Any = layer.self_attention
                 original = attention.core_attention
@@ -197,12 +198,13 @@ def _native(attention: Any) -> NativeAttention:
         attention.layer_number,
         attention.attn_mask_type,
         attention.attention_type,
-        softmax_scale=attention.config.softmax_scale,
+        # Latent attention has its own.
+        softmax_scale=getattr(attention, "softmax_scale", attention.config.softmax_scale),
     )
     return native.eval()
 
 
-def _rotary_at_positions(table: Callable[..., Tensor], session: CacheSession, *_: Any, **__: Any) -> Tensor:
+def _rotary_at_positions(table: Callable[..., Any], session: CacheSession, *_: Any, **__: Any) -> Any:
     """Rotary angles [..., T, 1, 1, d] of the step's positions, in place of those of 0 to T - 1."""
     assert session.step is not None
-    return table(session.max_position, packed_seq=True).index_select(-4, session.step.positions)
+    return picked(table(session.max_position, packed_seq=True), session.step.positions)

@@ -96,6 +96,28 @@ class NativeRowParallelLinear(RowParallelLinear):
     """Row-parallel linear under the name that stands for Transformer Engine's."""
 
 
+class NativeLinear(torch.nn.Module):
+    """Transformer Engine's linear that every tensor-parallel rank holds whole (`parallel_mode="duplicated"`)."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parallel_mode: str | None,
+        config: TransformerConfig,
+        bias: bool,
+        **_: Any,
+    ):
+        super().__init__()
+        assert parallel_mode == "duplicated" and not bias
+        self.config = config
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
+
+
 @dataclass
 class SharedPrefixParams(PackedSeqParams):
     """A micro-batch whose rows share prefixes. shared_keys: `data.batch.SharedKeys`, which core attention goes by; the

@@ -67,7 +67,7 @@ def import_bridge() -> ModuleType:
 def _put_native_layers_into_megatron_core() -> None:
     from megatron.core.extensions import transformer_engine as extension
     from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer import attention, transformer_block
+    from megatron.core.transformer import attention, multi_latent_attention, transformer_block
 
     from megatron_lora.runtime import native_layers as native
 
@@ -85,6 +85,8 @@ def _put_native_layers_into_megatron_core() -> None:
         module.TENorm = native.NativeNorm
     specs: Any = gpt_layer_specs
     specs.TESpecProvider = native_spec_provider()
+    latent: Any = multi_latent_attention
+    latent.TELinear = native.NativeLinear
     block: Any = transformer_block
     block.LayerNormImpl = native.NativeNorm
 
@@ -96,6 +98,9 @@ def native_spec_provider() -> type:
     from megatron_lora.runtime import native_layers as native
 
     class NativeSpecProvider(LocalSpecProvider):
+        def linear(self) -> type:
+            return native.NativeLinear
+
         def column_parallel_linear(self) -> type:
             return native.NativeColumnParallelLinear
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.cases import CP, EP, ETP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
-from tests.support.models import FAMILIES, UNUSUAL
+from tests.support.models import EXPERTS, FAMILIES, UNUSUAL
 from tests.support.reference import cut_logits, of_targets
 
 pytestmark = pytest.mark.timeout(2700)
@@ -32,6 +32,10 @@ def case(layout: str, family: str) -> Case:
     return Case(f"logits_{layout}_{family}", ranks, "logits", family, "drawn", megatron=megatron)
 
 
+def case_of(parameter: Any) -> Case:
+    return parameter if isinstance(parameter, Case) else parameter.values[0]
+
+
 CASES = [case("tp1", family) for family in FAMILIES]
 CASES += [case(layout, family) for layout in ("tp", "pp") for family in ("qwen2", "gemma3")]
 CASES += [case(layout, family) for layout in ("sp", "cp") for family in ("qwen2", "gemma3")]
@@ -44,9 +48,12 @@ CASES += [
 ]
 CASES += [case(layout, "qwen3_moe") for layout in ("tp1", "sp", "pp", "cp", "ep", "etp")]
 CASES += [case(layout, family) for layout in ("tp1", "sp", "pp") for family in ("gemma", "gemma2")]
+CASES += [case("tp1", family) for family in EXPERTS]
 LONG = [case(layout, family) for layout in ("tp", "pp") for family in FAMILIES if family not in ("qwen2", "gemma3")]
 LONG += [case("tp_pp", family) for family in ("qwen2", "gemma3")]
+LONG += [case(layout, family) for layout in ("sp", "pp", "cp", "ep", "etp") for family in EXPERTS]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
+WHOLE_ROWS = [more for more in [*CASES, *LONG_TOO] if case_of(more).megatron not in (CP, EP)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 # Context parallelism cuts the sequence, and of ranks that share experts one sees the row; there log-probabilities are
 # compared alone.
-@pytest.mark.parametrize("case", [*(c for c in CASES if c.megatron not in (CP, EP)), *LONG_TOO], ids=str)
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=str)
 def test_logits(case: Case, ranks_found: list[dict[str, Any]], transformers_logits: dict[str, Any]) -> None:
     seen = [found["logits"] for found in ranks_found if found["logits"]]
     assert len(seen) == case.ranks // case.megatron.get("pipeline_model_parallel_size", 1)
@@ -99,6 +106,8 @@ def test_log_probabilities(case: Case, ranks_found: list[dict[str, Any]], transf
 def test_parameters_are_counted_once(case: Case, found: dict[str, Any], room: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(room.base(case.family))
     base = sum(parameter.numel() for parameter in model.parameters())
+    # The bias by which a router chooses experts.
+    base += sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias"))
     trainable, everything = found["trainable"]
     # Without the padding of the vocabulary, which depends on the layout.
     assert everything - trainable == base

@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     LlamaConfig,
     MistralConfig,
+    OlmoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -52,6 +57,9 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
     if family == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
         return Qwen3MoeConfig(**SIZES | {"head_dim": 32, "tie_word_embeddings": False} | experts | changes)
+    if family in EXPERTS:
+        kind, own = EXPERTS[family]
+        return kind(**sizes | own | changes)
     if family == "mistral":
         return MistralConfig(**{"sliding_window": None} | sizes, head_dim=32)
     if family == "gemma":
@@ -75,6 +83,61 @@ def gemma_layers(sizes: dict) -> list[str]:
         "full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(sizes["num_hidden_layers"])
     ]
 
+
+# Latent attention: yarn with a factor on scores and another on the rotated features, groups of experts.
+DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 16,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 40,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+}
+EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        {
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        LATENT
+        | {
+            "q_lora_rank": 20,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 4,
+            "first_k_dense_replace": 1,
+            "rope_parameters": DEEPSEEK_YARN,
+        },
+    ),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        LATENT | {"q_lora_rank": None, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    ),
+    "glm4_moe_lite": (
+        Glm4MoeLiteConfig,
+        LATENT | {"q_lora_rank": 20, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3, "n_shared_experts": 1},
+    ),
+}
 
 FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "mistral", "gemma3")
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -142,4 +205,7 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
                 parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     return model

@@ -21,6 +21,8 @@ SIZES = {
 }
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 
+LATENT = {"kv_lora_rank": 4, "q_lora_rank": 2, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 2}
+
 
 def described(family: str, **changes: object) -> ModelSpec:
     return describe_config({"model_type": family, **SIZES, **changes})
@@ -67,7 +69,7 @@ def test_every_expert_is_a_tensor_of_its_own():
     [
         ({"model_type": "qwen3_moe", **SIZES, **EXPERTS, "mlp_only_layers": [1]}, "layers 1 of the model have no"),
         ({"model_type": "phi3"}, "model_type='phi3' .* maps no such family"),
-        ({"model_type": "deepseek_v3"}, "nothing here knows .*linear_kv_down_proj"),
+        ({"model_type": "qwen3_next"}, r"nothing here knows .*self_attention\.in_proj"),
         ({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4}, "no 'num_hidden_layers'"),
     ],
 )
@@ -76,9 +78,28 @@ def test_what_cannot_be_described_is_refused(config: dict, message: str):
         describe_config(config)
 
 
-def test_every_known_family_has_both_linears_of_attention():
+def test_every_known_family_has_the_linears_of_attention():
     assert set(known_families()) < set(families())
     for family in known_families():
-        kinds = described(family, **EXPERTS).kinds
-        assert {"linear_qkv", "linear_proj", "output_layer"} <= set(kinds)
-        assert len(kinds) == 5, (family, kinds)
+        kinds = described(family, **EXPERTS, **LATENT).kinds
+        assert {"linear_proj", "output_layer"} <= set(kinds)
+        assert ("linear_qkv" in kinds) != ("linear_kv_down_proj" in kinds), (family, kinds)
+
+
+def test_latent_attention_of_deepseek():
+    """DeepSeek-V3's table 1 (arXiv 2412.19437, section 4.2), but for the vocabulary."""
+    sizes = {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "intermediate_size": 18432}
+    latent = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+    experts = {"n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1}
+    spec = described("deepseek_v3", **sizes, **latent, **experts, v_head_dim=128, first_k_dense_replace=3)
+    shapes = {linear.kind: (linear.out_features, linear.in_features) for linear in spec.linears}
+    assert shapes["linear_q_down_proj"] == (1536, 7168) and shapes["linear_q_up_proj"] == (128 * 192, 1536)
+    assert shapes["linear_kv_down_proj"] == (576, 7168) and shapes["linear_kv_up_proj"] == (128 * 256, 512)
+    assert shapes["linear_proj"] == (7168, 128 * 128) and "linear_q_proj" not in shapes
+    assert shapes["shared_experts.linear_fc1"] == (4096, 7168)
+    assert spec.linear("linear_fc1").layers == (0, 1, 2)
+    dense = [linear.kind for linear in spec.adaptable(0)]
+    assert (
+        dense[-3:] == ["linear_proj", "linear_fc1", "linear_fc2"] and spec.linear("experts.linear_fc2").experts == 256
+    )
+    assert [linear.kind for linear in spec.adaptable(3)] == dense[:-2]

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight
 from megatron_lora.lora.layout import FACTORS_OF_TYPE, Factor, FactorKey, ModelSpec, ModuleLayout
+from megatron_lora.lora.model_spec import Parallel
 
 # The tensors of one linear by what they are in the arithmetic: whole, a rank's part, or an HF linear's part.
 Values = Mapping[FactorKey, Tensor]
@@ -62,9 +63,10 @@ class AdapterMethod(ABC):
         """[out]: what the sum of base and adapter is multiplied by, before the bias; None where it `adds_only`."""
         return None
 
-    def gradient_is_partial(self, factor: Factor, column: bool, tp: TensorParallel) -> bool:
+    def gradient_is_partial(self, factor: Factor, parallel: Parallel, tp: TensorParallel) -> bool:
         """Whether the gradient of a factor that every TP rank holds whole has to be summed over TP."""
-        return True
+        # A replicated linear sees every token on every rank, or a rank's own under sequence parallelism.
+        return parallel != "replicated" or tp.sequence_parallel
 
     @abstractmethod
     def update(self, weight: Tensor, values: Values, scale: float) -> Tensor:

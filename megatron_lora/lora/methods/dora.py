@@ -16,6 +16,7 @@ from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.layout import MAGNITUDE, A, B, Factor, ModelSpec, ModuleLayout
 from megatron_lora.lora.methods.additive import Lora
 from megatron_lora.lora.methods.base import ReadWeight, Values
+from megatron_lora.lora.model_spec import Parallel
 from megatron_lora.lora.peft_format import hf_name, put_segment_part, segment_part
 
 
@@ -66,10 +67,10 @@ class Dora(Lora):
         y = y * gain.to(y.dtype)
         return y if bias is None else y + bias
 
-    def gradient_is_partial(self, factor: Factor, column: bool, tp: TensorParallel) -> bool:
+    def gradient_is_partial(self, factor: Factor, parallel: Parallel, tp: TensorParallel) -> bool:
         """A row-parallel linear's magnitude multiplies the reduced output: only a rank's tokens under sequence
         parallelism, every token on every rank without."""
-        return tp.sequence_parallel if factor is MAGNITUDE else super().gradient_is_partial(factor, column, tp)
+        return tp.sequence_parallel if factor is MAGNITUDE else super().gradient_is_partial(factor, parallel, tp)
 
     def update(self, weight: Tensor, values: Values, scale: float) -> Tensor:
         base = weight.float()

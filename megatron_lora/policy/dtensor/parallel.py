@@ -100,7 +100,7 @@ def _place(plan: ParallelPlan, name: str, module: nn.Module, column: bool, **lay
         if factor is None:
             plan.placements[f"{name}.{key}"] = layouts[key.rsplit(".", 1)[-1]]
         else:
-            axis = split_axis(factor.key, column)
+            axis = split_axis(factor.key, "column" if column else "row")
             plan.placements[f"{name}.{key}"] = Replicate() if axis is None else Shard(axis)
     for path in four_bit_linears(module):
         # A weight that is no parameter.

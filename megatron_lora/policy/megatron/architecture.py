@@ -5,6 +5,7 @@ transformers' own config and rotary frequencies.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,15 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_lora.conversion.hf_model import HFModel, activation
+from megatron_lora.lora.model_tables import WHOLE_QK_NORM
+from megatron_lora.policy.megatron.attention import (
+    LatentAttention,
+    LayeredRopeAttention,
+    set_softmax_scale,
+    whole_heads_norm,
+)
 from megatron_lora.runtime.native_layers import NativeAttention
 
 GEMMA = "gemma3_text"
@@ -58,14 +65,17 @@ def apply_config(provider: Any, model: HFModel) -> None:
     provider.layernorm_epsilon = config.rms_norm_eps
     provider.gated_linear_unit = True
     provider.activation_func = _activation(model.activation_name)
-    provider.qk_layernorm = any(other.name.endswith("q_layernorm.weight") for other in shapes.others)
-    provider.add_qkv_bias = shapes.linear("linear_qkv").bias
+    normed = any(other.name.endswith("q_layernorm.weight") for other in shapes.others)
+    provider.qk_layernorm = normed or shapes.is_latent
+    provider.add_qkv_bias = not shapes.is_latent and shapes.linear("linear_qkv").bias
     # Those of the other linears: `_change_layers`.
     provider.add_bias_linear = False
     provider.position_embedding_type = "rope"
-    provider.rotary_percent = 1.0
+    provider.rotary_percent = model.rotary_percent
     provider.seq_len_interpolation_factor = None
     provider.rope_scaling = False
+    # The layers that predict further tokens stay in the files.
+    provider.mtp_num_layers = None
     if shapes.num_experts:
         _apply_experts(provider, model)
     _apply_attention(provider, model)
@@ -77,13 +87,29 @@ def _apply_experts(provider: Any, model: HFModel) -> None:
     provider.num_moe_experts = shapes.num_experts
     provider.moe_router_topk = shapes.num_experts_per_token
     provider.moe_ffn_hidden_size = shapes.moe_ffn_hidden_size
-    provider.moe_layer_freq = 1
-    # The softmax over all experts and then the best of them, or over the best alone, which makes their sum 1.
-    provider.moe_router_pre_softmax = not model.config.norm_topk_prob
-    provider.moe_router_dtype = "fp32"
+    dense = shapes.dense_layers
+    provider.moe_layer_freq = [int(layer not in dense) for layer in range(shapes.num_layers)] if dense else 1
+    provider.moe_shared_expert_intermediate_size = shapes.shared_ffn_hidden_size or None
+    provider.moe_shared_expert_gate = provider.moe_shared_expert_overlap = False
+    _apply_routing(provider, model)
     # The loss is the objective's alone.
     provider.moe_router_load_balancing_type = "none"
     provider.moe_aux_loss_coeff, provider.moe_z_loss_coeff = 0.0, None
+
+
+def _apply_routing(provider: Any, model: HFModel) -> None:
+    routing = model.routing
+    provider.moe_router_score_function = routing.score
+    # The softmax over all experts and then the best of them, or over the best alone, which makes their sum 1.
+    provider.moe_router_pre_softmax = not routing.normalized
+    provider.moe_router_enable_expert_bias = routing.biased
+    provider.moe_router_bias_update_rate = 0.0
+    provider.moe_router_topk_scaling_factor = routing.scale if routing.scale != 1.0 else None
+    # All groups chosen is no choice.
+    grouped = routing.groups > routing.chosen_groups
+    provider.moe_router_num_groups = routing.groups if grouped else None
+    provider.moe_router_group_topk = routing.chosen_groups if grouped else None
+    provider.moe_router_dtype = "fp32"
 
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -102,34 +128,69 @@ def _apply_attention(provider: Any, model: HFModel) -> None:
     size = next((window for window in windows if window is not None), None)
     provider.window_size = None if size is None else (size - 1, 0)
     provider.window_attn_skip_freq = None if size is None else [int(window is not None) for window in windows]
-    # Cosine and sine of queries and of keys are multiplied by the factor (yarn), so scores by its square.
-    factor = next(factor for _, factor in model.rotary.values())
-    provider.softmax_scale = model.softmax_scale * factor**2
+    if model.shapes.is_latent:
+        _apply_latent(provider, model)
+    else:
+        # Cosine and sine of queries and of keys are multiplied by the factor (yarn), so scores by its square.
+        factor = next(factor for _, factor in model.rotary.values())
+        provider.softmax_scale = model.softmax_scale * factor**2
     # Of the head's logits: `frozen_head.cap_logits`.
     provider.final_logit_softcapping = None
     provider.attn_logit_softcapping = model.attention_softcap
 
 
+def _apply_latent(provider: Any, model: HFModel) -> None:
+    shapes = model.shapes
+    provider.multi_latent_attention = True
+    provider.q_lora_rank, provider.kv_lora_rank = shapes.q_rank or None, shapes.kv_rank
+    provider.qk_head_dim, provider.qk_pos_emb_head_dim = shapes.head_dim - shapes.rope_head_dim, shapes.rope_head_dim
+    provider.v_head_dim = provider.kv_channels = shapes.value_head_dim
+    # Of the two kinds the one whose module may give a factor beside the embeddings.
+    provider.rope_type = "yarn"
+    provider.mla_down_proj_fusion = provider.cache_mla_latents = False
+    set_softmax_scale(provider, model.softmax_scale)
+
+
 def _change_layers(provider: Any, model: HFModel) -> None:
     """Let the provider's layer spec have the biases that the config asks for, and Gemma's attention follow
     `layer_types`."""
-    make_spec = provider.transformer_layer_spec
+    for_each_layer(provider, lambda layer: _change_layer(layer, model))
 
-    def changed(config: Any) -> Any:
-        spec = make_spec(config)
-        attention = spec.submodules.self_attention
-        if model.family == GEMMA:
-            attention.module = LayeredRopeAttention
-            attention.submodules.core_attention = transformer_engine.TEDotProductAttention
-        if model.attention_softcap is not None:
-            # Transformer Engine's attention caps no scores.
-            attention.submodules.core_attention = NativeAttention
-        if model.shapes.linear("linear_proj").bias:
-            # Added within the linear: Gemma's norm behind it sees the sum.
-            attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj, skip_bias_add=False)
-        if model.shapes.mlp_bias:
-            mlp = spec.submodules.mlp.keywords["submodules"]
-            mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
+
+def _change_layer(layer: Any, model: HFModel) -> None:
+    attention = layer.submodules.self_attention
+    if model.family == GEMMA:
+        attention.module = LayeredRopeAttention
+        attention.submodules.core_attention = transformer_engine.TEDotProductAttention
+    if model.shapes.is_latent:
+        attention.module = LatentAttention
+        return
+    if model.family in WHOLE_QK_NORM:
+        attention.module = SelfAttention
+        attention.submodules.q_layernorm = whole_heads_norm(model.shapes.num_attention_heads)
+        attention.submodules.k_layernorm = whole_heads_norm(model.shapes.num_query_groups)
+    if model.attention_softcap is not None:
+        # Transformer Engine's attention caps no scores.
+        attention.submodules.core_attention = NativeAttention
+    if model.shapes.linear("linear_proj").bias:
+        # Added within the linear: Gemma's norm behind it sees the sum.
+        attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj, skip_bias_add=False)
+    if model.shapes.mlp_bias:
+        mlp = layer.submodules.mlp.keywords["submodules"]
+        mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
+
+
+def for_each_layer(provider: Any, change: Callable[[Any], None]) -> None:
+    """Change the specification of each layer that the provider's builds, one for all or a list of them."""
+    make_spec = provider.transformer_layer_spec
+    staged = "vp_stage" in inspect.signature(make_spec).parameters
+
+    def changed(config: Any, vp_stage: int | None = None) -> Any:
+        spec = make_spec(config, vp_stage=vp_stage) if staged else make_spec(config)
+        layers = getattr(spec, "layer_specs", [spec])
+        # A specification stands for many layers.
+        for layer in {id(layer): layer for layer in layers}.values():
+            change(layer)
         return spec
 
     provider.transformer_layer_spec = changed
@@ -137,15 +198,12 @@ def _change_layers(provider: Any, model: HFModel) -> None:
 
 def replace_core_attention(provider: Any, replacement: Callable[[type], type]) -> None:
     """Another core attention in place of the layer specification's."""
-    make_spec = provider.transformer_layer_spec
 
-    def changed(config: Any) -> Any:
-        spec = make_spec(config)
-        attention = spec.submodules.self_attention.submodules
+    def change(layer: Any) -> None:
+        attention = layer.submodules.self_attention.submodules
         attention.core_attention = replacement(attention.core_attention)
-        return spec
 
-    provider.transformer_layer_spec = changed
+    for_each_layer(provider, change)
 
 
 def _with_bias(build: Callable[..., Any], **also: Any) -> Callable[..., Any]:
@@ -157,22 +215,30 @@ def _with_bias(build: Callable[..., Any], **also: Any) -> Callable[..., Any]:
     return built
 
 
-class LayeredRopeAttention(SelfAttention):
-    """Gemma 3's: layers with a window have rotary embeddings of their own."""
-
-    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
-        """rotary_pos_emb [2, ...]: of layers with a window, and of the others."""
-        config = self.config
-        local = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number)  # type: ignore[arg-type]
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[0 if local else 1], **kwargs)
-
-
-def set_rotary_frequencies(chunks: Sequence[GPTModel], model: HFModel) -> None:
-    """Put transformers' own rotary frequencies into a built model, whatever their kind."""
+def set_numbers(chunks: Sequence[GPTModel], model: HFModel) -> None:
+    """Put what transformers computes and no field of Megatron-Core's takes into a built model: rotary frequencies of
+    whatever kind, and the small numbers of latent attention."""
     for chunk in chunks:
+        if model.shapes.is_latent:
+            for layer in chunk.decoder.layers:
+                _set_latent_numbers(layer.self_attention, model)
+            continue
         rotary: Any = chunk.rotary_pos_emb
         places = {"": rotary, "full_attention": rotary, "sliding_attention": getattr(rotary, "rope_local", None)}
         for kind, (frequencies, _) in model.rotary.items():
-            buffer = places[kind].inv_freq
-            assert buffer.shape == frequencies.shape
-            places[kind].inv_freq = frequencies.to(buffer)
+            _set_frequencies(places[kind], frequencies)
+
+
+def _set_latent_numbers(attention: Any, model: HFModel) -> None:
+    [(frequencies, factor)] = model.rotary.values()
+    _set_frequencies(attention.rotary_pos_emb, frequencies)
+    attention.rotary_pos_emb.factor = factor
+    theirs = model.empty.model.layers[0].self_attn
+    attention.linear_kv_up_proj.eps = theirs.kv_a_layernorm.variance_epsilon
+    if model.shapes.q_rank:
+        attention.linear_q_up_proj.eps = theirs.q_a_layernorm.variance_epsilon
+
+
+def _set_frequencies(rotary: Any, frequencies: torch.Tensor) -> None:
+    assert rotary.inv_freq.shape == frequencies.shape
+    rotary.inv_freq = frequencies.to(rotary.inv_freq)

@@ -33,7 +33,9 @@ def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
     layers: Any = chunk.decoder.layers
     numbers = {str(index): layer.layer_number - 1 for index, layer in enumerate(layers)}
     result = {}
-    for name, parameter in chunk.named_parameters():
+    # The bias by which a router chooses experts is a buffer in Megatron-Core and in transformers.
+    buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("router.expert_bias"))
+    for name, parameter in (*chunk.named_parameters(), *buffers):
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(numbers[parts[2]])

@@ -24,7 +24,7 @@ from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
     replace_core_attention,
-    set_rotary_frequencies,
+    set_numbers,
 )
 from megatron_lora.policy.megatron.base_weights import hold_four_bit, load_base_weights, matrices_on_meta
 from megatron_lora.policy.megatron.packed import with_shared_prefixes
@@ -97,7 +97,7 @@ def build_base(
     # bridge prints the padded vocabulary, once a chunk
     with redirect_stdout(StringIO()), matrices_on_meta() if four_bit else nullcontext():
         chunks = _provide_chunks(provider)
-    set_rotary_frequencies(chunks, model)
+    set_numbers(chunks, model)
     for chunk in chunks:
         _set_norm_eps(chunk, provider.layernorm_epsilon)
         if provider.recompute_granularity == "full" and hasattr(chunk, "embedding"):

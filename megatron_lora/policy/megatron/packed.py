@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.runtime.native_layers import SharedPrefixParams, layer_window
+from megatron_lora.runtime.rotary import picked, rotary_modules
 from megatron_lora.runtime.shared_attention import shared_attention
 
 
@@ -45,7 +46,8 @@ class RotaryPositions:
     def __init__(self, chunks: Sequence[GPTModel]):
         self._positions: Tensor | None = None
         for chunk in chunks:
-            chunk.rotary_pos_emb.register_forward_hook(self._pick)
+            for module in rotary_modules(chunk):
+                module.register_forward_hook(self._pick)
 
     @contextmanager
     def at(self, batch: MicroBatch) -> Iterator[None]:
@@ -55,9 +57,8 @@ class RotaryPositions:
         finally:
             self._positions = None
 
-    def _pick(self, module: Any, arguments: Any, embeddings: Tensor) -> Tensor | None:
-        # [positions, 1, 1, d], behind another dimension where layers are of several kinds (Gemma 3).
-        return None if self._positions is None else embeddings.index_select(-4, self._positions)
+    def _pick(self, module: Any, arguments: Any, output: Any) -> Any:
+        return None if self._positions is None else picked(output, self._positions)
 
 
 def with_shared_prefixes(core_attention: type) -> type:

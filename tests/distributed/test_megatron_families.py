@@ -1,0 +1,48 @@
+"""Families with experts, shared experts or latent attention: ten AdamW steps of adapters on their attention equal
+transformers + peft (fp32), and what is merged for a rollout engine is the whole model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed.megatron_case import EP, PP, SP, Case
+from tests.distributed.test_megatron_experts import assert_merged
+from tests.support.compare import assert_same_training
+from tests.support.models import EXPERTS, LATENT
+from tests.support.reference import Training
+
+pytestmark = pytest.mark.timeout(1800)
+
+TOLERANCE = 1e-4
+LAYOUTS = {"tp1": (1, {}), "sp": (2, SP), "pp": (2, PP), "ep": (2, EP)}
+SHORT = [("sp", "deepseek_v3"), ("sp", "olmoe"), ("tp1", "glm4_moe")]
+
+
+def case(layout: str, family: str) -> Case:
+    ranks, megatron = LAYOUTS[layout]
+    adapter = "latent" if LATENT.items() <= EXPERTS[family][1].items() else "attention"
+    merged = {"merged": True}
+    return Case(f"family_{layout}_{family}", ranks, "train", family, adapter, megatron=megatron, options=merged)
+
+
+CASES = [case(*short) for short in SHORT]
+CASES += [
+    pytest.param(case(layout, family), marks=pytest.mark.long)
+    for layout in LAYOUTS
+    for family in EXPERTS
+    if (layout, family) not in SHORT
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ten_steps_equal_transformers_and_peft(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training], room: Any
+) -> None:
+    wanted = reference(case)
+    base = load_file(room.base(case.family) / "model.safetensors")
+    for found in ranks_found:
+        assert_same_training(found, wanted, "adapter", TOLERANCE)
+        assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
+        assert_merged(found["merged"], base, found["adapter"])
