@@ -73,7 +73,12 @@ Models with experts: adapters go on attention, and on the experts where their li
 ([adapters.md](adapters.md#experts)); the router stays frozen. Expert parallelism (EP) and expert tensor parallelism
 (ETP) split the experts, and TP above 1 needs sequence parallelism. The router's auxiliary loss is not added. Full
 fine-tuning of such a model and native rollouts at EP above 1 are refused.
-Vision-language models, Mamba hybrids and latent attention (DeepSeek) are refused.
+Shared experts are adapted as an MLP is; the bias by which a router chooses stays frozen. Latent attention (DeepSeek,
+GLM-4.7-Flash) has adapters on its own linears: `linear_q_proj`, or `linear_q_down_proj` and `linear_q_up_proj`;
+`linear_kv_down_proj`, `linear_kv_up_proj`, `linear_proj`. The two down projections are whole on every TP rank.
+DeepSeek-V2 is taken with `topk_method: greedy` (V2-Lite) alone. Layers that predict further tokens
+(`num_nextn_predict_layers`) are not computed: they stay as they are, and a merged export has them. Vision-language
+models and Mamba hybrids are refused.
 
 | model_type | class in transformers | state | log-probability | there and back |
 |---|---|---|---|---|

@@ -57,4 +57,6 @@ def unknown_reason(family: object) -> str | None:
         return f" (nothing here knows {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''})"
     if not any(LAYER + PATHS[kind] in linear_names(family) for kind in QUERIES):
         return f" (it has no {' and no '.join(QUERIES)})"
+    if not isinstance(linear_names(family).get(LAYER + PATHS["linear_qkv"], {}), dict):
+        return " (its queries, keys and values are one tensor)"
     return None

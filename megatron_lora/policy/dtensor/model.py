@@ -182,6 +182,9 @@ def _fill(
                     value = _distribute(value, mesh, placement)
                 filled[empty] = nn.Parameter(value, requires_grad=empty.requires_grad)
             setattr(owner, key, filled[empty])
+        for key in owner._buffers.keys() - owner._non_persistent_buffers_set:
+            # The bias by which a router chooses experts, which transformers keeps in fp32.
+            owner._buffers[key] = source.read_base(f"{prefix}{path}.{key}" if path else f"{prefix}{key}").float()
 
 
 def _distribute(value: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
