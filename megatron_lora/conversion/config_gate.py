@@ -106,6 +106,7 @@ LEGACY = frozenset(
         "model_type",
         "name_or_path",
         "num_labels",
+        "num_nextn_predict_layers",  # `inventory.kept_tensors`
         "original_max_position_embeddings",
         "output_attentions",
         "partial_rotary_factor",
@@ -175,8 +176,9 @@ def _sizes(model: HFModel) -> Iterator[str]:
         yield f"head_dim={shapes.head_dim}: the norm of the queries is of hidden_size={shapes.hidden_size} features"
     if shapes.num_experts and not 1 <= shapes.num_experts_per_token <= shapes.num_experts:
         yield f"num_experts_per_tok={shapes.num_experts_per_token} of num_experts={shapes.num_experts}"
-    if shapes.head_dim % 2:
-        yield f"head_dim={shapes.head_dim}: rotary embeddings need an even one"
+    name, rotated = ("qk_rope_head_dim", shapes.rope_head_dim) if shapes.is_latent else ("head_dim", shapes.head_dim)
+    if rotated % 2:
+        yield f"{name}={rotated}: rotary embeddings need an even one"
     pad = config.pad_token_id
     if isinstance(pad, int) and not -config.vocab_size <= pad < config.vocab_size:
         yield f"pad_token_id={pad} is beyond the embedding of vocab_size={config.vocab_size} rows"

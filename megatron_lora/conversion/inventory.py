@@ -1,6 +1,7 @@
 """The tensors of a model folder against those that its config asks for: names, shapes and dtypes, from the headers of
 the files alone."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder | FourBitFol
         )
     stored = SafetensorsFolder(folder)
     weights = FourBitFolder(stored) if model.stored_four_bit else stored
-    problems = list(_problems(expected_tensors(model), weights, model.shapes.tied_embeddings))
+    problems = list(_problems(model, weights))
     outside = sorted(set(weights.four_bit) - weight_names(model.shapes)) if isinstance(weights, FourBitFolder) else []
     if outside:
         problems.append(f"in 4 bits, of which only the layers' linears are read: {_some(outside)}")
@@ -67,15 +68,34 @@ def expected_tensors(model: HFModel) -> dict[str, tuple[int, ...]]:
     )
 
 
+def kept_tensors(model: HFModel, weights: WeightSource) -> list[str]:
+    """The tensors of a folder that are no part of the model's forward pass and belong to it all the same: the layers
+    that predict further tokens. They are not trained, and what is written of the whole model has them as they are."""
+    further = int(model.content.get("num_nextn_predict_layers") or 0)
+    first = model.shapes.num_layers
+    prefixes = tuple(f"model.layers.{number}." for number in range(first, first + further))
+    # Some classes of transformers name theirs by the numbers of the published model, or by a prefix.
+    ignored = type(model.empty)._keys_to_ignore_on_load_unexpected or ()
+    expected = expected_tensors(model)
+    return [
+        name
+        for name in weights.entries
+        if name not in expected
+        and not is_derived(name)
+        and (name.startswith(prefixes) or any(re.search(pattern, name) for pattern in ignored))
+    ]
+
+
 def is_derived(name: str) -> bool:
     return name.endswith(DERIVED)
 
 
-def _problems(expected: Mapping[str, tuple[int, ...]], weights: WeightSource, tied: bool) -> Iterator[str]:
+def _problems(model: HFModel, weights: WeightSource) -> Iterator[str]:
+    expected = expected_tensors(model)
     stored = {name: entry for name, entry in weights.entries.items() if not is_derived(name)}
     missing = [name for name in expected if name not in stored]
-    extra = sorted(stored.keys() - expected.keys())
-    if tied and HEAD in extra and EMBEDDING in stored:
+    extra = sorted(stored.keys() - expected.keys() - set(kept_tensors(model, weights)))
+    if model.shapes.tied_embeddings and HEAD in extra and EMBEDDING in stored:
         extra.remove(HEAD)
         if not _same(weights, HEAD, EMBEDDING):
             yield f"config.json ties {HEAD} to {EMBEDDING}, but they differ (set tie_word_embeddings to false)"

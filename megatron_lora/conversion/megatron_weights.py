@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lora.conversion.model_names import ModelParameter, check_names, hf_shape, model_parameters, unfuse
+from megatron_lora.conversion.model_names import KEPT, ModelParameter, check_names, hf_shape, kept_parameter, model_parameters, unfuse
 from megatron_lora.conversion.safetensors_io import SINGLE_FILE, sample_positions, tensor_bytes
 from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder
 from megatron_lora.errors import UserError
@@ -47,7 +47,9 @@ class MegatronWeights:
         if HF_EMBEDDING in stored:
             # The DTensor backend writes the transformers model's own parameters.
             return [ModelParameter(name, (name,), entry.shape) for name, entry in stored.items()]
+        kept = [name for name in stored if name.startswith(KEPT)]
         parameters = model_parameters(self.shapes)
+        parameters += [kept_parameter(name.removeprefix(KEPT), tuple(stored[name].shape)) for name in kept]
         check_names(parameters, stored, self.folder)
         for parameter in parameters:
             found = stored[parameter.name].shape

@@ -22,6 +22,10 @@ from megatron_lora.lora.model_spec import (
 )
 
 
+# Before the HF name of a tensor that a checkpoint keeps for others.
+KEPT = "kept."
+
+
 @dataclass(frozen=True)
 class ModelParameter:
     """One parameter of the whole model (TP=1, no vocabulary padding).
@@ -81,6 +85,11 @@ def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
             axis = 0 if axis == 0 else None
             result.append(ModelParameter(f"{name}.bias", biases, shape[:1], axis, fusion, expert))
     return result
+
+
+def kept_parameter(hf_name: str, shape: tuple[int, ...]) -> ModelParameter:
+    """A tensor that is no part of the model as it is built (`inventory.kept_tensors`), in a checkpoint of it."""
+    return ModelParameter(f"{KEPT}{hf_name}", (hf_name,), shape)
 
 
 def hf_shape(parameter: ModelParameter, hf_tensor: str, shapes: ModelSpec) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from megatron_lora.checksums import seal
 from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.fingerprint import fingerprint_weights
 from megatron_lora.conversion.four_bit_folder import FourBitFolder
-from megatron_lora.conversion.inventory import open_model
+from megatron_lora.conversion.inventory import kept_tensors, open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
-from megatron_lora.conversion.model_names import ModelParameter, fuse, model_parameters
+from megatron_lora.conversion.model_names import ModelParameter, fuse, kept_parameter, model_parameters
 from megatron_lora.conversion.model_source import HF_FOLDER, ModelSource, open_checkpoint, write_config_dtype
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
@@ -50,6 +50,7 @@ def convert_hf_to_megatron(
         shapes = model.shapes
         _check_layout(shapes, tp, pp)
         parameters = model_parameters(shapes)
+        parameters += [kept_parameter(name, tuple(stored.entries[name].shape)) for name in kept_tensors(model, stored)]
         weights = out / "policy" / "weights"
         _write_weights(weights, parameters, source.weights, shapes, show_progress)
         (out / HF_FOLDER).mkdir()

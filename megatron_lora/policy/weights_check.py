@@ -9,7 +9,7 @@ from megatron_lora.conversion.base_model import cached_folder
 from megatron_lora.conversion.config_gate import WITHOUT_EFFECT, check_config
 from megatron_lora.conversion.fingerprint import fingerprint_base
 from megatron_lora.conversion.hf_model import ROPE_NAMES, HFModel, read_hf_model
-from megatron_lora.conversion.inventory import open_weights
+from megatron_lora.conversion.inventory import kept_tensors, open_weights
 from megatron_lora.errors import UserError
 
 MEGATRON_FAMILIES = (
@@ -57,7 +57,12 @@ def check_base(policy: PolicyConfig, model: HFModel) -> list[str]:
     if not folder.is_dir():
         folder = cached_folder(model.source)
     if folder is not None:
-        open_weights(model, folder)
+        kept = kept_tensors(model, open_weights(model, folder))
+        if kept:
+            notices.append(
+                f"{len(kept)} tensors of {policy.model_name} (from {kept[0]}) are of layers that predict further tokens; "
+                "they are not computed here, stay as they are, and a merged export has them"
+            )
     return notices
 
 

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Beside those whose every flip is run.
-GATED_FAMILIES = (*FAMILIES, "qwen3_moe", "gemma", "gemma2")
+GATED_FAMILIES = (*FAMILIES, "qwen3_moe", "gemma", "gemma2", "olmoe", "glm4_moe", "deepseek_v3")
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -27,6 +27,22 @@ BASE: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    },
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "num_hidden_layers": 6},
@@ -85,6 +101,7 @@ VALUES: dict[str, list[Any]] = {
     "sliding_window": [6, None],
     "chunk_size_feed_forward": [4],
     "max_window_layers": [1],
+    "clip_qkv": [8.0],
 }
 # Fields that no class of these families declares: older names, other families' fields, what transformers looks for.
 EXTRAS: list[dict[str, Any]] = [
@@ -132,10 +149,29 @@ REFUSED = {
     "qwen3_moe-decoder_sparse_step-0": "decoder_sparse_step",
     "qwen3_moe-num_experts_per_tok-0": "num_experts_per_tok=9 of num_experts=4",
     "qwen3_moe-output_router_logits-0": "output_router_logits=True",
+    "olmoe-clip_qkv-0": "clip_qkv=8.0",
+    "olmoe-num_experts_per_tok-0": "num_experts_per_tok=9 of num_experts=4",
+    "olmoe-output_router_logits-0": "output_router_logits=True",
+    "olmoe-extra-head_dim": "head_dim=16",
+    "glm4_moe-rope_parameters-5": "cannot build",
+    "glm4_moe-num_experts_per_tok-0": "num_experts_per_tok=9 of num_experts=4",
+    "glm4_moe-topk_group-0": "topk_group=2 of n_group=1",
+    "deepseek_v3-num_attention_heads-0": "num_key_value_heads=4",
+    "deepseek_v3-num_key_value_heads-0": "num_key_value_heads=1",
+    "deepseek_v3-n_routed_experts-0": "n_group=4 does not divide the 257 experts",
+    "deepseek_v3-qk_rope_head_dim-0": "qk_rope_head_dim=65",
+    "deepseek_v3-n_group-0": "n_group=9 does not divide the 8 experts",
+    "deepseek_v3-topk_group-0": "topk_group=5 of n_group=4",
+    "deepseek_v3-num_experts_per_tok-0": "num_experts_per_tok=9 of num_experts=8",
+    "deepseek_v3-rope_interleave-0": "rope_interleave=False",
+    "deepseek_v3-attention_bias-0": "attention_bias=true",
+    "deepseek_v3-extra-head_dim": "rotary embeddings of 16 of 8 features",
 }
 # Refused in other families, applied in these.
-TAKEN = {"gemma2-attn_logit_softcapping-0"}
+TAKEN = {"gemma2-attn_logit_softcapping-0", "glm4_moe-rope_parameters-7"}
 REFUSED_BY_MEGATRON = {
+    "glm4_moe-norm_topk_prob-0": "norm_topk_prob=false",
+    "deepseek_v3-norm_topk_prob-0": "norm_topk_prob=false",
     "gemma3_text-rope_parameters-3": "attention factor",
     "gemma3_text-rope_parameters-5": "attention factor",
 }

@@ -19,7 +19,7 @@ from megatron_lora.config.loader import check_recipe
 from megatron_lora.conversion.inventory import expected_tensors, open_model
 from megatron_lora.conversion.model_names import hf_shape, model_parameters, shard_parameter, unshard_parameter
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
-from megatron_lora.conversion.whole_model import convert_hf_to_megatron
+from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.errors import UserError
 from megatron_lora.policy.weights_check import check_base, read_base
 from tests.support.config_flips import BASE, GATED_FAMILIES, SIZES
@@ -249,6 +249,26 @@ def test_a_tensor_twice_and_equal_is_one_tensor(llama: Path, tmp_path: Path) -> 
     save_file(load_file(folder / files[1]) | dict(list(first.items())[:1]), folder / files[1])
     weights = SafetensorsFolder(folder)
     assert sorted(name for names in weights.shards.values() for name in names) == sorted(weights.entries)
+
+
+FURTHER = "model.layers.4.eh_proj.weight"
+
+
+def test_layers_that_predict_further_tokens_are_kept(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "glm4_moe", num_hidden_layers=4)
+    add(FURTHER, 8)(folder)
+    with pytest.raises(UserError, match=f"unexpected {FURTHER}"):
+        check(folder, "megatron")
+    config(num_nextn_predict_layers=1)(folder)
+    for backend in ("megatron", "dtensor"):
+        [notice] = check(folder, backend)
+        assert f"1 tensors of {folder} (from {FURTHER})" in notice
+    checkpoint, again = str(tmp_path / "checkpoint"), tmp_path / "again"
+    convert_hf_to_megatron(hf_model_name=str(folder), megatron_ckpt_path=checkpoint, show_progress=False)
+    convert_megatron_to_hf(megatron_ckpt_path=checkpoint, hf_ckpt_path=str(again), show_progress=False)
+    first, second = load_file(folder / FILE), load_file(again / FILE)
+    assert first.keys() == second.keys() and FURTHER in second
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 BIASED = [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("qwen3", {"attention_bias": True})]
