@@ -16,7 +16,7 @@ import torch
 from megatron_lora.conversion.hf_model import PARTIAL_ROTARY, QUANTIZATION, SIZES, HFModel, activation
 from megatron_lora.conversion.routing_gate import check_routing
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_tables import WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
 
 BUILT_FROM = frozenset(
     {
@@ -172,6 +172,8 @@ def _sizes(model: HFModel) -> Iterator[str]:
         )
     if shapes.is_latent and shapes.attention_bias:
         yield "attention_bias=true: Megatron-Core's latent attention has no biases"
+    if model.family in PACKED_EXPERTS and not shapes.attention_bias:
+        yield "attention_bias=false: Megatron-Core has biases in all linears of this family or in none"
     if model.family in WHOLE_QK_NORM and shapes.num_attention_heads * shapes.head_dim != shapes.hidden_size:
         yield f"head_dim={shapes.head_dim}: the norm of the queries is of hidden_size={shapes.hidden_size} features"
     if shapes.num_experts and not 1 <= shapes.num_experts_per_token <= shapes.num_experts:

@@ -18,7 +18,7 @@ def fused_tensors(spec: ModelSpec) -> dict[str, tuple[LinearSpec, int]]:
     """transformers' name of each tensor of all experts -> (the linear, the layer); empty without experts."""
     result = {}
     for linear in spec.linears:
-        if linear.experts:
+        if linear.experts and not linear.packed:
             for layer in range(spec.num_layers) if linear.layers is None else linear.layers:
                 result[packed_name(linear, layer)] = (linear, layer)
     return result
@@ -67,3 +67,10 @@ def expert_views(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
             for part, weight in zip(linear.parts, rows, strict=True):
                 result[resolve(part.name, layer, number)] = weight
     return result
+
+
+def unpacked(linear: LinearSpec, bias: bool, packed: Tensor, expert: int) -> Tensor:
+    """Megatron's matrix (or bias) of one expert, from the HF tensor of all (GPT-OSS): there matrices are [in, out], and
+    rows of gate and up alternate."""
+    own = packed[expert] if bias else packed[expert].t()
+    return torch.cat([own[part :: len(linear.parts)] for part in range(len(linear.parts))])

@@ -32,7 +32,7 @@ BIAS_SWITCHES = {"attention_bias", "mlp_bias"}
 QUANTIZATION = "quantization_config"
 # Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
 _WINDOW_EVERYWHERE = ("mistral", "qwen3_moe")
-_WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text")
+_WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss")
 # Families whose attention turns the first features of a head only, where `partial_rotary_factor` says so.
 PARTIAL_ROTARY = ("glm4_moe",)
 _SOFTCAPPED = ("gemma2", "gemma3_text")
@@ -140,8 +140,8 @@ class HFModel:
         grouped = hasattr(config, "n_group") and self.family != "deepseek_v2"
         return Routing(
             score="sigmoid" if biased else "softmax",
-            # DeepSeek-V2's class has the switch and does not apply it.
-            normalized=bool(config.norm_topk_prob) and self.family != "deepseek_v2",
+            # DeepSeek-V2's class has the switch and does not apply it, GPT-OSS' has none.
+            normalized=bool(getattr(config, "norm_topk_prob", True)) and self.family != "deepseek_v2",
             biased=biased,
             scale=float(getattr(config, "routed_scaling_factor", 1.0)),
             groups=(config.n_group or 1) if grouped else 1,

@@ -5,7 +5,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_lora.conversion.model_names import KEPT, ModelParameter, check_names, hf_shape, kept_parameter, model_parameters, unfuse
+from megatron_lora.conversion.model_names import (
+    KEPT,
+    ModelParameter,
+    check_names,
+    hf_shape,
+    kept_parameter,
+    model_parameters,
+    unfuse,
+)
 from megatron_lora.conversion.safetensors_io import SINGLE_FILE, sample_positions, tensor_bytes
 from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder
 from megatron_lora.errors import UserError

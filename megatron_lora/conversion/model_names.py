@@ -21,7 +21,6 @@ from megatron_lora.lora.model_spec import (
     resolve,
 )
 
-
 # Before the HF name of a tensor that a checkpoint keeps for others.
 KEPT = "kept."
 
@@ -33,6 +32,7 @@ class ModelParameter:
     name: Megatron's. hf_names: the HF tensors in it, in the order of the linear's segments. fusion: the kind of linear
     in which several lie; None for one that is stored as it is. tp_axis: what tensor parallelism splits (of an expert's,
     expert tensor parallelism), None where every rank has all. expert: its number in the layer, if it is an expert's.
+    packed: the kind of linear of which it holds all experts of a layer as HF does.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ModelParameter:
     tp_axis: int | None = None
     fusion: str | None = None
     expert: int | None = None
+    packed: str | None = None
 
     @property
     def is_vocabulary(self) -> bool:
@@ -71,6 +72,8 @@ def _plain(other: ParameterSpec, layer: int | None) -> ModelParameter:
 
 def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
     """Weight and bias of a linear in one layer: of each expert."""
+    if linear.packed:
+        return _packed(linear, layer)
     result = []
     for expert in range(linear.experts) if linear.experts else (None,):
         name = resolve(linear.name, layer) + ("" if expert is None else f".{expert}")
@@ -85,6 +88,16 @@ def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
             axis = 0 if axis == 0 else None
             result.append(ModelParameter(f"{name}.bias", biases, shape[:1], axis, fusion, expert))
     return result
+
+
+def _packed(linear: LinearSpec, layer: int) -> list[ModelParameter]:
+    """Weight and bias of all experts of a layer, in the form that HF's tensors have: see `experts.unpacked`."""
+    name, hf = resolve(linear.name, layer), resolve(linear.parts[0].name, layer)
+    weight = ModelParameter(
+        f"{name}.weight", (hf,), (linear.experts, linear.in_features, linear.out_features), packed=linear.kind
+    )
+    bias = ModelParameter(f"{name}.bias", (f"{hf}_bias",), (linear.experts, linear.out_features), packed=linear.kind)
+    return [weight, bias]
 
 
 def kept_parameter(hf_name: str, shape: tuple[int, ...]) -> ModelParameter:

@@ -20,7 +20,7 @@ from megatron_lora.lora.model_spec import (
     ModelSpec,
     ParameterSpec,
 )
-from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PATHS, WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PACKED_EXPERTS, PATHS, WHOLE_QK_NORM
 
 
 def describe(sizes: ModelSizes) -> ModelSpec:
@@ -116,6 +116,8 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
 def _has_bias(sizes: ModelSizes, kind: str) -> bool:
     if kind in ("linear_fc1", "linear_fc2"):
         return sizes.mlp_bias
+    if kind.startswith("experts."):
+        return sizes.model_type in PACKED_EXPERTS
     mapped = [name for name in BIASES if name in mapping(_family_of(sizes))]
     # Where bridge maps no bias, the switch of transformers' class is for all four linears of attention.
     return sizes.attention_bias and kind in ATTENTION and (not mapped or f"{LAYER}{LINEARS[kind].path}.bias" in mapped)
@@ -155,7 +157,8 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": int(config.get("head_dim") or hidden // heads),
         "vocab_size": int(config["vocab_size"]),
         "tied_embeddings": OUTPUT_LAYER not in mapping(family) if tied is None else bool(tied),
-        "gated": any(isinstance(names.get(LAYER + PATHS[kind]), dict) for kind in ("linear_fc1", "experts.linear_fc1")),
+        "gated": family in PACKED_EXPERTS
+        or any(isinstance(names.get(LAYER + PATHS[kind]), dict) for kind in ("linear_fc1", "experts.linear_fc1")),
         "attention_bias": bool(config.get("attention_bias", BIASES[0] in mapping(family))),
         "mlp_bias": bool(config.get("mlp_bias")),
         "qk_norm": bool(config.get("use_qk_norm", True)),

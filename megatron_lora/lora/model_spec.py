@@ -66,6 +66,11 @@ class LinearSpec:
     def out_features(self) -> int:
         return sum(part.rows for part in self.parts)
 
+    @property
+    def packed(self) -> bool:
+        """Whether one HF tensor holds the matrices of all experts of a layer."""
+        return self.experts > 0 and "*" not in self.parts[0].name.partition("*")[2]
+
     def part(self, segment: str) -> HFPart:
         return next(part for part in self.parts if part.segment == segment)
 
@@ -168,7 +173,7 @@ class ModelSpec(ModelSizes):
 
     def adaptable(self, layer: int | None) -> list[LinearSpec]:
         """The linears of a layer (None: of none) that can carry an adapter."""
-        return [linear for linear in self.linears if linear.is_in(layer)]
+        return [linear for linear in self.linears if linear.is_in(layer) and not linear.packed]
 
     @property
     def layer_others(self) -> list[ParameterSpec]:

@@ -97,6 +97,8 @@ BIASES = tuple(f"{LAYER}{PATHS[kind]}.bias" for kind in ATTENTION)
 QUERIES = ("linear_qkv", "linear_kv_down_proj")
 # Families whose norms of queries and keys are over all heads together, not over each.
 WHOLE_QK_NORM = ("olmoe",)
+# Families whose files hold one tensor of all experts of a layer, as transformers' model does, with a bias beside it.
+PACKED_EXPERTS = ("gpt_oss",)
 # Families whose router adds a bias to what it chooses experts by. Bridge maps one for DeepSeek-V2 too, which has none.
 BIASED_ROUTER = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
 
@@ -139,7 +141,9 @@ OTHERS: dict[str, OtherRow] = {
     "mlp.linear_fc1.layer_norm_weight": OtherRow(_width, in_sparse=False),
     "mlp.linear_fc2.post_layernorm.weight": OtherRow(_width, in_sparse=False),
     "pre_mlp_layernorm.weight": OtherRow(_width, in_dense=False),
+    "self_attention.core_attention.softmax_offset": OtherRow(lambda s: (s.num_attention_heads,), tp_axis=0),
     "mlp.router.weight": OtherRow(lambda s: (s.num_experts, s.hidden_size), in_dense=False),
+    "mlp.router.bias": OtherRow(lambda s: (s.num_experts,), in_dense=False),
     "mlp.router.expert_bias": OtherRow(
         lambda s: (s.num_experts if s.model_type in BIASED_ROUTER else 0,), in_dense=False
     ),
@@ -150,6 +154,8 @@ ALIASES = (
     "self_attention.kv_layernorm.weight",
     "mlp.experts.local_experts.*.linear_fc1.weight",
     "mlp.experts.local_experts.*.linear_fc2.weight",
+    "mlp.experts.local_experts.*.linear_fc1.bias",
+    "mlp.experts.local_experts.*.linear_fc2.bias",
 )
 # Mapped by bridge, in no model of its family (GLM-4.5).
 UNUSED = ("mlp.shared_experts.router.weight",)

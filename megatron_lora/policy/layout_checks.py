@@ -150,6 +150,11 @@ def _check_experts(megatron: MegatronConfig, shape: ModelSpec, world_size: int) 
     _check_divides(
         f"{_MEGATRON}.expert_tensor_parallel_size", tensor, shape.moe_ffn_hidden_size, "features of an expert"
     )
+    if tensor > 1 and shape.linear("experts.linear_fc2").bias:
+        raise UserError(
+            f"{_MEGATRON}.expert_tensor_parallel_size={tensor}: the experts of a {shape.model_type} model have biases, "
+            "which each rank of an expert would add; use 1"
+        )
     if megatron.tensor_model_parallel_size > 1 and not megatron.sequence_parallel:
         raise UserError(
             f"{_MEGATRON}.tensor_model_parallel_size={megatron.tensor_model_parallel_size} of a model with experts "

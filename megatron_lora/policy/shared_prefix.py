@@ -28,6 +28,8 @@ def _reason_against(policy: PolicyConfig, *, model_type: str, head_dim: int, on_
         return None
     if model_type.startswith("gemma"):
         return f"the attention of a {model_type} model on a GPU is of two kinds"
+    if model_type == "gpt_oss":
+        return "its kernel knows no attention sinks, which a gpt_oss model has"
     if head_dim > LARGEST_HEAD_DIM:
         return f"its kernel takes heads of at most {LARGEST_HEAD_DIM}, and the model's are {head_dim} wide"
     return None

@@ -22,6 +22,7 @@ MEGATRON_FAMILIES = (
     "gemma2",
     "gemma3_text",
     "olmoe",
+    "gpt_oss",
     "glm4_moe",
     "deepseek_v3",
     "deepseek_v2",
@@ -60,8 +61,8 @@ def check_base(policy: PolicyConfig, model: HFModel) -> list[str]:
         kept = kept_tensors(model, open_weights(model, folder))
         if kept:
             notices.append(
-                f"{len(kept)} tensors of {policy.model_name} (from {kept[0]}) are of layers that predict further tokens; "
-                "they are not computed here, stay as they are, and a merged export has them"
+                f"{len(kept)} tensors of {policy.model_name} ({kept[0]}, ...) are of layers that predict further "
+                "tokens: they are not computed here, stay as they are, and a merged export has them"
             )
     return notices
 

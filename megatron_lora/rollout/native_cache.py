@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from megatron_lora.runtime.native_layers import NativeAttention, capped_attention
+from megatron_lora.runtime.native_layers import NativeAttention, plain_attention
 from megatron_lora.runtime.rotary import picked, rotary_modules
 
 # Tokens of the cache are read in multiples of this (what lies behind a row's newest token is masked): attention kernels
@@ -158,8 +158,10 @@ class CachedAttention(torch.nn.Module):
         query = query.unflatten(1, (keys.shape[1], -1))
         scale = attention.scale if attention.scale is not None else query.shape[-1] ** -0.5
         mask = visible.expand(-1, -1, query.shape[2], -1)
-        if attention.softcap is not None:
-            return capped_attention(query, keys, values, mask, scale, attention.softcap).flatten(1)
+        sinks = attention.softmax_offset
+        if attention.softcap is not None or sinks is not None:
+            sinks = None if sinks is None else sinks.unflatten(0, (keys.shape[1], -1))
+            return plain_attention(query, keys, values, mask, scale, attention.softcap, sinks).flatten(1)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale).flatten(1)
 
 

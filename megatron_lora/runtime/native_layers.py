@@ -154,6 +154,10 @@ class NativeAttention(torch.nn.Module):
         self.scale = softmax_scale if softmax_scale is not None else config.softmax_scale
         self.window = layer_window(config, layer_number)
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
         self.cp_group = pg_collection.cp if pg_collection is not None else None
 
     def forward(
@@ -222,7 +226,7 @@ class NativeAttention(torch.nn.Module):
         scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
         dropout = self.dropout if self.training else 0.0
         simple = positions is None and queries == keys and (self.window is None or keys <= self.window)
-        if simple and self.softcap is None:
+        if simple and self.softcap is None and self.softmax_offset is None:
             out = F.scaled_dot_product_attention(
                 query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True
             )
@@ -233,24 +237,42 @@ class NativeAttention(torch.nn.Module):
         visible = distance >= 0
         if self.window is not None:
             visible &= distance < self.window
-        if self.softcap is not None:
-            return capped_attention(query, key, value, visible, scale, self.softcap).transpose(1, 2)
+        if self.softcap is not None or self.softmax_offset is not None:
+            sinks = None if self.softmax_offset is None else self.softmax_offset[:, None]
+            return plain_attention(query, key, value, visible, scale, self.softcap, sinks).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=visible, dropout_p=dropout, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2)
 
 
-def capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float, softcap: float
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention whose scores x become softcap tanh(x / softcap) (Gemma 2, arXiv 2408.00118, section 2). query
-    [B, heads, S, d], key and value [B, groups, S_kv, d], visible [S, S_kv] -> [B, heads, S, d]."""
+    """Attention that torch's own does not compute. query [B, heads, S, d], key and value [B, groups, S_kv, d], visible
+    [S, S_kv] -> [B, heads, S, d].
+
+    softcap: scores x become softcap tanh(x / softcap) (Gemma 2, arXiv 2408.00118, section 2). sinks: of each head
+    ([heads, 1] or [heads, S]), a score beside the keys' that takes its part of the softmax and gives nothing (GPT-OSS,
+    arXiv 2508.10925, section 2.2).
+    """
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1, dtype=torch.float32)
-    return weights.to(query.dtype) @ value
+    if softcap is None:
+        scores = query @ key.transpose(-1, -2) * scale
+    else:
+        scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[..., None].to(scores.dtype).expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights[..., : value.shape[-2]] @ value
 
 
 def layer_window(config: TransformerConfig, layer_number: int) -> int | None:

@@ -17,12 +17,14 @@ pytestmark = pytest.mark.timeout(1800)
 
 TOLERANCE = 1e-4
 LAYOUTS = {"tp1": (1, {}), "sp": (2, SP), "pp": (2, PP), "ep": (2, EP)}
-SHORT = [("sp", "deepseek_v3"), ("sp", "olmoe"), ("tp1", "glm4_moe")]
+SHORT = [("sp", "deepseek_v3"), ("sp", "olmoe"), ("sp", "glm4_moe"), ("sp", "gpt_oss")]
 
 
 def case(layout: str, family: str) -> Case:
     ranks, megatron = LAYOUTS[layout]
-    adapter = "latent" if LATENT.items() <= EXPERTS[family][1].items() else "attention"
+    latent = LATENT.items() <= EXPERTS[family][1].items()
+    # All linears but the routed experts': the shared experts' too.
+    adapter = "latent" if latent else "shared" if family == "glm4_moe" else "attention"
     merged = {"merged": True}
     return Case(f"family_{layout}_{family}", ranks, "train", family, adapter, megatron=megatron, options=merged)
 

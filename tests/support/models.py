@@ -13,6 +13,7 @@ from transformers import (
     GemmaConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     OlmoeConfig,
@@ -104,6 +105,22 @@ LATENT = {
 }
 EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        GptOssConfig,
+        {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "glm4_moe": (
         Glm4MoeConfig,
         {

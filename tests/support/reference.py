@@ -17,8 +17,8 @@ from megatron_lora.data.batch import Row
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # transformers' tensors of all experts of a layer.
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# Of latent attention; a model has q_proj or q_a_proj and q_b_proj.
-LATENT_TARGETS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+# With latent attention and shared experts; a model has q_proj or q_a_proj and q_b_proj.
+LATENT_TARGETS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", *TARGETS[3:]]
 SHARED_A = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 RANK, ALPHA = 4, 8
 

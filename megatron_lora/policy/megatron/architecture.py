@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 
 from megatron_lora.conversion.hf_model import HFModel, activation
-from megatron_lora.lora.model_tables import WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
 from megatron_lora.policy.megatron.attention import (
     LatentAttention,
     LayeredRopeAttention,
@@ -46,8 +47,8 @@ def plain_config(model: HFModel) -> Any:
         config.sliding_window = 1
     else:
         config.hidden_act = "silu"
-        # Gemma 2's bridge counts with it.
-        config.sliding_window = 1 if model.family == "gemma2" else None
+        # The bridges of these count with it.
+        config.sliding_window = 1 if model.family in ("gemma2", "gpt_oss") else None
     return config
 
 
@@ -64,16 +65,20 @@ def apply_config(provider: Any, model: HFModel) -> None:
     provider.share_embeddings_and_output_weights = shapes.tied_embeddings
     provider.layernorm_epsilon = config.rms_norm_eps
     provider.gated_linear_unit = True
-    provider.activation_func = _activation(model.activation_name)
+    provider.activation_func = _activation(model)
     normed = any(other.name.endswith("q_layernorm.weight") for other in shapes.others)
     provider.qk_layernorm = normed or shapes.is_latent
     provider.add_qkv_bias = not shapes.is_latent and shapes.linear("linear_qkv").bias
-    # Those of the other linears: `_change_layers`.
-    provider.add_bias_linear = False
+    # Of all linears with the router's and the experts'; those of single linears: `_change_layer`.
+    packed = model.family in PACKED_EXPERTS
+    provider.add_bias_linear = packed
+    provider.softmax_type = "learnable" if packed else "vanilla"
     provider.position_embedding_type = "rope"
     provider.rotary_percent = model.rotary_percent
     provider.seq_len_interpolation_factor = None
     provider.rope_scaling = False
+    # yarn's factor on cosine and sine is in the scale of the scores (`_apply_attention`).
+    provider.yarn_rotary_scaling_factor = 1.0
     # The layers that predict further tokens stay in the files.
     provider.mtp_num_layers = None
     if shapes.num_experts:
@@ -112,7 +117,11 @@ def _apply_routing(provider: Any, model: HFModel) -> None:
     provider.moe_router_dtype = "fp32"
 
 
-def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _activation(model: HFModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.family in PACKED_EXPERTS:
+        # Whatever hidden_act says; bridge sets the limit and the offset of the product.
+        return quick_gelu
+    name = model.activation_name
     if name == "gelu_pytorch_tanh":
         return gelu_tanh
     return _ACTIVATIONS.get(name) or activation(name)

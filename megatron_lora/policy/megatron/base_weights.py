@@ -1,5 +1,6 @@
 """A base's Hugging Face tensors into this rank's part of a Megatron model."""
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
+from megatron_lora.conversion.experts import unpacked
 from megatron_lora.conversion.model_names import EMBEDDING, ModelParameter, fuse, model_parameters, shard_parameter
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.arithmetic import TensorParallel
@@ -24,6 +26,8 @@ from megatron_lora.runtime.world import World
 
 # An expert's parameters as Megatron-Core's modules name them: one module an expert, or all in one (grouped products).
 _SEQUENTIAL = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)")
+# The same under the global names of `conversion.model_names`.
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12])\.(\d+)\.(weight|bias)")
 _GROUPED = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
 
 
@@ -126,6 +130,8 @@ def load_base_weights(
     """Fill every parameter of the chunks, or those of the names `only`, a fused tensor at a time. No communication:
     each rank reads what it needs. read: whole tensors by HF name."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
+    # Weights and biases of both linears of all experts of a layer, which its experts ask for in turn.
+    read_packed = functools.lru_cache(maxsize=4)(read)
     for chunk in chunks:
         for name, value in global_names(chunk, first_expert(shapes, world)).items():
             if value.numel() == 0:
@@ -133,11 +139,20 @@ def load_base_weights(
             if only is not None and name not in only:
                 continue
             entry = table.get(name)
+            if entry is None and (found := _EXPERT.fullmatch(name)):
+                value.copy_(_unpacked(table[f"{found[1]}.{found[3]}"], int(found[2]), read_packed, shapes))
+                continue
             if entry is None and name == "output_layer.weight":
                 # A later pipeline stage's copy of the tied embedding.
                 entry = table[EMBEDDING]
             assert entry is not None, f"no HF tensor is known for {name}"
             value.copy_(_local(entry, value, read, shapes, world))
+
+
+def _unpacked(entry: ModelParameter, expert: int, read: ReadWeight, shapes: ModelSpec) -> Tensor:
+    """An expert's part of a tensor that holds all of a layer."""
+    assert entry.packed is not None
+    return unpacked(shapes.linear(entry.packed), entry.name.endswith(".bias"), read(entry.hf_names[0]), expert)
 
 
 def _local(entry: ModelParameter, value: Tensor, read: ReadWeight, shapes: ModelSpec, world: World) -> Tensor:

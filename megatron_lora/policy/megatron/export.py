@@ -32,6 +32,11 @@ def merged_hf_weights(
     stages = _gather_over_pipeline({_place(name): value.dtype for name, value in mine.items()})
     targets = {f"{name}.weight": target for name, target in merge_targets(spec).items()}
     for parameter in model_parameters(base.shapes):
+        if parameter.packed is not None:
+            # Experts that share a tensor are frozen: it is the base's.
+            [name] = parameter.hf_names
+            yield name, base.weights.read(name).to(world.device, base.config.params_dtype)
+            continue
         place = _place(parameter.name)
         stage = next(index for index, names in enumerate(stages) if place in names)
         dtype = stages[stage][place]
