@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Beside those whose every flip is run.
-GATED_FAMILIES = (*FAMILIES, "qwen3_moe", "gemma", "gemma2", "olmoe", "glm4_moe", "deepseek_v3")
+GATED_FAMILIES = (*FAMILIES, "qwen3_moe", "gemma", "gemma2", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -43,6 +43,7 @@ BASE: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "first_k_dense_replace": 1,
     },
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8, "num_hidden_layers": 6},
@@ -165,6 +166,11 @@ REFUSED = {
     "deepseek_v3-num_experts_per_tok-0": "num_experts_per_tok=9 of num_experts=8",
     "deepseek_v3-rope_interleave-0": "rope_interleave=False",
     "deepseek_v3-attention_bias-0": "attention_bias=true",
+    "gpt_oss-num_experts_per_tok-0": "num_experts_per_tok=5 of num_experts=4",
+    "gpt_oss-output_router_logits-0": "output_router_logits=True",
+    "gpt_oss-attention_bias-0": "attention_bias=false",
+    "gpt_oss-extra-partial_rotary_factor": "partial_rotary_factor",
+    "gpt_oss-sliding_window-1": "sliding_window is off",
     "deepseek_v3-extra-head_dim": "rotary embeddings of 16 of 8 features",
 }
 # Refused in other families, applied in these.

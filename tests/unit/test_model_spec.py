@@ -102,4 +102,5 @@ def test_latent_attention_of_deepseek():
     assert (
         dense[-3:] == ["linear_proj", "linear_fc1", "linear_fc2"] and spec.linear("experts.linear_fc2").experts == 256
     )
-    assert [linear.kind for linear in spec.adaptable(3)] == dense[:-2]
+    experts = [f"{where}experts.linear_fc{number}" for where in ("", "shared_") for number in (1, 2)]
+    assert [linear.kind for linear in spec.adaptable(3)] == dense[:-2] + experts
