@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.megatron_case import EP, PP, SP, Case
+from tests.distributed.cases import EP, PP, SP, Case
 from tests.distributed.test_megatron_experts import assert_merged
 from tests.support.compare import assert_same_training
 from tests.support.models import EXPERTS, LATENT

@@ -51,7 +51,7 @@ CASES += [case(layout, family) for layout in ("tp1", "sp", "pp") for family in (
 CASES += [case("tp1", family) for family in EXPERTS]
 LONG = [case(layout, family) for layout in ("tp", "pp") for family in FAMILIES if family not in ("qwen2", "gemma3")]
 LONG += [case("tp_pp", family) for family in ("qwen2", "gemma3")]
-LONG += [case(layout, family) for layout in ("sp", "pp", "cp", "ep", "etp") for family in EXPERTS]
+LONG += [case(layout, family) for layout in ("sp", "pp", "cp", "ep") for family in EXPERTS]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
 WHOLE_ROWS = [more for more in [*CASES, *LONG_TOO] if case_of(more).megatron not in (CP, EP)]
 
