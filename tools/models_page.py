@@ -77,9 +77,9 @@ Shared experts are adapted as an MLP is; the bias by which a router chooses stay
 GLM-4.7-Flash) has adapters on its own linears: `linear_q_proj`, or `linear_q_down_proj` and `linear_q_up_proj`;
 `linear_kv_down_proj`, `linear_kv_up_proj`, `linear_proj`. The two down projections are whole on every TP rank.
 DeepSeek-V2 is taken with `topk_method: greedy` (V2-Lite) alone. The experts of GPT-OSS, one tensor a layer with biases,
-carry no adapters and are not split (ETP); its weights are read in bfloat16, not in MXFP4. Layers that predict further tokens
-(`num_nextn_predict_layers`) are not computed: they stay as they are, and a merged export has them. Vision-language
-models and Mamba hybrids are refused.
+carry no adapters and are not split (ETP); its weights are read in bfloat16, not in MXFP4. Layers that predict further
+tokens (`num_nextn_predict_layers`) are not computed: they stay as they are, and a merged export has them.
+Vision-language models and Mamba hybrids are refused.
 
 | model_type | class in transformers | state | log-probability | there and back |
 |---|---|---|---|---|
