@@ -43,6 +43,7 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     """(command line of vLLM's server, environment) for a recipe's policy; `vllm_kwargs` come last and win."""
     import torch
 
+    from megatron_lora.lora.peft_format import hf_linears
     from megatron_lora.policy.adapter_start import planned_adapter
     from megatron_lora.rollout import vllm_engine
     from megatron_lora.runtime.world import World
@@ -51,11 +52,15 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     vllm_engine.check_installed(device)
     size = policy.generation.vllm_cfg.tensor_parallel_size or 1
     world = World(rank=0, size=size, local_rank=0, device=device)
-    adapter_rank, adapted = None, []
+    adapter_rank, adapted = None, list[str]()
     if vllm_engine.hands_over_adapter(policy, world):
         planned = planned_adapter(policy)
         assert planned is not None
-        adapter_rank = max(block.rank for module in planned.spec.modules for block in module.blocks)
+        modules, shapes = planned.spec.modules, planned.spec.shapes
+        adapter_rank = max(block.rank for module in modules for block in module.blocks)
+        kinds = {(module.kind, segment) for module in modules for block in module.blocks for segment in block.segments}
+        linears = hf_linears(shapes).values()
+        adapted = sorted({one.name.split(".")[-1] for one in linears if (one.kind, one.segment) in kinds})
     model = vllm_engine.base_config(policy)
     vllm_engine.check_request(policy, world, model, adapter_rank)
     values = vllm_engine.engine_arguments(policy, world, adapter_rank, adapted, model)
@@ -64,8 +69,7 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     values.pop("skip_tokenizer_init", None)
     # A new version is loaded beside the one that still answers.
     if adapter_rank is not None:
-        values |= {"max_cpu_loras": 2}
-        values.pop("lora_target_modules")
+        values["max_cpu_loras"] = 2
     if "hf_overrides" in values or "load_format" in values:
         raise UserError(
             "rollout servers cannot take a base in 4 bits or with policy.hf_config_overrides; set "
@@ -88,5 +92,7 @@ def _flags(values: dict[str, object]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+            values_of_list = map(str, value) if isinstance(value, list) else None
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            flags += [f"--{flag}", *(values_of_list or [text])]
     return flags

@@ -70,7 +70,7 @@ def test_servers_answer_as_colocated_engines_and_one_may_die(
     base: Path, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     colocated = metrics(run(tmp_path / "colocated", values(base, []), 2))
-    merged = metrics(run(tmp_path / "merged", values(base, list(servers), refit="merge") | {}, 2))
+    merged = metrics(run(tmp_path / "merged", values(base, list(servers), refit="merge"), 2))
     process = start(tmp_path / "servers", values(base, list(servers)), 2)
     folder = tmp_path / "servers" / "run"
     wait_until(lambda: (folder / "step_2" / "training_info.json").is_file(), process)
