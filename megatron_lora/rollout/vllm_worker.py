@@ -65,9 +65,11 @@ def engine_dtype(worker: Any) -> torch.dtype:
 def adapter_pieces(worker: Any) -> Pieces:
     """Checksums of the adapter in the slot that the forward pass reads, under HF PEFT names."""
     manager = _manager(worker)
-    if ADAPTER_ID not in manager.lora_index_to_id:
+    # A server counts its adapters up; the newest is the one that answers.
+    newest = max((held for held in manager.lora_index_to_id if held is not None), default=None)
+    if newest is None:
         return {}
-    slot = manager.lora_index_to_id.index(ADAPTER_ID)
+    slot = manager.lora_index_to_id.index(newest)
     pieces: Pieces = {}
     for name, module in manager.modules.items():
         stacked_a, stacked_b = _as_tuple(module.lora_a_stacked), _as_tuple(module.lora_b_stacked)
