@@ -176,7 +176,7 @@ def _check_world(megatron: MegatronConfig, world_size: int) -> None:
             f"{_MEGATRON}: tensor_model_parallel_size={megatron.tensor_model_parallel_size} x "
             f"pipeline_model_parallel_size={megatron.pipeline_model_parallel_size} x "
             f"context_parallel_size={megatron.context_parallel_size} = {needed} does not divide the {world_size} "
-            f"ranks; start a multiple of {needed} ranks (--nproc) or lower one of the sizes"
+            f"ranks; start a multiple of {needed} ranks (--nproc; torchrun: --nproc-per-node) or lower one of the sizes"
         )
 
 

@@ -144,7 +144,7 @@ def init_dtensor_world(policy: PolicyConfig, seed: int) -> World:
     if world.size % tp:
         raise UserError(
             f"policy.dtensor_cfg.tensor_parallel_size={tp} does not divide the {world.size} ranks; start a multiple of "
-            f"{tp} ranks (--nproc) or lower it"
+            f"{tp} ranks (--nproc; torchrun: --nproc-per-node) or lower it"
         )
     dp_rank = world.rank // tp
     # Dropout: tensor-parallel peers draw the same numbers, data-parallel ranks different ones.

@@ -42,12 +42,13 @@ def servers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "megatron_lora.cli.main", "serve", str(path), "--port", str(port)]
-        log = (folder / f"{number}.log").open("w")
-        started[f"http://127.0.0.1:{port}"] = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    for number, (url, process) in enumerate(started.items()):
-        _wait_for(url, process, folder / f"{number}.log")
+        url, log = f"http://127.0.0.1:{port}", folder / f"{number}.log"
+        with log.open("w") as output:
+            started[url] = subprocess.Popen(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        # One after the other: two vLLM servers that start at once may pick the same port for their workers.
+        _wait_for(url, started[url], log)
     yield started
     for process in started.values():
         if process.poll() is None:
