@@ -114,11 +114,11 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
         return f"vLLM serves no adapters of type {policy.adapter.type!r}"
     if policy.adapter.modules_to_save:
         return "vLLM serves no modules_to_save with an adapter"
+    if world.device.type == "cuda" and engine_dtype(policy) == "float32":
+        return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
     planned = planned_adapter(policy)
     if planned is not None and adapts_experts(planned.spec):
         return "adapters on experts are handed over merged"
-    if world.device.type == "cuda" and engine_dtype(policy) == "float32":
-        return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
     return None
 
 

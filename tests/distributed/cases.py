@@ -28,7 +28,14 @@ PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 # with eps 1e-8. It does so no more once eps is above the gradients' rounding (all entries within 1e-5 of the update),
 # and with eps so large that a step is the gradient itself updates agree to 1e-6. Real weights round more (the residual
 # of SmolLM2 reaches 25,000; in fp32 transformers is as far from fp64 as this project is), so there steps are gradients.
-ADAM_EPS = {"gemma3": 1e-5, "gpt_oss": 1e-5, "gemma3_softcap": 1e-5, "llama_biases": 1e-5, "smollm2": 1.0}
+ADAM_EPS = {
+    "gemma3": 1e-5,
+    "gpt_oss": 1e-5,
+    "deepseek_v3": 1e-5,
+    "gemma3_softcap": 1e-5,
+    "llama_biases": 1e-5,
+    "smollm2": 1.0,
+}
 # Over 4-bit values some of DoRA's magnitudes have gradients near zero, too.
 LEARNING_RATES = {"smollm2": 1.0, "gemma2": 2e-4, "qwen3_even": 2e-3, "qwen3_even_nf4": 2e-3}
 

@@ -27,14 +27,15 @@ from megatron_lora.rollout.vllm_engine import (
     hands_over_adapter,
 )
 from megatron_lora.runtime.world import World
+from tests.support.models import save_model
 
 CPU = torch.device("cpu")
 BF16_TOLERANCE = 0.1  # nats, mean over the tokens of random text
 
 
-def policy(**generation: Any) -> PolicyConfig:
+def policy(name: str | Path = "org/model", **generation: Any) -> PolicyConfig:
     lora = {"lora_cfg": {"enabled": True}}
-    return PolicyConfig.model_validate({"model_name": "org/model", "dtensor_cfg": lora, "generation": generation})
+    return PolicyConfig.model_validate({"model_name": str(name), "dtensor_cfg": lora, "generation": generation})
 
 
 def world(size: int, device: torch.device = CPU) -> World:
@@ -103,19 +104,20 @@ def test_an_engine_takes_as_few_gpus_as_its_weights_need(monkeypatch: pytest.Mon
     assert engine_size(policy(), world(4), qwen) == 1
 
 
-def test_a_float32_adapter_on_a_gpu_is_refused() -> None:
+def test_a_float32_adapter_on_a_gpu_is_refused(tmp_path: Path) -> None:
     """vLLM's kernels there assert 16-bit floats after the model has been loaded."""
+    base = save_model(tmp_path, "qwen3")
     gpu = world(1, torch.device("cuda"))
     float32: dict[str, Any] = {"vllm_cfg": {"precision": "float32"}}
     with pytest.raises(UserError, match="refit=adapter, but .* take bfloat16 .*, not float32; set it to merge"):
-        hands_over_adapter(policy(refit="adapter", **float32), gpu)
-    assert not hands_over_adapter(policy(refit="auto", **float32), gpu)
-    assert hands_over_adapter(policy(refit="adapter", **float32), world(1))
-    assert hands_over_adapter(policy(refit="adapter", vllm_cfg={"precision": "bfloat16"}), gpu)
+        hands_over_adapter(policy(base, refit="adapter", **float32), gpu)
+    assert not hands_over_adapter(policy(base, refit="auto", **float32), gpu)
+    assert hands_over_adapter(policy(base, refit="adapter", **float32), world(1))
+    assert hands_over_adapter(policy(base, refit="adapter", vllm_cfg={"precision": "bfloat16"}), gpu)
 
 
-def test_an_adapter_that_vllm_cannot_serve_is_merged() -> None:
-    dora = policy(refit="adapter")
+def test_an_adapter_that_vllm_cannot_serve_is_merged(tmp_path: Path) -> None:
+    dora = policy(save_model(tmp_path, "qwen3"), refit="adapter")
     dora.megatron_cfg.enabled = dora.megatron_cfg.peft.enabled = True
     assert hands_over_adapter(dora, world(1))
     dora.megatron_cfg.peft.type = "dora"

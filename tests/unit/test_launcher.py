@@ -119,7 +119,7 @@ def test_a_signal_reaches_the_ranks_and_the_status_is_0(number: signal.Signals, 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["trian", "x.yaml"], "unknown command trian; the commands are train, show, export"),
+        (["trian", "x.yaml"], "unknown command trian; the commands are train, serve, show, export"),
         (["train", "configs/sft.yaml", "--nporc", "2"], "unknown flag --nporc; did you mean --nproc?"),
         (["train", "configs/sft.yaml", "--nproc", "0"], "--nproc=0"),
         (["train", "configs/sft.yaml", "--nproc", "two"], "invalid int value: 'two'"),

@@ -1,5 +1,5 @@
 """What the trainer does where a rollout server fails, against small HTTP servers that fail on command. Real servers:
-tests/end_to_end/test_rollout_servers.py."""
+tests/end_to_end/test_grpo_servers.py."""
 
 import json
 import threading
