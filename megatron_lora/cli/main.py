@@ -8,8 +8,7 @@ from pathlib import Path
 
 from megatron_lora.cli.completion import complete, script
 from megatron_lora.cli.launcher import Machines, launch
-from megatron_lora.cli.options import RunOptions, build_parser, parse_run
-from megatron_lora.config.loader import dump_recipe, load_recipe
+from megatron_lora.cli.options import RunOptions, build_parser, load_or_print, parse_run
 from megatron_lora.errors import UserError
 
 # subcommand -> (module, arguments that come first, what it does)
@@ -71,9 +70,7 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument("--master-addr", default="localhost", help="machine 0, with --nnodes")
     parser.add_argument("--master-port", type=int, default=0, help="a free port of it, with --nnodes")
     options, found = parse_run(parser, arguments)
-    loaded = load_recipe(options.recipe, options.overrides)
-    if options.print_config:
-        print(dump_recipe(loaded.recipe), flush=True)
+    if load_or_print(options) is None:
         return 0
     command = [sys.executable, "-m", "megatron_lora.train", *_for_a_rank(options)]
     return launch(command, _machines(found), only_first=options.dry_run)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
 from megatron_lora.config.overrides import looks_like_override
 from megatron_lora.errors import UserError
 
@@ -77,3 +78,12 @@ def parse_run(parser: Parser, arguments: Sequence[str]) -> tuple[RunOptions, arg
     overrides.remove(recipe)
     options = RunOptions(recipe, overrides, found.print_config, found.dry_run, found.debug)
     return options, found
+
+
+def load_or_print(options: RunOptions) -> LoadedRecipe | None:
+    """The recipe that was asked for; printed, with --print-config, and then None. Raises UserError."""
+    loaded = load_recipe(options.recipe, options.overrides)
+    if not options.print_config:
+        return loaded
+    print(dump_recipe(loaded.recipe), flush=True)
+    return None

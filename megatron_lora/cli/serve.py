@@ -6,8 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from megatron_lora.cli.options import build_parser, parse_run
-from megatron_lora.config.loader import load_recipe
+from megatron_lora.cli.options import build_parser, load_or_print, parse_run
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 
@@ -21,11 +20,8 @@ def serve(arguments: Sequence[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
     options, found = parse_run(parser, arguments)
-    loaded = load_recipe(options.recipe, options.overrides)
-    if options.print_config:
-        from megatron_lora.config.loader import dump_recipe
-
-        print(dump_recipe(loaded.recipe), flush=True)
+    loaded = load_or_print(options)
+    if loaded is None:
         return 0
     if loaded.recipe.algorithm != "grpo":
         raise UserError(f"{options.recipe} is a recipe of {loaded.recipe.algorithm}; only GRPO draws answers")
@@ -43,8 +39,6 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     """(command line of vLLM's server, environment) for a recipe's policy; `vllm_kwargs` come last and win."""
     import torch
 
-    from megatron_lora.lora.peft_format import hf_linears
-    from megatron_lora.policy.adapter_start import planned_adapter
     from megatron_lora.rollout import vllm_engine
     from megatron_lora.runtime.world import World
 
@@ -52,15 +46,8 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     vllm_engine.check_installed(device)
     size = policy.generation.vllm_cfg.tensor_parallel_size or 1
     world = World(rank=0, size=size, local_rank=0, device=device)
-    adapter_rank, adapted = None, list[str]()
-    if vllm_engine.hands_over_adapter(policy, world):
-        planned = planned_adapter(policy)
-        assert planned is not None
-        modules, shapes = planned.spec.modules, planned.spec.shapes
-        adapter_rank = max(block.rank for module in modules for block in module.blocks)
-        kinds = {(module.kind, segment) for module in modules for block in module.blocks for segment in block.segments}
-        linears = hf_linears(shapes).values()
-        adapted = sorted({one.name.split(".")[-1] for one in linears if (one.kind, one.segment) in kinds})
+    vllm_engine.check_servers(policy)
+    adapter_rank, adapted = vllm_engine.planned_slots(policy, world)
     model = vllm_engine.base_config(policy)
     vllm_engine.check_request(policy, world, model, adapter_rank)
     values = vllm_engine.engine_arguments(policy, world, adapter_rank, adapted, model)
@@ -70,11 +57,6 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     # A new version is loaded beside the one that still answers.
     if adapter_rank is not None:
         values["max_cpu_loras"] = 2
-    if "hf_overrides" in values or "load_format" in values:
-        raise UserError(
-            "rollout servers cannot take a base in 4 bits or with policy.hf_config_overrides; set "
-            "policy.generation.colocated.enabled=true"
-        )
     values["worker_extension_cls"] = "megatron_lora.rollout.server_worker.ServerWorker"
     # Not `vllm serve`: its CPU build has no package metadata under that name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(values)]

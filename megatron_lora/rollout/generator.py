@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.config.schema_generation import GenerationConfig
+from megatron_lora.errors import UserError
 from megatron_lora.policy.interface import AdapterTensors
 
 
@@ -173,6 +174,16 @@ class Generator(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the engine and free its memory."""
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_length: int, key: str) -> None:
+    """Raise UserError for a prompt that leaves no room for an answer. max_length: of both, `key`'s value."""
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < max_length:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens; wanted 1 to {max_length - 1}, so that an answer fits into "
+                f"{key}"
+            )
 
 
 class RolloutError(RuntimeError):

@@ -26,6 +26,7 @@ from megatron_lora.rollout.generator import (
     RolloutError,
     Sample,
     SamplingOptions,
+    check_lengths,
     exchange_samples,
 )
 from megatron_lora.rollout.native_answers import Answer, complete
@@ -103,7 +104,7 @@ class NativeGenerator(Generator):
         return mine
 
     def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
-        self._check_lengths(prompts)
+        check_lengths(prompts, self.max_length, "policy.max_total_sequence_length")
         rule = StopRule(options, self.tokenizer)
         # The most likely answer is the same each time it is drawn.
         draws = num_samples if options.temperature else min(1, num_samples)
@@ -162,14 +163,6 @@ class NativeGenerator(Generator):
         fewest = torch.tensor(max(1, rows), device=world.device)
         dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
         return int(fewest)
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_length:
-                raise UserError(
-                    f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_length - 1}, so that an answer "
-                    "fits into policy.max_total_sequence_length"
-                )
 
     def _samples(self, answer: Answer, copies: int) -> list[Sample]:
         text = self.tokenizer.decode(answer.ids, skip_special_tokens=True) if self.tokenizer else ""

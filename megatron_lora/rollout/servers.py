@@ -20,11 +20,18 @@ from torch import Tensor
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.peft_format import PREFIX
-from megatron_lora.policy.checksums import checksum, digest, to_numbers
 from megatron_lora.policy.interface import AdapterTensors
-from megatron_lora.rollout import vllm_worker
 from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors
-from megatron_lora.rollout.generator import Decoder, Generator, Handover, RolloutError, Sample, SamplingOptions
+from megatron_lora.rollout.generator import (
+    Decoder,
+    Generator,
+    Handover,
+    RolloutError,
+    Sample,
+    SamplingOptions,
+    check_lengths,
+)
+from megatron_lora.rollout.sent_weights import SentWeights
 from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFailed
 from megatron_lora.rollout.vllm import SEED_STRIDE
 from megatron_lora.runtime.world import World
@@ -173,12 +180,7 @@ class ServerGenerator(Generator):
         return self._on_first(ask)
 
     def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_length:
-                raise UserError(
-                    f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_length - 1}, so that an answer "
-                    "fits into policy.generation.vllm_cfg.max_model_len"
-                )
+        check_lengths(prompts, self.max_length, "policy.generation.vllm_cfg.max_model_len")
         answers = self._on_first(lambda: self._ask_all(prompts, num_samples, options))
         return [
             self._sample(index, list(prompts[index]), drawn) for index, found in enumerate(answers) for drawn in found
@@ -283,34 +285,25 @@ class ServerGenerator(Generator):
 
 
 class _Shards:
-    """Writes merged weights to files of a folder as they come, and keeps what the fingerprint is of."""
+    """Writes merged weights to files of a folder as they come."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
-        self.folder, self.dtype = _fresh(folder), dtype
+        self.folder = _fresh(folder)
+        self.sent = SentWeights(dtype, torch.device("cpu"))
         self.shard: dict[str, Tensor] = {}
-        self.pieces: dict[tuple[str, int, int], Tensor] = {}
-        self.columns: dict[str, dict[int, Tensor]] = {}
-        self.num_bytes = self.held = self.number = 0
+        self.held = self.number = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.to("cpu", self.dtype).contiguous()
+        tensor = self.sent.note(name, tensor).contiguous()
         size = tensor.numel() * tensor.element_size()
         if self.shard and self.held + size > SHARD_BYTES:
             self._write()
         self.shard[name] = tensor
         self.held += size
-        self.num_bytes += size
-        if name.startswith("model.layers.") and name.endswith("_proj.weight"):
-            columns = {c: tensor[:, c] + 0.0 for c in vllm_worker.sampled_columns(tensor.shape[1])}
-            self.columns[name] = columns
-            self.pieces |= {(name, 0, c): checksum(values[:, None], 0, c) for c, values in columns.items()}
 
     def close(self) -> Handover:
         self._write()
-        totals: dict[str, int] = {}
-        for (name, _, _), value in to_numbers(self.pieces).items():
-            totals[name] = totals.get(name, 0) + value
-        return Handover(self.num_bytes, digest("merge", totals), self.columns)
+        return self.sent.handover()
 
     def _write(self) -> None:
         save_file(self.shard, self.folder / f"weights-{self.number:05}.safetensors")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.policy.checksums import DifferentCopies, checksum, digest, join_ranks, to_numbers
+from megatron_lora.policy.checksums import DifferentCopies, digest, join_ranks, to_numbers
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.rollout import vllm_engine, vllm_worker
 from megatron_lora.rollout.adapter_factors import adapted_linears, factors_fingerprint, largest_rank, scaled_factors
@@ -28,8 +28,10 @@ from megatron_lora.rollout.generator import (
     RolloutError,
     Sample,
     SamplingOptions,
+    check_lengths,
     exchange_samples,
 )
+from megatron_lora.rollout.sent_weights import SentWeights
 from megatron_lora.runtime.cpu import device_names_as_given
 from megatron_lora.runtime.world import World
 
@@ -109,14 +111,13 @@ class VllmGenerator(Generator):
         return self.handover
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
-        sent = _SentWeights(weights, self.dtype, self.world.device)
+        sent = SentWeights(self.dtype, self.world.device)
         with torch.no_grad():
             self._worker(vllm_worker.remove_adapter)
-            self._worker(vllm_worker.reload_weights, iter(sent))
+            self._worker(vllm_worker.reload_weights, ((name, sent.note(name, tensor)) for name, tensor in weights))
         self._mode, self.version = "merge", version
         self._forget_cache()
-        fingerprint = digest("merge", join_ranks([to_numbers(sent.pieces)]))
-        self.handover = Handover(sent.num_bytes, fingerprint, sent.columns)
+        self.handover = sent.handover()
         return self.handover
 
     def held_fingerprint(self) -> str:
@@ -137,7 +138,7 @@ class VllmGenerator(Generator):
         return held[0]
 
     def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
-        self._check_lengths(prompts)
+        check_lengths(prompts, self.max_model_len, "policy.generation.vllm_cfg.max_model_len")
         mine = [index for index in range(len(prompts)) if index % self.num_replicas == self.replica]
         samples = self._generate(prompts, mine, num_samples, options) if mine else []
         everyone = exchange_samples(samples if self.leads_replica else [])
@@ -147,14 +148,6 @@ class VllmGenerator(Generator):
         if self._llm is not None:
             llm, self._llm = self._llm, None
             vllm_engine.free_engine(llm)
-
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_model_len:
-                raise UserError(
-                    f"prompt {index} has {len(prompt)} tokens; wanted 1 to {self.max_model_len - 1}, so that an answer "
-                    "fits into policy.generation.vllm_cfg.max_model_len"
-                )
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], mine: list[int], num_samples: int, options: SamplingOptions
@@ -248,26 +241,3 @@ class _AnswerBar(tqdm):
         if self._advance is not None and n:
             self._advance(int(n))
         return super().update(n)
-
-
-class _SentWeights:
-    """Passes weights on in the engine's dtype, and keeps count of bytes and the checksums of what is read back."""
-
-    def __init__(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device):
-        self.weights, self.dtype, self.device = weights, dtype, device
-        self.pieces: dict[tuple[str, int, int], Tensor] = {}
-        self.columns: dict[str, dict[int, Tensor]] = {}
-        self.num_bytes = 0
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.weights:
-            tensor = tensor.to(device=self.device, dtype=self.dtype)
-            self.num_bytes += tensor.numel() * tensor.element_size()
-            if name.startswith("model.layers.") and name.endswith("_proj.weight"):
-                read_back = vllm_worker.is_read_back(name)
-                columns = vllm_worker.sampled_columns(tensor.shape[1])
-                # There are many experts: one column of each.
-                self.columns[name] = {c: tensor[:, c] + 0.0 for c in (columns if read_back else columns[-1:])}
-                for column, values in self.columns[name].items() if read_back else ():
-                    self.pieces[name, 0, column] = checksum(values[:, None], 0, column)
-            yield name, tensor

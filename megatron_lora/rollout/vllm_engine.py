@@ -19,6 +19,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.packed_experts import adapts_experts
+from megatron_lora.lora.peft_format import hf_linears
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.weights_check import overridden_fields, read_base
 from megatron_lora.rollout.vllm_worker import ADAPTER_ID
@@ -128,6 +129,34 @@ def hands_over_adapter(policy: PolicyConfig, world: World) -> bool:
     if reason and policy.generation.refit == "adapter":
         raise UserError(f"policy.generation.refit=adapter, but {reason}; set it to merge")
     return reason is None and policy.generation.refit != "merge"
+
+
+def planned_slots(policy: PolicyConfig, world: World) -> tuple[int | None, list[str]]:
+    """What an engine's adapter slots must hold of the recipe's adapter: the largest rank, and the last names of the
+    linears (`q_proj`, ...); (None, []) where it is given merged weights. Raises UserError as `hands_over_adapter`."""
+    if not hands_over_adapter(policy, world):
+        return None, []
+    planned = planned_adapter(policy)
+    assert planned is not None
+    modules = planned.spec.modules
+    kinds = {(module.kind, segment) for module in modules for block in module.blocks for segment in block.segments}
+    linears = hf_linears(planned.spec.shapes).values()
+    names = sorted({linear.name.split(".")[-1] for linear in linears if (linear.kind, linear.segment) in kinds})
+    return max(block.rank for module in modules for block in module.blocks), names
+
+
+def check_servers(policy: PolicyConfig) -> None:
+    """Raise UserError for a base that rollout servers would not serve as the trainer has it: they read its folder."""
+    base = read_base(policy)
+    what = None
+    if base.stored_four_bit or policy.adapter.quantization is not None:
+        what = "a base in 4 bits"
+    elif overridden_fields(policy, base.config):
+        what = "policy.hf_config_overrides"
+    if what:
+        raise UserError(
+            f"rollout servers do not take {what}; set policy.generation.colocated.enabled=true and servers.urls=[]"
+        )
 
 
 def engine_dtype(policy: PolicyConfig) -> str:

@@ -13,7 +13,6 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty
-from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
 from megatron_lora.runtime.world import World
@@ -157,19 +156,15 @@ def _check_native(policy: PolicyConfig) -> None:
 
 def _check_vllm(policy: PolicyConfig, world: World) -> None:
     generation = policy.generation
-    vllm_engine.check_installed(world.device)
+    if generation.colocated.enabled:
+        vllm_engine.check_installed(world.device)
+    else:
+        vllm_engine.check_servers(policy)
     longest = generation.vllm_cfg.max_model_len
     if longest is not None and longest > policy.max_total_sequence_length:
         raise UserError(
             f"policy.generation.vllm_cfg.max_model_len={longest} is above policy.max_total_sequence_length="
             f"{policy.max_total_sequence_length}, so answers could be longer than what can be trained on; lower it"
         )
-    rank = _adapter_rank(policy) if vllm_engine.hands_over_adapter(policy, world) else None
+    rank, _ = vllm_engine.planned_slots(policy, world)
     vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
-
-
-def _adapter_rank(policy: PolicyConfig) -> int:
-    """The largest rank of a linear's adapter."""
-    planned = planned_adapter(policy)
-    assert planned is not None
-    return max(block.rank for module in planned.spec.modules for block in module.blocks)

@@ -18,3 +18,22 @@ def keys_of(case: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
     """The backend's keys of a case, with some of the adapter's changed."""
     section, name = (case["megatron"], "peft") if case["backend"] == "megatron" else (case["dtensor"], "lora_cfg")
     return section | {name: section.get(name, {}) | adapter}
+
+
+def policy_values(case: dict[str, Any]) -> dict[str, Any]:
+    """What a case's recipe has in common on both backends: keys of `policy`."""
+    return {
+        "model_name": case["base_folder"],
+        "precision": "float32",
+        "train_global_batch_size": 6,
+        "train_micro_batch_size": 2,
+        "max_total_sequence_length": 64,
+    }
+
+
+def adapter_keys(case: dict[str, Any]) -> dict[str, Any]:
+    return {"enabled": case["adapter"] is not None, "init_adapter": case["adapter_folder"], "dim": 4, "alpha": 8}
+
+
+def optimizer_keys(case: dict[str, Any]) -> dict[str, Any]:
+    return {"lr": case["learning_rate"], "weight_decay": 0.1, "adam_beta2": 0.98, "adam_eps": case["adam_eps"]}

@@ -7,25 +7,15 @@ import torch
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.runtime.world import init_dtensor_world
+from tests.distributed.build import adapter_keys, optimizer_keys, policy_values
 from tests.distributed.cases import SEED
 
 
 def policy_config(case: dict[str, Any], dtensor: dict[str, Any] | None = None) -> PolicyConfig:
     """The case's recipe; `dtensor` replaces its dtensor_cfg where a check needs another layout."""
     dtensor = dict(case["dtensor"] if dtensor is None else dtensor)
-    adapter = {"enabled": case["adapter"] is not None, "init_adapter": case["adapter_folder"], "dim": 4, "alpha": 8}
-    optimizer = {
-        "lr": case["learning_rate"],
-        "weight_decay": 0.1,
-        "adam_beta2": 0.98,
-        "adam_eps": case["adam_eps"],
-    }
-    values = {
-        "model_name": case["base_folder"],
-        "precision": "float32",
-        "train_global_batch_size": 6,
-        "train_micro_batch_size": 2,
-        "max_total_sequence_length": 64,
+    adapter, optimizer = adapter_keys(case), optimizer_keys(case)
+    values = policy_values(case) | {
         "dtensor_cfg": dtensor | {"lora_cfg": adapter | dtensor.pop("lora_cfg", {})},
         "megatron_cfg": {
             # Chunks that do not divide the tokens.

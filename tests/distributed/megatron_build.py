@@ -9,30 +9,18 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.runtime.world import init_megatron_world
+from tests.distributed.build import adapter_keys, optimizer_keys, policy_values
 from tests.distributed.cases import SEED
 
 
 def policy_config(case: dict[str, Any], megatron: dict[str, Any] | None = None) -> PolicyConfig:
     """The case's recipe; `megatron` replaces its megatron_cfg where a check needs another layout."""
     megatron = dict(case["megatron"] if megatron is None else megatron)
-    peft = {"enabled": case["adapter"] is not None, "init_adapter": case["adapter_folder"], "dim": 4, "alpha": 8}
-    optimizer = {
-        "lr": case["learning_rate"],
-        "weight_decay": 0.1,
-        "adam_beta2": 0.98,
-        "adam_eps": case["adam_eps"],
-    }
+    peft, optimizer = adapter_keys(case), optimizer_keys(case)
     sections = {"peft": peft | megatron.pop("peft", {}), "optimizer": optimizer | megatron.pop("optimizer", {})}
     defaults = {"use_fused_linear_logprobs": True, "fused_linear_logprobs_chunk_size": 16}
-    values = {
-        "model_name": case["base_folder"],
-        "precision": "float32",
-        "train_global_batch_size": 6,
-        "train_micro_batch_size": 2,
-        "max_total_sequence_length": 64,
-    }
     return PolicyConfig.model_validate(
-        values | case["policy"] | {"megatron_cfg": defaults | megatron | sections | {"enabled": True}}
+        policy_values(case) | case["policy"] | {"megatron_cfg": defaults | megatron | sections | {"enabled": True}}
     )
 
 
