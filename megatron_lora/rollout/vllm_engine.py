@@ -70,8 +70,7 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
         raise UserError(f"{key} does not divide the {world.size} processes; use one of {fits}")
     if model.num_attention_heads % size:
         raise UserError(f"{key} does not divide the model's {model.num_attention_heads} attention heads")
-    if adapter_rank is not None:
-        _check_rank(adapter_rank, max_lora_rank(policy, adapter_rank))
+    check_rank(policy, adapter_rank)
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     if world.device.type == "cpu" and head_dim not in CPU_HEAD_DIMS:
         raise UserError(
@@ -171,8 +170,10 @@ def max_lora_rank(policy: PolicyConfig, adapter_rank: int) -> int:
     return next((rank for rank in LORA_RANKS if rank >= adapter_rank), LORA_RANKS[-1])
 
 
-def _check_rank(rank: int, largest: int) -> None:
-    if rank > largest:
+def check_rank(policy: PolicyConfig, rank: int | None) -> None:
+    """Raise UserError for an adapter whose rank vLLM's slots do not hold. rank: None: no adapter."""
+    largest = 0 if rank is None else max_lora_rank(policy, rank)
+    if rank is not None and rank > largest:
         raise UserError(
             f"the adapter's rank {rank} is above vLLM's max_lora_rank {largest}; "
             + (

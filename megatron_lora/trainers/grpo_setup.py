@@ -156,15 +156,18 @@ def _check_native(policy: PolicyConfig) -> None:
 
 def _check_vllm(policy: PolicyConfig, world: World) -> None:
     generation = policy.generation
-    if generation.colocated.enabled:
-        vllm_engine.check_installed(world.device)
-    else:
-        vllm_engine.check_servers(policy)
     longest = generation.vllm_cfg.max_model_len
     if longest is not None and longest > policy.max_total_sequence_length:
         raise UserError(
             f"policy.generation.vllm_cfg.max_model_len={longest} is above policy.max_total_sequence_length="
             f"{policy.max_total_sequence_length}, so answers could be longer than what can be trained on; lower it"
         )
+    if generation.colocated.enabled:
+        vllm_engine.check_installed(world.device)
+    else:
+        vllm_engine.check_servers(policy)
     rank, _ = vllm_engine.planned_slots(policy, world)
-    vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
+    if generation.colocated.enabled:
+        vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
+    else:
+        vllm_engine.check_rank(policy, rank)

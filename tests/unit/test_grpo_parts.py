@@ -112,6 +112,10 @@ def recipe(base: Path, *overrides: str) -> Recipe:
     return load_recipe(RECIPE, [f"policy.model_name={base}", *overrides]).recipe
 
 
+SERVERS = [
+    "policy.generation.colocated.enabled=false",
+    "policy.generation.servers.urls=['http://one:8000', 'http://two:8000']",
+]
 REFUSALS: dict[str, tuple[list[str], str]] = {
     "one answer": (
         ["grpo.num_generations_per_prompt=1", "grpo.num_prompts_per_step=16", "policy.train_global_batch_size=16"],
@@ -144,6 +148,26 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         ["policy.megatron_cfg.enabled=false", "policy.generation.backend=megatron"],
         "policy.megatron_cfg.enabled",
     ),
+    "servers without one": (SERVERS[:1], "needs policy.generation.servers.urls"),
+    "servers beside colocated": (SERVERS[1:], "names 2 servers, but policy.generation.colocated.enabled is true"),
+    "servers and the training model": ([*SERVERS, "policy.generation.backend=megatron"], "backend=megatron generates"),
+    "a server twice": (
+        [SERVERS[0], "policy.generation.servers.urls=['http://one:8000', 'http://one:8000']"],
+        "each server once",
+    ),
+    "a server without http": ([SERVERS[0], "policy.generation.servers.urls=['one:8000']"], "as http://host:port"),
+    "servers over 4 bits": (
+        [*SERVERS, "policy.megatron_cfg.peft.quantization=nf4", "policy.megatron_cfg.peft.lora_dtype=float32"],
+        "rollout servers do not take a base in 4 bits",
+    ),
+    "servers over other fields": (
+        [*SERVERS, "policy.hf_config_overrides={rope_theta: 5000.0}"],
+        "rollout servers do not take policy.hf_config_overrides",
+    ),
+    "rank beyond the servers": (
+        [*SERVERS, "policy.megatron_cfg.peft.dim=64", "policy.generation.vllm_kwargs={max_lora_rank: 32}"],
+        "rank 64 is above vLLM's max_lora_rank 32",
+    ),
     "contradiction": (["loss_fn.sequence_level_importance_ratios=true"], "token_level_loss=false"),
     "shaping": (
         ["grpo.reward_scaling={enabled: true, source_min: 1.0, source_max: 1.0}"],
@@ -163,6 +187,15 @@ def test_refused_before_weights_load(name: str, base: Path) -> None:
 
 def test_the_recipe_itself_is_accepted(base: Path) -> None:
     check_grpo(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+
+
+def test_servers_have_a_vllm_and_a_size_of_their_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    check_grpo(recipe(base, *SERVERS, "policy.generation.vllm_cfg.tensor_parallel_size=4"), world)
 
 
 def test_vllm_missing_names_the_command(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
