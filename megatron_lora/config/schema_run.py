@@ -106,6 +106,18 @@ class SwanlabConfig(Section):
     name: str | None = Field(default=None, description="Name of the run; null: SwanLab's choice.")
 
 
+class MlflowConfig(Section):
+    """`logger.mlflow`."""
+
+    experiment_name: str = Field(default="megatron-lora", description="Experiment; made where there is none.")
+    run_name: str | None = Field(default=None, description="Name of the run; null: MLflow's choice.")
+    tracking_uri: str | None = Field(
+        default=None,
+        description="Server (`http://host:5000`) or database; null: `MLFLOW_TRACKING_URI`, without it the file "
+        "`mlflow.db` in `logger.log_dir`.",
+    )
+
+
 class TensorboardConfig(Section):
     """`logger.tensorboard`."""
 
@@ -117,7 +129,7 @@ class TensorboardConfig(Section):
 class LoggerConfig(Section):
     """`logger`. metrics.jsonl is always written."""
 
-    log_dir: Place = Field(default="logs", description="Folder of W&B's, TensorBoard's and SwanLab's files.")
+    log_dir: Place = Field(default="logs", description="Folder of the trackers' files.")
     wandb_enabled: bool = Field(default=False, description="Log to Weights & Biases.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
     tensorboard_enabled: bool = Field(default=False, description="Write TensorBoard event files.")
@@ -126,4 +138,6 @@ class LoggerConfig(Section):
     trackio: TrackioConfig = Field(default_factory=TrackioConfig, description="Trackio.")
     swanlab_enabled: bool = Field(default=False, description="Log to SwanLab (extra `trackers`).")
     swanlab: SwanlabConfig = Field(default_factory=SwanlabConfig, description="SwanLab.")
+    mlflow_enabled: bool = Field(default=False, description="Log to MLflow (extra `trackers`).")
+    mlflow: MlflowConfig = Field(default_factory=MlflowConfig, description="MLflow.")
     num_val_samples_to_print: NonNegativeInt = Field(default=0, description="GRPO: sample answers shown at validation.")

@@ -46,13 +46,7 @@ TABLE: tuple[Group, ...] = (
         "weights are a distributed checkpoint plus hf_adapter/; conversion/ makes Hugging Face folders",
         {"model_save_format": (None, "safetensors"), "save_consolidated": (False,)},
     ),
-    Group(
-        "logger",
-        "its packages ask for other versions than ours; use logger.wandb_enabled, trackio_enabled, swanlab_enabled or "
-        "tensorboard_enabled",
-        {"mlflow_enabled": (False,)},
-    ),
-    Group("logger", "only read by a logger that this project lacks", any_value("mlflow.*")),
+    Group("logger", "no files are sent to MLflow", any_value("mlflow.artifact_location")),
     Group(
         "logger",
         "step time and peak memory are always in metrics.jsonl",

@@ -1,4 +1,4 @@
-"""What people see of a run: metrics.jsonl, W&B, TensorBoard, Trackio, SwanLab, the progress bar and the pictures.
+"""What people see of a run: metrics.jsonl, trackers (W&B, TensorBoard, Trackio, SwanLab, MLflow), the bar, pictures.
 
 `megatron_lora.metrics.RunReporter` puts the parts together; trainers need nothing else.
 """

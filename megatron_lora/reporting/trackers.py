@@ -1,18 +1,24 @@
-"""W&B, TensorBoard, Trackio and SwanLab, each behind the same two methods."""
+"""W&B, TensorBoard, Trackio, SwanLab and MLflow, each behind the same two methods."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from megatron_lora.config.schema_run import LoggerConfig, SwanlabConfig, TrackioConfig
+from megatron_lora.config.schema_run import LoggerConfig, MlflowConfig, SwanlabConfig, TrackioConfig
 from megatron_lora.errors import UserError
 
 # `logger.NAME_enabled` -> the optional package behind it, and the extra that installs it.
-OPTIONAL = {"trackio": "trackio", "swanlab": "swanlab"}
+OPTIONAL = {"trackio": "trackio", "swanlab": "swanlab", "mlflow": "mlflow"}
 EXTRA = "trackers"
+# What an MLflow server takes.
+PARAMETERS_AT_ONCE, PARAMETER_LENGTH = 100, 6000
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 class Tracker(Protocol):
@@ -155,6 +161,76 @@ class SwanLabTracker:
         self._run.finish(state="success" if succeeded else "crashed")
 
 
+class MlflowTracker:
+    """A run of an MLflow server, or of the SQLite file `mlflow.db` below `log_dir`.
+
+    Its id is kept in `run_dir`, so that a resumed training run goes on in the same MLflow run. A
+    server that does not answer is waited for seconds: the client's own default is minutes, longer than a rank may be
+    silent.
+    """
+
+    def __init__(
+        self, options: MlflowConfig, log_dir: Path, run_dir: Path, config: Mapping[str, Any], resume_step: int
+    ):
+        import mlflow
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        id_file = run_dir / "mlflow_run_id.txt"
+        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        try:
+            if not uri:
+                log_dir.mkdir(parents=True, exist_ok=True)
+                uri = f"sqlite:///{log_dir.resolve() / 'mlflow.db'}"
+            self._client = mlflow.MlflowClient(tracking_uri=uri, registry_uri="")
+            with _environment(IMPATIENT):
+                self._run_id = _kept(id_file, resume_step) or self._begin(options, config)
+                self._client.update_run(self._run_id, status="RUNNING")
+        except Exception as error:  # MlflowException, OSError, sqlalchemy's, requests'
+            raise UserError(
+                f"logger.mlflow_enabled=true, but MLflow did not start at {uri} ({_first_line(error)}); mend "
+                "logger.mlflow.tracking_uri, or set logger.mlflow_enabled=false"
+            ) from error
+        id_file.write_text(self._run_id + "\n")
+
+    def _begin(self, options: MlflowConfig, config: Mapping[str, Any]) -> str:
+        """A new run with the recipe's keys as its parameters; its id."""
+        experiment = self._client.get_experiment_by_name(options.experiment_name)
+        experiment_id = (
+            experiment.experiment_id if experiment else self._client.create_experiment(options.experiment_name)
+        )
+        run_id = self._client.create_run(experiment_id, run_name=options.run_name).info.run_id
+        from mlflow.entities import Param
+
+        parameters = [Param(name, str(value)[:PARAMETER_LENGTH]) for name, value in flat(config).items()]
+        for start in range(0, len(parameters), PARAMETERS_AT_ONCE):
+            self._client.log_batch(run_id, params=parameters[start : start + PARAMETERS_AT_ONCE])
+        return run_id
+
+    def log(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        values = [Metric(name, value, now, step) for name, value in _named(kind, metrics).items()]
+        with _environment(IMPATIENT):
+            self._client.log_batch(self._run_id, metrics=values)
+
+    def close(self, succeeded: bool) -> None:
+        with _environment(IMPATIENT):
+            self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for as long as the block lasts; those of the shell win."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def _kept(path: Path, resume_step: int) -> str | None:
     """What an earlier start of the run left in `path`, None where this one is not resumed."""
     return path.read_text().strip() or None if resume_step and path.exists() else None
@@ -170,13 +246,22 @@ def _first_line(error: Exception) -> str:
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Those of the metrics that are numbers, with `/` between the names of nested ones."""
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
+    return {
+        name: value
+        for name, value in flat(metrics, "/").items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def flat(values: Mapping[str, Any], between: str = ".") -> dict[str, Any]:
+    """Nested dicts as one, with `between` the names; an empty one is left out."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": number for inner, number in numbers(value).items()}
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            flat[name] = value
-    return flat
+            found |= {f"{name}{between}{inner}": item for inner, item in flat(value, between).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def check_trackers(logger: LoggerConfig) -> None:
@@ -204,4 +289,6 @@ def build_trackers(
         trackers.append(TrackioTracker(logger.trackio, run_dir, config, resume_step))
     if logger.swanlab_enabled:
         trackers.append(SwanLabTracker(logger.swanlab, log_dir, run_dir, config, resume_step))
+    if logger.mlflow_enabled:
+        trackers.append(MlflowTracker(logger.mlflow, log_dir, run_dir, config, resume_step))
     return trackers

@@ -43,6 +43,7 @@ CALLED = {
     "WandbConfig": {"wandb"},
     "TrackioConfig": {"options"},
     "SwanlabConfig": {"options"},
+    "MlflowConfig": {"options"},
 }
 # The loader copies data.default's keys to the others, and names these two of data.validation as without effect.
 COPIED, UNREAD = "data.default.", {"data.validation.seed", "data.validation.split_validation_size"}

@@ -66,10 +66,10 @@ def test_each_key_of_the_table(path: str, accepted: Any):
 
 
 def test_the_notice_is_one_line_that_names_the_keys():
-    content = recipe(cluster__gpus_per_node=8, cluster__num_nodes=2, logger__mlflow__run_name="x", data_plane=None)
+    content = recipe(cluster__gpus_per_node=8, cluster__num_nodes=2, logger__monitor_gpus=True, data_plane=None)
     (notice,) = check_recipe(content).notices
     assert notice == (
-        "NeMo RL keys accepted without effect: cluster.{gpus_per_node, num_nodes}, logger.mlflow, data_plane"
+        "NeMo RL keys accepted without effect: cluster.{gpus_per_node, num_nodes}, logger.monitor_gpus, data_plane"
     )
 
 
@@ -84,7 +84,7 @@ def test_the_notice_is_one_line_that_names_the_keys():
         ("policy.megatron_cfg.mtp_num_layers", True, "mtp_num_layers=true is not implemented"),
         ("policy.megatron_cfg.pipeline_dtype", "float32", "pipeline_dtype='float32' is not implemented"),
         ("policy.dtensor_cfg.context_parallel_size", 2, "context parallelism needs policy.megatron_cfg"),
-        ("logger.mlflow_enabled", True, "use logger.wandb_enabled, trackio_enabled"),
+        ("reward_penalties.penalize_malformed_think_tag", True, "use env.reward_functions"),
         ("data_plane", {"enabeld": False}, "unknown key data_plane.enabeld; did you mean data_plane.enabled?"),
     ],
 )
@@ -122,10 +122,10 @@ def test_reference_page_is_up_to_date():
 
 
 def test_several_refusals_are_told_at_once():
-    content = recipe(policy__draft={"enabled": True}, logger__mlflow_enabled=True, sft={"sede": 1})
+    content = recipe(policy__draft={"enabled": True}, checkpointing__save_consolidated=True, sft={"sede": 1})
     with pytest.raises(UserError) as error:
         check_recipe(content)
-    assert all(part in str(error.value) for part in ("draft.enabled=true", "mlflow_enabled=true", "sft.seed?"))
+    assert all(part in str(error.value) for part in ("draft.enabled=true", "save_consolidated=true", "sft.seed?"))
 
 
 def test_the_schedulers_of_the_other_backend_are_named():

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_curve, smooth
 from megatron_lora.reporting.text_curve import text_curve
 from megatron_lora.reporting.time_left import RECENT_STEPS, TimeLeft
+from megatron_lora.reporting.trackers import build_trackers
 
 STEP = {"loss": 0.1 + 0.2, "grad_norm": 1 / 3, "lr": 1e-4, "num_target_tokens": 96, "step_time_seconds": 0.25}
 
@@ -224,7 +226,43 @@ def test_swanlab_offline_writes_one_run_over_a_resume(tmp_path: Path, monkeypatc
     assert all(b"train/loss" in path.read_bytes() for path in written)
 
 
-@pytest.mark.parametrize("name", ["trackio", "swanlab"])
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["files", pytest.param("mlflow.db", marks=pytest.mark.long)])
+def test_mlflow_holds_one_run_over_a_resume(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The database is the default, and takes long to be laid out."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    files = (tmp_path / "files").as_uri()
+    options = {"experiment_name": "unit", "run_name": "a-run", "tracking_uri": files if store == "files" else None}
+    section = LoggerConfig.model_validate(
+        {"log_dir": str(tmp_path / "logs"), "mlflow_enabled": True, "mlflow": options}
+    )
+    first, second = two_starts(tmp_path, section, "mlflow_run_id.txt")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(options["tracking_uri"] or f"sqlite:///{tmp_path}/logs/{store}", registry_uri="")
+    experiment = client.get_experiment_by_name("unit")
+    assert experiment is not None and first == second
+    [run] = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_id, run.info.run_name, run.info.status) == (first, "a-run", "FINISHED")
+    assert run.data.params == {"a.b": "1"}
+    history = client.get_metric_history(first, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, STEP["loss"]), (2, STEP["loss"])]
+
+
+@pytest.mark.slow
+def test_an_mlflow_server_that_does_not_answer_is_told_at_once(tmp_path: Path):
+    options = {"tracking_uri": "http://localhost:9"}  # the discard service's port
+    section = LoggerConfig.model_validate({"mlflow_enabled": True, "mlflow": options})
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match="MLflow did not start at http://localhost:9 .* mend logger.mlflow.tracking_uri"
+    ):
+        build_trackers(section, tmp_path, {})
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("name", ["trackio", "swanlab", "mlflow"])
 def test_a_tracker_whose_package_is_missing_is_told_with_the_line_that_installs_it(
     name: str, monkeypatch: pytest.MonkeyPatch
 ):
