@@ -51,6 +51,15 @@ class CheckpointingConfig(Section):
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
     @model_validator(mode="after")
+    def _saves_what_has_to_be_saved(self) -> Self:
+        if self.checkpoint_must_save_by is not None and not self.enabled:
+            raise ValueError(
+                f"checkpoint_must_save_by={self.checkpoint_must_save_by} with enabled=false would end the run and save "
+                "nothing; set enabled=true, or checkpoint_must_save_by=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _metric_has_a_split(self) -> Self:
         if self.metric_name is not None and self.metric is None:
             raise ValueError(f"metric_name={self.metric_name!r}: wanted `val:NAME` or `train:NAME`")

@@ -92,38 +92,51 @@ def test_killed_run_ends_where_the_whole_run_ends(killed: Killed, whole_run: Run
 
 @dataclass(frozen=True)
 class Stopped:
-    """dir: the run's folder. first, last: how both starts ended. steps: those in metrics.jsonl in between; latest:
-    latest_step.txt then."""
+    """dir: the run's folder. first, timed, last: how the starts ended. steps: those in metrics.jsonl after the first;
+    latest: latest_step.txt after the first two."""
 
     dir: Path
     first: Ended
     steps: list[int]
-    latest: str
+    timed: Ended
+    latest: list[str]
     last: Ended
 
 
 @pytest.fixture(scope="module")
 def stopped(job: Job, server: RankServer) -> Stopped:
-    """A run that saves in the background, told to stop by SIGTERM, then started again."""
+    """A run that saves in the background, told to stop by SIGTERM, then by a limit of time that is over after any step,
+    then left alone."""
     run_dir = job.root / "stopped"
     arguments = [*job.arguments(run_dir), "policy.megatron_cfg.checkpoint.async_save=true"]
     first = server.start(arguments, job.root / "fourth").stop_when(lambda: len(read_metrics(run_dir)) >= 4)
     steps = [record["step"] for record in read_metrics(run_dir)]
-    latest = (run_dir / "latest_step.txt").read_text()
-    return Stopped(run_dir, first, steps, latest, server.start(arguments, job.root / "fifth").end())
+    latest = [(run_dir / "latest_step.txt").read_text()]
+    limit = "checkpointing.checkpoint_must_save_by=00:00:00:00"
+    timed = server.start([*arguments, limit], job.root / "timed").end()
+    latest.append((run_dir / "latest_step.txt").read_text())
+    return Stopped(run_dir, first, steps, timed, latest, server.start(arguments, job.root / "fifth").end())
 
 
 def test_sigterm_saves_and_ends_with_status_0(stopped: Stopped):
     assert stopped.first.status == 0, stopped.first.stderr[-3000:]
     step = stopped.steps[-1]
-    assert 4 <= step < 12 and stopped.latest == f"{step}\n"
+    assert 4 <= step < 11 and stopped.latest[0] == f"{step}\n"
     assert f"stopped by a signal after step {step}; the same command goes on" in stopped.first.stdout
     assert stopped.first.left == []
 
 
+def test_a_run_out_of_time_saves_and_ends_with_status_0(stopped: Stopped):
+    assert stopped.timed.status == 0, stopped.timed.stderr[-3000:]
+    step = stopped.steps[-1] + 1
+    assert stopped.latest[1] == f"{step}\n" and stopped.timed.left == []
+    told = f"stopped after step {step}: checkpointing.checkpoint_must_save_by=00:00:00:00 leaves no time for another"
+    assert told in stopped.timed.stdout
+
+
 def test_stopped_run_ends_where_the_whole_run_ends(stopped: Stopped, whole_run: Run):
     assert stopped.last.status == 0, stopped.last.stderr[-3000:]
-    assert f"resumed from {stopped.dir / f'step_{stopped.steps[-1]}'}" in stopped.last.stdout
+    assert f"resumed from {stopped.dir / f'step_{stopped.steps[-1] + 1}'}" in stopped.last.stdout
     assert stopped.last.left == []
     assert_same_end(stopped.dir, whole_run.dir)
 

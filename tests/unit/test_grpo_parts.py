@@ -296,6 +296,8 @@ def test_the_time_for_another_step() -> None:
     assert CheckpointingConfig(checkpoint_must_save_by="01:02:03:04").seconds_to_save == 93784
     with pytest.raises(ValidationError, match="such as 00:03:45:00"):
         CheckpointingConfig(checkpoint_must_save_by="3h")
+    with pytest.raises(ValidationError, match="would end the run and save nothing; set enabled=true"):
+        CheckpointingConfig(checkpoint_must_save_by="00:03:45:00", enabled=False)
     names = [name for name in Session.__dataclass_fields__ if name not in ("step", "state", "metrics", "world")]
     unused: dict[str, Any] = {name: None for name in names if not name.startswith("_")}
     session = Session(**unused, world=World.alone())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,6 +215,23 @@ def test_trackio_holds_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest
     assert SQLiteStorage.get_runs("unit") == ["a-run"]
     logs = SQLiteStorage.get_logs("unit", "a-run")
     assert [(row["step"], row["train/loss"]) for row in logs] == [(1, STEP["loss"]), (2, STEP["loss"])]
+
+
+@pytest.mark.slow
+def test_trackio_is_asked_for_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No Space is reached from here."""
+    asked: list[dict[str, Any]] = []
+
+    def init(**options: Any) -> None:
+        asked.append(options)
+        raise ValueError("no network")
+
+    monkeypatch.setattr("trackio.init", init)
+    options = {"project": "unit", "name": "a-run", "space_id": "me/runs"}
+    section = LoggerConfig.model_validate({"trackio_enabled": True, "trackio": options})
+    with pytest.raises(UserError, match="Trackio did not start .no network.; mend logger.trackio"):
+        build_trackers(section, tmp_path, {})
+    assert {name: asked[0][name] for name in options} == options
 
 
 @pytest.mark.slow
