@@ -1,7 +1,6 @@
 """Rollouts by the training model itself: no second copy of the weights, no other engine, nothing to install.
 
-The default where nothing else is asked for, and slower than vLLM: a forward pass of the training model a token. Import
-after `init_megatron_world`.
+The default where nothing else is asked for, and slower than vLLM: a forward pass of the training model a token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_lora.errors import UserError
 from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.checksums import checksum, digest
 from megatron_lora.policy.interface import AdapterTensors, Policy
-from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.policy.lanes import LanePolicy, Lanes
 from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors, trainer_fingerprint
 from megatron_lora.rollout.generator import (
     Decoder,
@@ -31,8 +29,6 @@ from megatron_lora.rollout.generator import (
 )
 from megatron_lora.rollout.native_answers import Answer, complete
 from megatron_lora.rollout.native_bursts import Bursts
-from megatron_lora.rollout.native_cache import cached_attention, row_bytes
-from megatron_lora.rollout.native_forward import LaneRunner, generating, num_lanes
 from megatron_lora.rollout.sampling import StopRule, random_stream
 from megatron_lora.runtime.memory import free_memory_bytes
 
@@ -50,7 +46,7 @@ class NativeGenerator(Generator):
     """
 
     def __init__(self, policy: Policy, tokenizer: Decoder | None):
-        if not isinstance(policy, MegatronPolicy):
+        if not isinstance(policy, LanePolicy):
             raise UserError(
                 "policy.generation.backend=megatron generates with the Megatron model, but policy.megatron_cfg.enabled "
                 "is false; set policy.generation.backend=vllm or policy.megatron_cfg.enabled=true"
@@ -64,13 +60,13 @@ class NativeGenerator(Generator):
             )
         self.policy, self.tokenizer = policy, tokenizer
         self.max_length = policy.config.max_total_sequence_length
-        self.group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.group: Any = policy.replica_group
         self.num_replicas = self.group.size()
         self.dtype = DTYPES[policy.config.precision]
         self._kind = "merge" if policy.spec is None else "adapter"
         self._on_gpu = policy.world.device.type == "cuda"
         # Tokens drawn at once. Ranks that share a model take part in each token; so do a batch's experts on the host.
-        alone = policy.world.tp == policy.world.pp == 1 and not policy.engine.config.num_moe_experts
+        alone = policy.world.tp == policy.world.pp == 1 and not policy.shapes.num_experts
         self.burst = BURST_TOKENS if self._on_gpu and alone else 1
 
     def start(self) -> None:
@@ -121,9 +117,9 @@ class NativeGenerator(Generator):
         mine = answers[self.group.rank() :: self.num_replicas]
         if mine:
             capacity = max(len(answer.prompt) + answer.limit for answer in mine)
-            with self._runner(self._slots(len(mine), capacity), capacity) as runner:
-                bursts = Bursts(runner, options, self.burst, graphs=self._on_gpu) if self.burst > 1 else None
-                complete(runner, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas), bursts)
+            with self._lanes(self._slots(len(mine), capacity), capacity) as model:
+                bursts = Bursts(model, options, self.burst, graphs=self._on_gpu) if self.burst > 1 else None
+                complete(model, mine, options, rule, lambda count: self.on_answers(count * self.num_replicas), bursts)
         copies = num_samples // draws if draws else 0
         drawn = [sample for answer in mine for sample in self._samples(answer, copies)]
         everyone = exchange_samples(drawn, self.group)
@@ -134,12 +130,10 @@ class NativeGenerator(Generator):
         """Nothing to end: the model stays the trainer's."""
 
     @contextmanager
-    def _runner(self, num_slots: int, capacity: int) -> Iterator[LaneRunner]:
-        engine, chunks = self.policy.engine, self.policy.base.chunks
-        caches = cached_attention(chunks, num_slots=num_slots, capacity=capacity, max_position=self.max_length)
+    def _lanes(self, num_slots: int, capacity: int) -> Iterator[Lanes]:
         try:
-            with generating(engine, chunks), caches as session:
-                yield LaneRunner(engine, chunks, session)
+            with self.policy.lanes(num_slots, capacity) as model:
+                yield model
         except torch.OutOfMemoryError as error:
             raise RolloutError(
                 f"rank {self.policy.world.rank} ran out of memory with {num_slots} answers of up to {capacity} tokens "
@@ -149,7 +143,7 @@ class NativeGenerator(Generator):
     def _slots(self, num_answers: int, capacity: int) -> int:
         """Rows a lane. Collective in a copy of the model."""
         at_once = self.policy.config.generation_batch_size or self._rows_that_fit(capacity)
-        return -(-min(at_once, num_answers) // num_lanes(self.policy.engine))
+        return -(-min(at_once, num_answers) // self.policy.num_lanes)
 
     def _rows_that_fit(self, capacity: int) -> int:
         """Rows of up to `capacity` tokens for which every rank of this copy of the model has room."""
@@ -158,10 +152,10 @@ class NativeGenerator(Generator):
             return CPU_ROWS
         # The other half is for activations and whatever else uses the GPU.
         room = free_memory_bytes(world.device) // 2
-        logits = self.policy.base.shapes.vocab_size * LOGIT_BYTES
-        rows = room // (row_bytes(self.policy.base.chunks, capacity) + logits)
+        logits = self.policy.shapes.vocab_size * LOGIT_BYTES
+        rows = room // (self.policy.row_bytes(capacity) + logits)
         fewest = torch.tensor(max(1, rows), device=world.device)
-        dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=parallel_state.get_model_parallel_group())
+        dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=self.policy.model_group)
         return int(fewest)
 
     def _samples(self, answer: Answer, copies: int) -> list[Sample]:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.random import Generator as RandomStream
 
+from megatron_lora.policy.lanes import Lanes, LaneStep, whole_reads
 from megatron_lora.rollout.generator import RolloutError, SamplingOptions
 from megatron_lora.rollout.native_bursts import Bursts
-from megatron_lora.rollout.native_cache import LaneStep, whole_reads
-from megatron_lora.rollout.native_forward import LaneRunner
 from megatron_lora.rollout.sampling import StopRule, draw_with_logprobs
 
 # Prompt tokens a lane takes in at once (at least one prompt): bounds the memory of a step, not its result.
@@ -54,7 +53,7 @@ class _Part:
 
 
 def complete(
-    runner: LaneRunner,
+    model: Lanes,
     answers: Sequence[Answer],
     options: SamplingOptions,
     rule: StopRule,
@@ -67,13 +66,13 @@ def complete(
     """
     waiting = deque(answers)
     # A lane's slots are filled from the first on, without gaps: a row's slot is its place in the list.
-    lanes: list[list[Answer]] = [[] for _ in range(runner.num_lanes)]
+    lanes: list[list[Answer]] = [[] for _ in range(model.num_lanes)]
     while waiting or any(lanes):
-        new = _admit(lanes, waiting, runner.session.num_slots)
+        new = _admit(lanes, waiting, model.num_slots)
         decoding = not any(new)
         if decoding and bursts is not None:
             _burst(bursts, lanes[0], rule)
-            on_done(_release(runner, lanes))
+            on_done(_release(model, lanes))
             continue
         if decoding:
             parts = [_Part(list(lane), list(range(len(lane))), first_slot=0) for lane in lanes]
@@ -81,14 +80,9 @@ def complete(
             parts = [_by_prompt(more, first_slot=len(lane)) for more, lane in zip(new, lanes, strict=True)]
             for lane, part in zip(lanes, parts, strict=True):
                 lane.extend(part.rows)
-        steps = _lane_steps(runner, parts, decoding)
-        _sample(runner, steps, parts, options, rule)
-        on_done(_release(runner, lanes))
-
-
-def prompt_step(runner: LaneRunner, ids: list[int]) -> LaneStep:
-    """A whole prompt in the first slot of each lane."""
-    return _flat_step(runner, 0, [ids], [0], 0, runner.padded(len(ids)), decoding=False)
+        steps = _lane_steps(model, parts, decoding)
+        _sample(model, steps, parts, options, rule)
+        on_done(_release(model, lanes))
 
 
 def _admit(lanes: list[list[Answer]], waiting: deque[Answer], num_slots: int) -> list[list[Answer]]:
@@ -117,12 +111,12 @@ def _by_prompt(answers: list[Answer], first_slot: int) -> _Part:
     return _Part(rows, [place[answer.prompt_index] for answer in rows], first_slot)
 
 
-def _lane_steps(runner: LaneRunner, parts: list[_Part], decoding: bool) -> list[LaneStep]:
+def _lane_steps(model: Lanes, parts: list[_Part], decoding: bool) -> list[LaneStep]:
     tokens = [[answer.ids[-1:] if decoding else answer.prompt for answer in part.read] for part in parts]
-    total = runner.padded(max(sum(len(row) for row in lane) for lane in tokens))
+    total = model.padded(max(sum(len(row) for row in lane) for lane in tokens))
     return [
         _flat_step(
-            runner,
+            model,
             lane,
             tokens[lane],
             [_position(answer) for answer in part.read],
@@ -140,7 +134,7 @@ def _position(answer: Answer) -> int:
 
 
 def _flat_step(
-    runner: LaneRunner,
+    model: Lanes,
     lane: int,
     tokens: list[list[int]],
     starts: list[int],
@@ -152,7 +146,7 @@ def _flat_step(
     flat = [token for part in tokens for token in part]
     positions = [start + place for part, start in zip(tokens, starts, strict=True) for place in range(len(part))]
     padding = [0] * (total - len(flat))
-    device = runner.engine.world.device
+    device = model.device
     return LaneStep(
         lane=lane,
         tokens=torch.tensor(flat + padding, dtype=torch.int64, device=device),
@@ -164,22 +158,20 @@ def _flat_step(
     )
 
 
-def _sample(
-    runner: LaneRunner, steps: list[LaneStep], parts: list[_Part], options: SamplingOptions, rule: StopRule
-) -> None:
+def _sample(model: Lanes, steps: list[LaneStep], parts: list[_Part], options: SamplingOptions, rule: StopRule) -> None:
     """One more token for each row: drawn on the last stage, told to all."""
-    logits = runner.next_token_logits(steps)
+    logits = model.next_token_logits(steps)
     for step, part in zip(steps, parts, strict=True):
         if part.followers:
             slots = range(part.first_slot, part.first_slot + len(part.rows))
             sources = [slots[part.sources[row]] for row in part.followers]
-            runner.session.copy(step.lane, sources, [slots[row] for row in part.followers], step.longest)
+            model.copy(step.lane, sources, [slots[row] for row in part.followers], step.longest)
     if logits:  # there are none on stages before the last
         logits = [found[part.sources] if part.followers else found for found, part in zip(logits, parts, strict=True)]
     flat = [answer for part in parts for answer in part.rows]
     uniforms = torch.tensor([answer.stream.random() for answer in flat], dtype=torch.float64)
     drawn = draw_with_logprobs(torch.cat(logits), uniforms, options) if logits else None
-    tokens, logprobs = runner.from_last_stage(drawn, (2, len(flat)), torch.float64).tolist()
+    tokens, logprobs = model.from_last_stage(drawn, (2, len(flat)), torch.float64).tolist()
     for answer, token, logprob in zip(flat, tokens, logprobs, strict=True):
         _append(answer, token, logprob, rule)
 
@@ -209,7 +201,7 @@ def _append(answer: Answer, token: float, logprob: float, rule: StopRule) -> Non
         answer.reason = "length"
 
 
-def _release(runner: LaneRunner, lanes: list[list[Answer]]) -> int:
+def _release(model: Lanes, lanes: list[list[Answer]]) -> int:
     """Free the slots of finished rows; the lane's last row moves into the gap. Returns how many were finished."""
     finished = 0
     for number, lane in enumerate(lanes):
@@ -219,5 +211,5 @@ def _release(runner: LaneRunner, lanes: list[list[Answer]]) -> int:
                 last = lane.pop()
                 if slot < len(lane):
                     lane[slot] = last
-                    runner.session.copy(number, [len(lane)], [slot], runner.session.capacity)
+                    model.copy(number, [len(lane)], [slot], model.capacity)
     return finished

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_lora.policy.lanes import Lanes, LaneStep, whole_reads
 from megatron_lora.rollout.generator import SamplingOptions
-from megatron_lora.rollout.native_cache import LaneStep, whole_reads
-from megatron_lora.rollout.native_forward import LaneRunner
 from megatron_lora.rollout.sampling import draw_with_logprobs
 
 # With graphs: rows are those of the session divided by a power of this, cached tokens a multiple of that.
@@ -21,13 +20,13 @@ LENGTH_MULTIPLE = 256
 
 
 class Bursts:
-    """Bursts of `size` tokens for the rows of the runner's first lane, one model copy on one rank.
+    """Bursts of `size` tokens for the rows of the model's first lane, one model copy on one rank.
 
     graphs: replay CUDA graphs. They hold the addresses of caches and weights, so they live no longer than the session.
     """
 
-    def __init__(self, runner: LaneRunner, options: SamplingOptions, size: int, *, graphs: bool):
-        self.runner, self.options, self.size = runner, options, size
+    def __init__(self, model: Lanes, options: SamplingOptions, size: int, *, graphs: bool):
+        self.model, self.options, self.size = model, options, size
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
         self._loops: dict[tuple[int, int], _Loop] = {}
 
@@ -40,14 +39,13 @@ class Bursts:
         return loop.run(tokens, positions, uniforms)[:, :, : len(tokens)].cpu()
 
     def _loop(self, rows: int, length: int) -> "_Loop":
-        session = self.runner.session
         key = (rows, whole_reads(length))
         if self._pool is not None:
-            size = session.num_slots
+            size = self.model.num_slots
             while size > ROWS_FACTOR and -(-size // ROWS_FACTOR) >= rows:
                 size = -(-size // ROWS_FACTOR)
             key = (size, -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-        key = (key[0], min(key[1], session.capacity))
+        key = (key[0], min(key[1], self.model.capacity))
         if key not in self._loops:
             self._loops[key] = _Loop(self, *key)
         return self._loops[key]
@@ -57,9 +55,9 @@ class _Loop:
     """A step of fixed shape that feeds its own result back: rows [n], cache read up to `length` tokens."""
 
     def __init__(self, bursts: Bursts, rows: int, length: int):
-        self.runner, self.options, self.pool = bursts.runner, bursts.options, bursts._pool
+        self.model, self.options, self.pool = bursts.model, bursts.options, bursts._pool
         self.length = length
-        device = bursts.runner.engine.world.device
+        device = bursts.model.device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
         self.uniforms = torch.zeros(bursts.size, rows, dtype=torch.float64, device=device)
@@ -102,7 +100,7 @@ class _Loop:
             decoding=True,
         )
         uniforms = self.uniforms.index_select(0, self.number).squeeze(0)
-        drawn = draw_with_logprobs(self.runner.decoded_logits(step), uniforms, self.options)
+        drawn = draw_with_logprobs(self.model.decoded_logits(step), uniforms, self.options)
         self.drawn.index_copy_(0, self.number, drawn.unsqueeze(0))
         self.number += 1
         self.tokens.copy_(drawn[0])

@@ -20,10 +20,9 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.policy.lanes import LaneStep, whole_reads
+from megatron_lora.policy.megatron.lanes import MegatronLanes
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions
-from megatron_lora.rollout.native_answers import prompt_step
-from megatron_lora.rollout.native_cache import LaneStep, row_bytes
-from megatron_lora.rollout.native_forward import LaneRunner
 from megatron_lora.runtime.world import init_megatron_world
 from tests.distributed.megatron_build import forget_kernels, leave_groups
 
@@ -86,23 +85,24 @@ def state_of(policy: Any) -> dict[str, Any]:
 def counted_prompt_tokens() -> Iterator[list[int]]:
     """Prompt tokens that go through the model meanwhile, a number a step."""
     counts: list[int] = []
-    whole = LaneRunner.next_token_logits
+    whole = MegatronLanes.next_token_logits
 
-    def counting(self: LaneRunner, steps: Sequence[LaneStep]) -> list[torch.Tensor]:
+    def counting(self: MegatronLanes, steps: Sequence[LaneStep]) -> list[torch.Tensor]:
         counts.append(sum(sum(step.lengths) for step in steps if not step.decoding))
         return whole(self, steps)
 
-    with mock.patch.object(LaneRunner, whole.__name__, counting):
+    with mock.patch.object(MegatronLanes, whole.__name__, counting):
         yield counts
 
 
 def cache_bytes(generator: Any, prompt: list[int]) -> tuple[int, int]:
     """(what the caches of two rows a lane hold, what was expected of them)."""
-    with generator._runner(2, 42) as runner:
-        step = prompt_step(runner, prompt)
-        runner.target_logprobs(step, step.tokens)
-        caches = [tensor for layer in runner.session.layers for lane in layer.lanes.values() for tensor in lane]
-        return sum(tensor.nbytes for tensor in caches), 2 * runner.num_lanes * row_bytes(runner.chunks, 42)
+    with generator._lanes(2, 42) as model:
+        ids = torch.tensor(prompt + [0] * (model.padded(len(prompt)) - len(prompt)))
+        step = LaneStep(0, ids, torch.arange(len(ids)), 0, [len(prompt)], whole_reads(len(prompt)), decoding=False)
+        model.next_token_logits([replace(step, lane=lane) for lane in range(model.num_lanes)])
+        caches = [tensor for layer in model.session.layers for lane in layer.lanes.values() for tensor in lane]
+        return sum(tensor.nbytes for tensor in caches), 2 * model.num_lanes * generator.policy.row_bytes(42)
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_lora.lora.peft_format import ExpertLayout, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adam_state import optimizer_backend, whole_model_backend
 from megatron_lora.policy.adapter_start import DrawnStart, check_same_adapter, draw_start, starting_adapter
-from megatron_lora.policy.backend import DTYPES, BackendPolicy
+from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.batching import BatchingOptions, Groups
 from megatron_lora.policy.checksums import Pieces
 from megatron_lora.policy.frozen_head import HeadOptions
@@ -33,19 +34,22 @@ from megatron_lora.policy.interface import (
     PendingSave,
     StepResult,
 )
+from megatron_lora.policy.lanes import LanePolicy
 from megatron_lora.policy.learning_rate import build_scheduler
 from megatron_lora.policy.megatron import checkpoint, optim, saved_modules, schedule, taken_over
 from megatron_lora.policy.megatron.adapter_checksums import adapter_pieces
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter, over_pipeline
 from megatron_lora.policy.megatron.base_weights import load_base_weights
 from megatron_lora.policy.megatron.export import merged_hf_weights
+from megatron_lora.policy.megatron.kv_cache import cached_attention, row_bytes
+from megatron_lora.policy.megatron.lanes import MegatronLanes, generating
 from megatron_lora.policy.megatron.model import BaseModel, build_base
 from megatron_lora.policy.megatron.packed import RotaryPositions
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.agreement import same_on_every_rank
 
 
-class MegatronPolicy(BackendPolicy):
+class MegatronPolicy(LanePolicy):
     """A base in the recipe's layout, its adapters (or all of it), and Megatron's optimizer."""
 
     a_init_key = "lora_A_init_method"
@@ -85,6 +89,9 @@ class MegatronPolicy(BackendPolicy):
             head=_head_options(policy, self.base),
             rotary=RotaryPositions(self.base.chunks),
         )
+        self.shapes, self.num_lanes = self.base.shapes, world.pp
+        self.replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.model_group = parallel_state.get_model_parallel_group()
         return self.base.weights
 
     def _batching_options(self, pad_token_id: int) -> BatchingOptions:
@@ -187,6 +194,17 @@ class MegatronPolicy(BackendPolicy):
 
     def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         return schedule.run_logprobs(self.engine, batches)
+
+    @contextmanager
+    def lanes(self, num_slots: int, capacity: int) -> Iterator[MegatronLanes]:
+        longest = self.config.max_total_sequence_length
+        chunks = self.base.chunks
+        caches = cached_attention(chunks, num_slots=num_slots, capacity=capacity, max_position=longest)
+        with generating(self.engine, chunks), caches as session:
+            yield MegatronLanes(self.engine, chunks, session)
+
+    def row_bytes(self, capacity: int) -> int:
+        return row_bytes(self.base.chunks, capacity)
 
     def _set_training(self, training: bool) -> None:
         for chunk in self.chunks:

@@ -8,9 +8,7 @@ and adapters work as in training, and prompts of different lengths need no paddi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +16,9 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_lora.policy.lanes import LaneStep, whole_reads
 from megatron_lora.runtime.native_layers import NativeAttention, plain_attention
 from megatron_lora.runtime.rotary import picked, rotary_modules
-
-# Tokens of the cache are read in multiples of this (what lies behind a row's newest token is masked): attention kernels
-# want aligned masks, and see few different shapes.
-READ_TOKENS = 64
 
 
 def row_bytes(chunks: Sequence[GPTModel], capacity: int) -> int:
@@ -31,49 +26,6 @@ def row_bytes(chunks: Sequence[GPTModel], capacity: int) -> int:
     attentions: list[Any] = [layer.self_attention for chunk in chunks for layer in chunk.decoder.layers]
     widths = [a.num_query_groups_per_partition * (a.key_hidden_size + a.val_hidden_size) for a in attentions]
     return sum(widths) * whole_reads(capacity) * chunks[0].config.params_dtype.itemsize
-
-
-def whole_reads(num_tokens: int) -> int:
-    return -(-num_tokens // READ_TOKENS) * READ_TOKENS
-
-
-@dataclass(frozen=True)
-class LaneStep:
-    """New tokens of one lane (the rows that pass the pipeline together).
-
-    tokens, positions: [T] int64, padded at the end. lengths: new tokens of each row; the rows are the lane's slots
-    first_slot, first_slot + 1, ... longest: tokens of the longest row, cached and new, rounded up to what the cache is
-    read in. decoding: one token a row, behind what is cached; else whole prompts.
-    """
-
-    lane: int
-    tokens: Tensor
-    positions: Tensor
-    first_slot: int
-    lengths: list[int]
-    longest: int
-    decoding: bool
-
-    @property
-    def ends(self) -> list[int]:
-        """Where each row's tokens end in the flat sequence."""
-        return list(accumulate(self.lengths))
-
-    @property
-    def span(self) -> slice:
-        """The rows' slots."""
-        return slice(self.first_slot, self.first_slot + len(self.lengths))
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """The rows' slots: [rows] int64. Computed once for all layers, as `distance`."""
-        return torch.arange(self.span.start, self.span.stop, device=self.tokens.device)
-
-    @cached_property
-    def distance(self) -> Tensor:
-        """Decoding: how far back each cached position lies from the row's new token: [rows, longest] int64."""
-        new = self.positions[: len(self.lengths), None]
-        return new - torch.arange(self.longest, device=self.tokens.device)
 
 
 class CacheSession:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,37 +14,29 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.linear import LoRAColumnParallelLinear
-from megatron_lora.policy.frozen_head import HeadOptions, cap_logits
-from megatron_lora.policy.megatron.logprobs import target_logprobs
+from megatron_lora.policy.frozen_head import cap_logits
+from megatron_lora.policy.lanes import Lanes, LaneStep
+from megatron_lora.policy.megatron.kv_cache import CacheSession
 from megatron_lora.policy.megatron.schedule import Engine
-from megatron_lora.rollout.native_cache import CacheSession, LaneStep
 
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # (hidden states [t, 1, h] (this rank's part), output layer, its weight if shared, the step) -> what to keep.
 Head = Callable[[Tensor, Any, Tensor | None, LaneStep], Tensor]
 
 
-@dataclass
-class LaneRunner:
-    """The model with caches around its attention. chunks: this rank's stages, not wrapped for data parallelism."""
+class MegatronLanes(Lanes):
+    """chunks: this rank's stages, not wrapped for data parallelism."""
 
-    engine: Engine
-    chunks: Sequence[GPTModel]
-    session: CacheSession
-
-    @property
-    def num_lanes(self) -> int:
-        return num_lanes(self.engine)
+    def __init__(self, engine: Engine, chunks: Sequence[GPTModel], session: CacheSession):
+        self.engine, self.chunks, self.session = engine, chunks, session
+        self.num_lanes, self.num_slots, self.capacity = engine.world.pp, session.num_slots, session.capacity
+        self.device = engine.world.device
 
     def next_token_logits(self, steps: Sequence[LaneStep]) -> list[Tensor]:
-        """Logits [rows, vocabulary] fp32 behind each row's newest token, lane by lane; [] but on the last stage."""
         return self._run(steps, self._next_token_logits)
 
     def decoded_logits(self, step: LaneStep) -> Tensor:
-        """Logits [rows, vocabulary] fp32 of a step of one token a row, where this rank holds the whole model: no
-        schedule around the forward pass, nothing that waits for the host, so that a CUDA graph can hold it."""
         self.session.step = step
 
         def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
@@ -53,16 +44,7 @@ class LaneRunner:
 
         return self._forward(self.chunks[0], step, processor)
 
-    def target_logprobs(self, step: LaneStep, targets: Tensor) -> Tensor:
-        """Log-probability of targets [T] at temperature 1: [T] fp32, nats, on every stage."""
-        options = replace(self.engine.head, temperature=1.0)
-        head = partial(_target_logprobs, targets=targets, tp=self.engine.tp, options=options)
-        steps = [replace(step, lane=lane) for lane in range(self.num_lanes)]
-        results = self._run(steps, head)
-        return self.from_last_stage(results[0] if results else None, targets.shape, torch.float32)
-
     def from_last_stage(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What the last stage's first tensor-parallel rank holds, on every rank of this model copy."""
         world = self.engine.world
         if value is None:
             value = torch.empty(*shape, dtype=dtype, device=world.device)
@@ -74,9 +56,12 @@ class LaneRunner:
         return value
 
     def padded(self, num_tokens: int) -> int:
-        """The length a step of so many tokens is padded to: sequence parallelism splits it evenly."""
+        # Sequence parallelism splits it evenly.
         multiple = self.engine.tp.size if self.engine.tp.sequence_parallel else 1
         return -(-num_tokens // multiple) * multiple
+
+    def copy(self, lane: int, sources: list[int], targets: list[int], length: int) -> None:
+        self.session.copy(lane, sources, targets, length)
 
     def _run(self, steps: Sequence[LaneStep], head: Head) -> list[Tensor]:
         iterators = [iter(steps) for _ in self.chunks]
@@ -126,11 +111,6 @@ class LaneRunner:
         return cap_logits(logits[:, : self.engine.head.vocab_size], self.engine.head.softcap)
 
 
-def num_lanes(engine: Engine) -> int:
-    """One lane a pipeline stage, so that stages work on different rows at the same time."""
-    return engine.world.pp
-
-
 @contextmanager
 def generating(engine: Engine, chunks: Sequence[GPTModel]) -> Iterator[None]:
     """No gradients, no dropout, steps of equal length; every module's mode is as before afterwards.
@@ -165,16 +145,3 @@ def _local_logits(hidden: Tensor, output_layer: Any, weight: Tensor | None) -> T
     if isinstance(output_layer, LoRAColumnParallelLinear) and output_layer.enabled:
         return output_layer.local_product(hidden, head, output_layer.draw_call(hidden))
     return F.linear(hidden, head, bias)
-
-
-def _target_logprobs(
-    hidden: Tensor,
-    output_layer: Any,
-    weight: Tensor | None,
-    step: LaneStep,
-    *,
-    targets: Tensor,
-    tp: TensorParallel,
-    options: HeadOptions,
-) -> Tensor:
-    return target_logprobs(hidden, output_layer, weight, targets, tp, options)
