@@ -7,7 +7,12 @@ import pytest
 
 # Files whose tests share ranks or a run that is started once for all of them, by the start of their names. Every other
 # file is a group of its own.
-TOGETHER = {"test_megatron_": "Megatron's ranks", "test_config_sweep": "Megatron's ranks", "test_sft_": "SFT's run"}
+TOGETHER = {
+    "test_megatron_": "Megatron's ranks",
+    "test_dtensor": "DTensor's ranks",
+    "test_config_sweep": "Megatron's ranks",
+    "test_sft_": "SFT's run",
+}
 # Besides the unit tests: a case of two ranks of each kind of path.
 FAST = (
     "test_megatron_parity.py::test_ten_steps_equal_transformers_and_peft[train_sp]",

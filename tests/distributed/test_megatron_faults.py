@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from tests.distributed.cases import Case
-from tests.support.compare import largest_difference, relative_differences
+from tests.distributed.fault_checks import TOLERANCE, assert_checkpoint_tells, assert_training_tells
+from tests.support.compare import largest_difference
 from tests.support.reference import Training
 
 pytestmark = pytest.mark.timeout(1800)
 
-TOLERANCE, NUM_STEPS = 1e-4, 3
 CASE = Case("faults", 2, "faults")
 DORA = Case("faults_dora", 2, "faults", adapter="dora")
 TRAINED = [
@@ -33,26 +33,13 @@ SAVED = ("none, saved", "shard dropped at save", "shard doubled at save")
 def test_training_is_told_from_peft(
     case: Case, fault: str, ranks_found: list[dict[str, Any]], reference: Callable[..., Training]
 ) -> None:
-    wanted = reference(case)
-    distances = []
-    for found in ranks_found:
-        got = found[fault]
-        distances.append(
-            max(
-                *relative_differences(got["losses"], wanted.losses[:NUM_STEPS]),
-                *relative_differences(got["grad_norms"], wanted.grad_norms[:NUM_STEPS]),
-            )
-        )
-    assert max(distances) < TOLERANCE if fault.startswith("none") else max(distances) > 3 * TOLERANCE, distances
+    assert_training_tells(fault, ranks_found, reference(case))
 
 
 @pytest.mark.parametrize("case", [CASE], ids=str)
 @pytest.mark.parametrize("fault", SAVED)
 def test_a_checkpoint_is_told_from_the_run(fault: str, case: Case, ranks_found: list[dict[str, Any]]) -> None:
-    for found in ranks_found:
-        pairs = zip(found[fault]["before"], found[fault]["after"], strict=True)
-        distance = max(float((before - after).abs().max()) for before, after in pairs)
-        assert distance == 0 if fault.startswith("none") else distance > 3 * TOLERANCE
+    assert_checkpoint_tells(fault, ranks_found)
 
 
 @pytest.mark.parametrize("case", [CASE], ids=str)

@@ -27,7 +27,7 @@ CHECKS = {
         "megatron_failure_checks",
         "megatron_fault_checks",
     ),
-    "dtensor": ("policy_checks", "dtensor_checks"),
+    "dtensor": ("policy_checks", "dtensor_checks", "dtensor_fault_checks"),
 }
 
 
