@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ def deliver(folder: str, upload: "HubUpload | None") -> None:
 
 def run(main: Callable[[Namespace], None], arguments: Namespace) -> int:
     """Run main; returns the process's exit status."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each further attempt where there is no network
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("megatron_lora.conversion").setLevel(logging.INFO)
     for name, value in vars(arguments).items():
@@ -56,3 +57,18 @@ def run(main: Callable[[Namespace], None], arguments: Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def run_command(
+    main: Callable[[Namespace], None],
+    parse_args: Callable[[Sequence[str] | None, str | None], Namespace],
+    argv: Sequence[str] | None,
+    prog: str | None,
+) -> int:
+    """Parse and run; returns the process's exit status."""
+    try:
+        arguments = parse_args(argv, prog)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run(main, arguments)

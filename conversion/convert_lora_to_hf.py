@@ -7,18 +7,26 @@ result is merged.
 """
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from typing import get_args
 
-from conversion.command_line import add_debug, add_push, deliver, run, upload_of
+from conversion.command_line import add_debug, add_push, deliver, run_command, upload_of
+from megatron_lora.config.command_line import Parser
 from megatron_lora.conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
 from megatron_lora.errors import UserError
 from megatron_lora.lora.peft_format import ExpertLayout
 
+# `megatron-lora export` and `merge` say by their names what is written.
+MODES = {"export": "adapter", "merge": "merged"}
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=("merged", "adapter"), help="default: merged")
+
+def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    default = MODES.get((prog or "").rpartition(" ")[2])
+    parser.add_argument(
+        "--mode", choices=("merged", "adapter"), default=default, help=f"default: {default or 'merged'}"
+    )
     parser.add_argument("--adapter-only", action="store_true", help="the same as --mode adapter")
     parser.add_argument("--adapter-ckpt", "--lora-ckpt", required=True, help="a run's step_N folder")
     parser.add_argument("--hf-ckpt-path", required=True, help="the folder to write; must not exist")
@@ -69,6 +77,10 @@ def main(arguments: Namespace) -> None:
         deliver(merge_lora_to_hf(**common, dtype=arguments.dtype), upload)
 
 
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit status. prog: what it was called by."""
+    return run_command(main, parse_args, argv, prog)
+
+
 if __name__ == "__main__":
-    parsed = parse_args()
-    sys.exit(run(main, parsed))
+    sys.exit(command())

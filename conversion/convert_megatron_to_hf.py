@@ -4,14 +4,16 @@ python conversion/convert_megatron_to_hf.py --megatron-ckpt-path DIR --hf-ckpt-p
 """
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 
-from conversion.command_line import add_debug, add_push, deliver, run, upload_of
+from conversion.command_line import add_debug, add_push, deliver, run_command, upload_of
+from megatron_lora.config.command_line import Parser
 from megatron_lora.conversion.whole_model import convert_megatron_to_hf
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--megatron-ckpt-path",
         required=True,
@@ -34,6 +36,10 @@ def main(arguments: Namespace) -> None:
     deliver(folder, upload)
 
 
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit status. prog: what it was called by."""
+    return run_command(main, parse_args, argv, prog)
+
+
 if __name__ == "__main__":
-    parsed = parse_args()
-    sys.exit(run(main, parsed))
+    sys.exit(command())

@@ -4,14 +4,16 @@ python conversion/import_hf_adapter.py --hf-adapter DIR --adapter-ckpt-path OUT
 """
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 
-from conversion.command_line import add_debug, run
+from conversion.command_line import add_debug, run_command
+from megatron_lora.config.command_line import Parser
 from megatron_lora.conversion.export import import_hf_adapter
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--hf-adapter", required=True, help="folder of adapter_config.json and its weights")
     parser.add_argument("--adapter-ckpt-path", required=True, help="the folder to write; must not exist")
     parser.add_argument("--hf-model-name", help="base model: hub name or HF folder; default: the adapter's own")
@@ -31,6 +33,10 @@ def main(arguments: Namespace) -> None:
     )
 
 
+def command(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Returns the exit status. prog: what it was called by."""
+    return run_command(main, parse_args, argv, prog)
+
+
 if __name__ == "__main__":
-    parsed = parse_args()
-    sys.exit(run(main, parsed))
+    sys.exit(command())

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
-from megatron_lora.cli.options import RunOptions, build_parser, parse_run
+from megatron_lora.config.command_line import RunOptions, build_parser, parse_run
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
 from megatron_lora.errors import UserError
 from megatron_lora.runtime import terminal

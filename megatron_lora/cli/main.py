@@ -4,27 +4,31 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from megatron_lora.cli.completion import complete, script
 from megatron_lora.cli.launcher import Machines, launch
-from megatron_lora.cli.options import RunOptions, build_parser, load_or_print, parse_run
+from megatron_lora.config.command_line import RunOptions, build_parser, load_or_print, parse_run
 from megatron_lora.errors import UserError
 
-# subcommand -> (module, arguments that come first, what it does)
+# subcommand -> (function that takes arguments and its name, what it does)
 TOOLS = {
-    "show": ("megatron_lora.data.show", [], "show rows as the run trains on them"),
-    "export": ("conversion.convert_lora_to_hf", ["--mode", "adapter"], "a checkpoint's adapter as an HF PEFT folder"),
-    "merge": ("conversion.convert_lora_to_hf", ["--mode", "merged"], "base and adapter merged into an HF model"),
-    "import": ("conversion.import_hf_adapter", [], "an HF PEFT adapter as a checkpoint"),
+    "show": ("megatron_lora.data.show:main", "show rows as the run trains on them"),
+    "export": ("conversion.convert_lora_to_hf:command", "a checkpoint's adapter as an HF PEFT folder"),
+    "merge": ("conversion.convert_lora_to_hf:command", "base and adapter merged into an HF model"),
+    "import": ("conversion.import_hf_adapter:command", "an HF PEFT adapter as a checkpoint"),
 }
+COMMANDS = ("train", "serve", *TOOLS, "completion")
 USAGE = "\n".join(
     [
         "usage: megatron-lora COMMAND ...",
         "",
         "  train       run a recipe: megatron-lora train RECIPE.yaml [--nproc N] [dotted.key=value ...]",
         "  serve       rollout server for a run: megatron-lora serve RECIPE.yaml --port 8000",
-        *(f"  {name:<11} {what}" for name, (_, _, what) in TOOLS.items()),
+        *(f"  {name:<11} {what}" for name, (_, what) in TOOLS.items()),
         '  completion  print a completion script: eval "$(megatron-lora completion bash)"',
         "",
         "megatron-lora COMMAND --help says more.",
@@ -43,17 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return serve(rest)
         if command in TOOLS:
-            return _run_tool(command, rest)
+            module, _, function = TOOLS[command][0].partition(":")
+            return getattr(import_module(module), function)(rest, f"megatron-lora {command}")
         if command == "completion":
             print(script(rest))
             return 0
         if command == "__complete":
-            print("\n".join(complete(rest, ["train", "serve", *TOOLS, "completion"])))
+            print("\n".join(complete(rest, list(COMMANDS))))
             return 0
-        if command in ("-h", "--help"):
+        if command in ("-h", "--help", "help"):
             print(USAGE)
             return 0
-        raise UserError(f"unknown command {command}; the commands are train, serve, {', '.join(TOOLS)}, completion")
+        if command in ("-V", "--version", "version"):
+            print(f"megatron-lora {version('megatron-lora')}")
+            return 0
+        raise UserError(_unknown_command(command))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -102,10 +110,13 @@ def _for_a_rank(options: RunOptions) -> list[str]:
     return [options.recipe, *options.overrides, *flags]
 
 
-def _run_tool(command: str, arguments: Sequence[str]) -> int:
-    module, first, _ = TOOLS[command]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *first, *arguments])
+def _unknown_command(command: str) -> str:
+    near = get_close_matches(command, COMMANDS, n=1)
+    if not near and command.endswith((".yaml", ".yml")):
+        return f"unknown command {command}; did you mean megatron-lora train {command}?"
+    return f"unknown command {command}; " + (
+        f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from megatron_lora.cli.options import build_parser, load_or_print, parse_run
+from megatron_lora.config.command_line import build_parser, load_or_print, parse_run
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 

@@ -167,6 +167,8 @@ def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {path}{named_by} cannot be read: {error}") from error
     content = read_yaml(text, str(path))
+    if content is None:
+        raise UserError(f"the recipe {path}{named_by} is empty; wanted sections such as policy: and data:")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"the recipe {path}{named_by} holds {show(content)}; wanted sections such as policy: and data:")
     return protect_templates(content)

@@ -115,6 +115,10 @@ def _describe(details: ErrorDetails, recipe: dict[str, Any], written: dict[str, 
     location, kind = details["loc"], details["type"]
     path = dotted(location)
     if kind == "extra_forbidden":
+        if isinstance(location[-1], str) and "." in location[-1]:
+            first, *rest = location[-1].split(".")
+            inner = "".join(f"{{{name}: " for name in rest) + show(details["input"]) + "}" * len(rest)
+            return f"the key {path!r} has dots in its name, which only overrides take; in a file write {first}: {inner}"
         section = section_at(Recipe, location[:-1])
         parent = dotted(location[:-1])
         siblings = list(section.model_fields) if section is not None else []

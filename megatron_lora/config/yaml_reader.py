@@ -70,7 +70,10 @@ def read_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{source}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or error
+        if problem == "but found another document":
+            raise UserError(f"{source}{where} begins a second document (---); keep one of them") from error
+        raise UserError(f"{source}{where} is not YAML: {problem}") from error
 
 
 def protect_templates(value: Any) -> Any:

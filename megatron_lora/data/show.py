@@ -6,13 +6,14 @@ Reads the tokenizer and the rows as the run would, no weights. The tokens that c
 and stand in [[...]] elsewhere. Status 2 and one message where the run would refuse the rows.
 """
 
-import argparse
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_lora.config.command_line import build_recipe_parser, parse_recipe
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
@@ -23,10 +24,10 @@ PARTS = {"sft": ("row",), "dpo": ("chosen", "rejected"), "grpo": ("prompt",)}
 _COLOUR, _PLAIN = "\x1b[30;42m", "\x1b[0m"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
-    options = _parse(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "megatron_lora.data.show") -> int:
+    """Returns the exit status. prog: what it was called by."""
     try:
+        options = _parse(arguments, prog)
         recipe = load_recipe(options.recipe, options.overrides).recipe
         return _show(recipe, options.rows, options.json)
     except UserError as error:
@@ -37,20 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="megatron_lora.data.show", description="Show rows as a run trains on them; no weights are read."
-    )
-    parser.add_argument("recipe", help="recipe file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace the recipe's")
+def _parse(arguments: Sequence[str] | None, prog: str) -> Namespace:
+    parser = build_recipe_parser(prog, "Show rows as a run trains on them; no weights are read.")
     parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help=f"rows of each set (default {DEFAULT_ROWS})")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    return parser.parse_intermixed_args(arguments)
+    recipe, overrides, found = parse_recipe(parser, sys.argv[1:] if arguments is None else arguments)
+    return Namespace(recipe=recipe, overrides=overrides, rows=found.rows, json=found.json)
 
 
 def _show(recipe: Recipe, num_rows: int, as_json: bool) -> int:
     # Imported here: a wrong recipe is told without waiting for torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each further attempt where there is no network
     from megatron_lora.data.prepare import prepare_data
 
     data = prepare_data(recipe)

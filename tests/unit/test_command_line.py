@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_lora.cli.options import build_parser, parse_run
+from conversion.convert_lora_to_hf import parse_args
+from megatron_lora.config.command_line import build_parser, parse_run
 from megatron_lora.errors import UserError
 
 
@@ -37,6 +38,13 @@ def test_a_recipe_in_a_folder_with_an_equals_sign(recipe: str):
         (("r.yaml", "--policy.precision=float32"), "overrides have no dashes: policy.precision=float32"),
         (("r.yaml", "--dry"), "--dry-run?"),
         (("r.yaml", "--zzz"), "unknown flag --zzz; the flags are"),
+        (
+            ("r.yaml", "--seed", "3"),
+            "the flags are -h, --help, --print-config, --dry-run, --debug, and keys of the recipe",
+        ),
+        (("r.yaml", "--dry-run=true"), "--dry-run: takes no value, and has 'true'"),
+        (("r.yaml", "sft.seed", "=", "3"), "an override has spaces around its =; write dotted.key=value"),
+        (("r.yaml", "sft.seed", "=3"), "an override has spaces around its ="),
         (("--dry-run",), "which recipe?"),
         ((), "which recipe?"),
     ],
@@ -45,6 +53,12 @@ def test_mistakes_are_one_line(words: tuple[str, ...], wanted: str):
     with pytest.raises(UserError) as error:
         parse(*words)
     assert wanted in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("export", "adapter"), ("merge", "merged"), ("other", None)])
+def test_a_commands_name_says_what_is_written(name: str, mode: str | None):
+    arguments = ["--adapter-ckpt", "step_1", "--hf-ckpt-path", "out"]
+    assert parse_args(arguments, f"megatron-lora {name}").mode == mode
 
 
 def test_help_succeeds(capsys: pytest.CaptureFixture[str]):

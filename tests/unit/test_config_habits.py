@@ -106,6 +106,8 @@ def test_a_bad_value_behind_an_interpolation_says_where_it_comes_from():
         (SFT, "load_in_4bit=true", f"did you mean {PEFT}.quantization?"),
         (GRPO, "algorithm.adv_estimator=rloo", "key algorithm.adv_estimator; did you mean grpo.adv_estimator.name?"),
         (SFT, "push_to_hub=true", "unknown key push_to_hub: a finished run is uploaded by `megatron-lora export"),
+        (SFT, "checkpointing.push_to_hub=true", "push_to_hub: a finished run is uploaded by `megatron-lora export"),
+        (SFT, "hub_private_repo=true", "a finished run is uploaded by `megatron-lora export"),
     ],
 )
 def test_other_projects_names(path: Path, override: str, wanted: str):
@@ -192,3 +194,31 @@ def test_nemo_rls_markers(tmp_path: Path):
     assert "data.train is ??? and has to be set" in message(child)
     sft = load_recipe(child, ["data.train={data_path: x}"]).recipe.sft
     assert sft is not None and (sft.seed, sft.max_num_steps) == (3, 60)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "is empty; wanted sections such as policy: and data:"),
+        ("# sft\n", "is empty"),
+        ("- sft: {}\n", "wanted sections such as policy: and data:"),
+        ("sft:\n\tseed: 1\n", "line 2 is not YAML: found character '\\t'"),
+        ("sft: {}\n---\ndpo: {}\n", "line 2 begins a second document (---); keep one of them"),
+        (
+            "sft: {}\nsft.seed: 3\n",
+            "the key 'sft.seed' has dots in its name, which only overrides take; in a file write",
+        ),
+        ("sft: {}\npolicy: {megatron_cfg.peft.dim: 3}\n", "in a file write megatron_cfg: {peft: {dim: 3}}"),
+        ("sft: {}\nsft: {seed: 1}\n", "the key sft stands twice"),
+    ],
+)
+def test_files_gone_wrong(text: str, wanted: str, tmp_path: Path):
+    (tmp_path / "r.yaml").write_text(text)
+    assert wanted in message(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("head, between", [("\ufeff", "\n"), ("", "\r\n")], ids=["byte order mark", "CRLF"])
+def test_files_of_other_editors(head: str, between: str, tmp_path: Path):
+    lines = ["sft: {seed: 3}", "policy: {model_name: m}", "data:", "  train: {data_path: a.jsonl}", ""]
+    (tmp_path / "r.yaml").write_bytes((head + between.join(lines)).encode())
+    assert load_recipe(tmp_path / "r.yaml").recipe.seed == 3

@@ -9,8 +9,8 @@ import test_model_folder
 import test_planted_rows
 import test_rewards_calling
 
-from megatron_lora.cli.options import build_parser, parse_run
 from megatron_lora.config import load_recipe
+from megatron_lora.config.command_line import build_parser, parse_run
 from megatron_lora.config.other_names import elsewhere, key_here
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import walk_fields

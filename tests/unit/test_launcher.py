@@ -119,7 +119,17 @@ def test_a_signal_reaches_the_ranks_and_the_status_is_0(number: signal.Signals, 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["trian", "x.yaml"], "unknown command trian; the commands are train, serve, show, export"),
+        (["trian", "x.yaml"], "unknown command trian; did you mean train?"),
+        (["frobnicate"], "unknown command frobnicate; the commands are train, serve, show, export"),
+        (["x.yaml"], "unknown command x.yaml; did you mean megatron-lora train x.yaml?"),
+        (["show"], "which recipe? megatron-lora show RECIPE.yaml"),
+        (["show", "x.yaml", "--row", "2"], "unknown flag --row; did you mean --rows?"),
+        (["export"], "required: --adapter-ckpt/--lora-ckpt, --hf-ckpt-path; see megatron-lora export --help"),
+        (
+            ["merge", "--adapter-ckpt", "x", "--hf-ckpt", "y"],
+            "required: --hf-ckpt-path; see megatron-lora merge --help",
+        ),
+        (["import", "x"], "see megatron-lora import --help"),
         (["train", "configs/sft.yaml", "--nporc", "2"], "unknown flag --nporc; did you mean --nproc?"),
         (["train", "configs/sft.yaml", "--nproc", "0"], "--nproc=0"),
         (["train", "configs/sft.yaml", "--nproc", "two"], "invalid int value: 'two'"),

@@ -29,7 +29,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "takes no value, and has")
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Raises UserError for what it does not know, SystemExit for --help."""
+        found, rest = self.parse_known_args(args, namespace)
+        self.refuse_unknown(rest)
+        if rest:
+            self.error(f"unknown argument {rest[0]}")
+        return found
 
     def refuse_unknown(self, arguments: Sequence[str]) -> None:
         """Raise UserError where an argument is a flag that this parser lacks."""
@@ -41,13 +50,14 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
             if "." in flag or (value and not near):
                 raise UserError(f"unknown flag {flag}; overrides have no dashes: {argument.lstrip('-')}")
-            raise UserError(
-                f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else f"the flags are {', '.join(known)}")
-            )
+            if near:
+                raise UserError(f"unknown flag {flag}; did you mean {near[0]}?")
+            keys = "" if self.usage is None else ", and keys of the recipe have no dashes: sft.seed=3"
+            raise UserError(f"unknown flag {flag}; the flags are {', '.join(known)}{keys}")
 
 
-def build_parser(prog: str, description: str) -> Parser:
-    """The parser of a run, to which a launcher adds its own flags."""
+def build_recipe_parser(prog: str, description: str) -> Parser:
+    """A parser of a recipe and overrides, to which a command adds its flags."""
     parser = Parser(
         prog=prog,
         description=description,
@@ -56,6 +66,12 @@ def build_parser(prog: str, description: str) -> Parser:
         "docs/configuration.md.",
     )
     parser.add_argument("words", nargs="*", metavar="RECIPE.yaml dotted.key=value", help="the recipe and overrides")
+    return parser
+
+
+def build_parser(prog: str, description: str) -> Parser:
+    """The parser of a run, to which a launcher adds its own flags."""
+    parser = build_recipe_parser(prog, description)
     parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and exit")
     parser.add_argument(
         "--dry-run", action="store_true", help="check all that can be without loading weights, say what would run, exit"
@@ -66,8 +82,9 @@ def build_parser(prog: str, description: str) -> Parser:
     return parser
 
 
-def parse_run(parser: Parser, arguments: Sequence[str]) -> tuple[RunOptions, argparse.Namespace]:
-    """Raises UserError for an unknown flag or a missing recipe, SystemExit for --help."""
+def parse_recipe(parser: Parser, arguments: Sequence[str]) -> tuple[str, list[str], argparse.Namespace]:
+    """The recipe, the overrides, and what else was found. Raises UserError for an unknown flag or a missing recipe,
+    SystemExit for --help."""
     found, rest = parser.parse_known_intermixed_args(list(arguments))
     parser.refuse_unknown(rest)
     words = [*found.words, *rest]
@@ -76,6 +93,16 @@ def parse_run(parser: Parser, arguments: Sequence[str]) -> tuple[RunOptions, arg
         raise UserError(f"which recipe? {parser.prog} RECIPE.yaml [dotted.key=value ...]")
     overrides = list(words)
     overrides.remove(recipe)
+    if any(word.startswith("=") for word in overrides):
+        raise UserError(
+            "an override has spaces around its =; write dotted.key=value, in quotes where the value has some"
+        )
+    return recipe, overrides, found
+
+
+def parse_run(parser: Parser, arguments: Sequence[str]) -> tuple[RunOptions, argparse.Namespace]:
+    """Of a parser with the flags of a run. Raises as `parse_recipe` does."""
+    recipe, overrides, found = parse_recipe(parser, arguments)
     options = RunOptions(recipe, overrides, found.print_config, found.dry_run, found.debug)
     return options, found
 
