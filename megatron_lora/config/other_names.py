@@ -101,7 +101,6 @@ _NAMES = {
     "gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
     "vllm_gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
     "reward_funcs": "env.reward_functions",
-    "report_to": "logger.wandb_enabled",
     "trackio_space_id": "logger.trackio.space_id",
     "run_name": "logger.wandb.name",
     "mlflow_tracking_uri": "logger.mlflow.tracking_uri",
@@ -164,6 +163,8 @@ _UPLOAD = (
 )
 # What other projects have as a key and this one elsewhere.
 _ELSEWHERE = {
+    "report_to": "each tracker has a key of its own: logger.wandb_enabled, tensorboard_enabled, trackio_enabled, "
+    "swanlab_enabled, mlflow_enabled",
     "push_to_hub": _UPLOAD,
     "hub_model_id": _UPLOAD,
     "hub_strategy": _UPLOAD,
