@@ -27,9 +27,8 @@ def _module_patterns(value: Any) -> Any:
     if value is None or value in ("all-linear", ["all-linear"]):
         return []
     if isinstance(value, str):
-        names = [name.strip() for name in value.split(",")]
-        names = [name if name.isidentifier() else f"'{name}'" for name in names]  # YAML takes * for something else
-        raise ValueError(f"wanted a list: [{', '.join(names)}]")
+        names = ", ".join(name.strip() for name in value.split(","))
+        raise ValueError(f"wanted a list: [{names}]")
     if isinstance(value, list) and "all-linear" in value:
         raise ValueError("all-linear already stands for every linear; leave out the rest")
     return value

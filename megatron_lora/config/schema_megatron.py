@@ -110,6 +110,11 @@ class MegatronConfig(Section):
     )
     apply_rope_fusion: bool = Field(default=True, description="Fused rotary embedding on a GPU.")
     bias_activation_fusion: bool = Field(default=True, description="Fused bias and activation of the MLP on a GPU.")
+    cuda_graph_impl: Literal["none", "local"] | None = Field(
+        default=None,
+        description="`local`: on a GPU a micro-batch's forward and backward pass are one CUDA graph each, so that "
+        "small kernels do not wait for the host; null: where the layout and the adapter allow it.",
+    )
     use_fused_linear_logprobs: bool = Field(
         default=False, description="Log-probabilities straight from hidden states, in chunks; full logits never exist."
     )

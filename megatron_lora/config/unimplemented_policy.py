@@ -151,7 +151,6 @@ TABLE: tuple[Group, ...] = (
         _MEGATRON,
         "use activation_checkpointing to save memory, use_fused_linear_logprobs to save the logits'",
         {
-            "cuda_graph_impl": (None, "none"),
             "cuda_graph_modules": (None, []),
             "distributed_data_parallel_config.use_custom_fsdp": (False,),
             "fine_grained_activation_offloading": (False,),

@@ -66,6 +66,7 @@ class BackendPolicy(Policy):
     ):
         self.config = policy
         self.world = world
+        self.pad_token_id = pad_token_id
         weights = self._build(seed, num_steps)
         self.batching = self._batching_options(pad_token_id)
         if self.spec is not None:

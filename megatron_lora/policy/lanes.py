@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lora.data.batch import SharedKeys
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.backend import BackendPolicy
 
@@ -58,6 +59,28 @@ class LaneStep:
     def slots(self) -> Tensor:
         """The rows' slots: [rows] int64. Computed once for all layers, as `distance`."""
         return torch.arange(self.span.start, self.span.stop, device=self.tokens.device)
+
+    @cached_property
+    def slot_of_token(self) -> Tensor:
+        """Each token's slot, padding left out: [sum of lengths] int64."""
+        lengths = torch.tensor(self.lengths, device=self.tokens.device)
+        return torch.repeat_interleave(self.slots, lengths, output_size=self.ends[-1])
+
+    @cached_property
+    def prompts(self) -> SharedKeys:
+        """For attention within whole prompts: each token's keys are those of its row."""
+        bounds, device = [0, *self.ends], self.tokens.device
+        cumulative = torch.tensor(bounds, dtype=torch.int32, device=device)
+        longest = max(self.lengths)
+        return SharedKeys(
+            index=torch.arange(self.ends[-1], device=device),
+            query_bounds=bounds,
+            key_bounds=bounds,
+            cu_queries=cumulative,
+            cu_keys=cumulative,
+            max_queries=longest,
+            max_keys=longest,
+        )
 
     @cached_property
     def distance(self) -> Tensor:

@@ -6,6 +6,7 @@ from megatron_lora.config.schema_megatron import MegatronConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import ModelSpec
+from megatron_lora.policy.cuda_graphs import ungraphed_reason
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
 
@@ -31,6 +32,7 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
                 f"{_DTENSOR}.lora_cfg.use_triton=true works on whole matrices only, and {key}={size}; "
                 f"set use_triton=false or tensor_parallel_size=1"
             )
+    ungraphed_reason(policy, shape)
     _check_sequence_length(policy)
 
 

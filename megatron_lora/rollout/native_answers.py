@@ -173,43 +173,51 @@ def _sample(model: Lanes, steps: list[LaneStep], parts: list[_Part], options: Sa
     drawn = draw_with_logprobs(torch.cat(logits), uniforms, options) if logits else None
     tokens, logprobs = model.from_last_stage(drawn, (2, len(flat)), torch.float64).tolist()
     for answer, token, logprob in zip(flat, tokens, logprobs, strict=True):
-        _append(answer, token, logprob, rule)
+        _extend(answer, [int(token)], [logprob], rule)
 
 
 def _burst(bursts: Bursts, rows: list[Answer], rule: StopRule) -> None:
     """Some more tokens for each row, up to its end: what was drawn behind it is dropped."""
     uniforms = torch.tensor(np.stack([answer.stream.random(bursts.size) for answer in rows], axis=1))
     drawn = bursts.run([answer.ids[-1] for answer in rows], [_position(answer) for answer in rows], uniforms)
-    for tokens, logprobs in drawn.tolist():
-        for answer, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if not answer.reason:
-                _append(answer, token, logprob, rule)
+    by_row = drawn.permute(1, 2, 0)
+    for answer, tokens, logprobs in zip(rows, by_row[0].long().tolist(), by_row[1].tolist(), strict=True):
+        _extend(answer, tokens, logprobs, rule)
 
 
-def _append(answer: Answer, token: float, logprob: float, rule: StopRule) -> None:
-    if not logprob > float("-inf"):
+def _extend(answer: Answer, tokens: list[int], logprobs: list[float], rule: StopRule) -> None:
+    """Put new tokens behind the answer's, up to its end."""
+    room = answer.limit - len(answer.ids)
+    end = rule.first_end(answer.ids, tokens[:room])
+    count = min(room, len(tokens)) if end is None else end + 1
+    if not all(map(float("-inf").__lt__, logprobs[:count])):
         raise RolloutError(
             f"the model's probabilities behind prompt {answer.prompt_index} and {len(answer.ids)} answer tokens "
-            f"are not numbers (log-probability {logprob}); training has diverged: lower the learning rate and "
-            "resume from an earlier checkpoint"
+            f"are not numbers (log-probabilities {logprobs[:count]}); training has diverged: lower the learning rate "
+            "and resume from an earlier checkpoint"
         )
-    answer.ids.append(int(token))
-    answer.logprobs.append(logprob)
-    if rule.met(answer.ids):
+    answer.ids += tokens[:count]
+    answer.logprobs += logprobs[:count]
+    if end is not None:
         answer.reason = "stop"
-    elif len(answer.ids) == answer.limit:
+    elif count == room:
         answer.reason = "length"
 
 
 def _release(model: Lanes, lanes: list[list[Answer]]) -> int:
-    """Free the slots of finished rows; the lane's last row moves into the gap. Returns how many were finished."""
+    """Free the slots of finished rows; the lane's last rows move into the gaps. Returns how many were finished."""
     finished = 0
     for number, lane in enumerate(lanes):
-        for slot in range(len(lane) - 1, -1, -1):
+        before = len(lane)
+        origins = list(range(before))
+        for slot in range(before - 1, -1, -1):
             if lane[slot].reason:
-                finished += 1
-                last = lane.pop()
+                last, origin = lane.pop(), origins.pop()
                 if slot < len(lane):
-                    lane[slot] = last
-                    model.copy(number, [len(lane)], [slot], model.capacity)
+                    lane[slot], origins[slot] = last, origin
+        finished += before - len(lane)
+        moved = [slot for slot, origin in enumerate(origins) if origin != slot]
+        if moved:
+            # At once: a copy for each finished row is what a small model's step would wait for.
+            model.copy(number, [origins[slot] for slot in moved], moved, model.capacity)
     return finished

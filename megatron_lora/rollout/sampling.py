@@ -82,12 +82,15 @@ class StopRule:
         # A token holds at least one byte of the text it stands for, so a string never spans more than these.
         self.window = STOP_SLACK + max((len(string.encode()) for string in self.strings), default=0)
 
-    def met(self, completion: Sequence[int]) -> bool:
-        """Whether the answer ends with its newest token; called after each one."""
-        if completion[-1] in self.token_ids:
-            return True
-        if not self.strings:
-            return False
+    def first_end(self, completion: Sequence[int], tokens: Sequence[int]) -> int | None:
+        """Which of the new tokens behind a completion ends the answer: the first that does, or None."""
+        ends = self._ends_with_string if self.strings else None
+        for place, token in enumerate(tokens):
+            if token in self.token_ids or (ends and ends([*completion[-self.window :], *tokens[: place + 1]])):
+                return place
+        return None
+
+    def _ends_with_string(self, completion: Sequence[int]) -> bool:
         assert self.decoder is not None
         text = self.decoder.decode(list(completion[-self.window :]), skip_special_tokens=True)
         return any(string in text for string in self.strings)

@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, read_start, write_start
-from megatron_lora.data.batch import Row
+from megatron_lora.data.batch import MicroBatch, Row
+from megatron_lora.data.fixed_shape import fixed_shape, stretched
 from megatron_lora.errors import UserError
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.lora.principal import against_the_base
@@ -131,12 +132,28 @@ def refusal(policy: BackendPolicy, weights: Path, optimizer: Path) -> str:
 
 
 def shared_prefix(case: dict[str, Any]) -> dict[str, Any]:
-    """`grouped_numbers` the cheap way and the plain way."""
+    """`grouped_numbers` the cheap way and the plain way. Option `stretched`: micro-batches fill fixed shapes, as CUDA
+    graphs want them."""
     found = {}
     for name, shared in (("shared", True), ("whole", False)):
         policy = build_policy(case | {"policy": case["policy"] | {"shared_prefix": shared}})
+        if case["options"].get("stretched"):
+            run_stretched(policy)
         found[name] = grouped_numbers(policy, ahead=not shared)
     return found
+
+
+def run_stretched(policy: Any) -> None:
+    """Let a Megatron policy's passes take micro-batches in fixed shapes."""
+    from megatron_lora.policy.megatron.schedule import forward
+
+    engine, chunk, pad = policy.engine, policy.base.chunks[0], policy.pad_token_id
+
+    class Stretched:
+        def logps(self, batch: MicroBatch, _: Any) -> torch.Tensor:
+            return forward(engine, chunk, stretched(batch, fixed_shape(batch), pad))[: batch.targets.numel()]
+
+    engine.graphs = Stretched()
 
 
 def kind(case: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def case(name: str, ranks: int, megatron: dict | None = None, **fields: Any) -> 
 
 CASES = [
     case("tp1", 1),
+    case("stretched", 1, options={"stretched": True}),
     case("single_rows", 1, policy={"train_micro_batch_size": 4}),
     case("plain_logprobs_recompute", 1, PLAIN_LOGPROBS | FULL_RECOMPUTE),
     case("head_selective_recompute", 1, SELECTIVE, adapter="head"),

@@ -70,7 +70,9 @@ def make_policy(
 ) -> Any:
     """A MegatronPolicy on the family's model, from its adapter. rate: learning rate, 0 for the precision's own."""
     adapter = str(folder / f"{family}-adapter") if lora else None
-    settings = common_settings(folder, family, precision, rate) | policy
+    settings = common_settings(folder, family, precision, rate)
+    settings["megatron_cfg"] |= policy.pop("megatron_cfg", {})
+    settings |= policy
     settings["megatron_cfg"] |= {"enabled": True, "peft": {"enabled": lora, "init_adapter": adapter}} | LAYOUTS[layout]
     config = PolicyConfig.model_validate(settings)
     world = init_megatron_world(config, 0)
@@ -219,6 +221,25 @@ def shared_case(folder: Path, family: str, precision: str, backend: str) -> dict
     }
 
 
+def graphs_case(folder: Path, family: str, precision: str, rows: str) -> dict[str, Any]:
+    """Three times the same batches, recorded and replayed as CUDA graphs and run kernel by kernel. rows: `plain`, or
+    `shared` for GRPO and DPO whose rows share prefixes and whose reference has its own graphs."""
+    found: dict[str, Any] = {}
+    packing = {"enabled": True, "train_mb_tokens": 4 * LONGEST}
+    for implementation in ("local", "none"):
+        options = {"megatron_cfg": {"cuda_graph_impl": implementation}, "sequence_packing": packing}
+        policy = make_policy(folder, family, precision, "one", rate=1e-4, shared_prefix=rows == "shared", **options)
+        if rows == "plain":
+            numbers = losses(policy, 3 * steps()[:4])
+        else:
+            numbers = [value for _ in range(3) for value in grouped_numbers(policy, ahead=False, scale=8)["grad_norms"]]
+        found[implementation] = numbers
+        found["graphs"] = len(policy.engine.graphs._graphs) if implementation == "local" else found["graphs"]
+    scored = [torch.cat(policy.score(steps()[0])) for _ in range(3)]
+    assert all(torch.equal(scored[0], again) for again in scored), "a replay gives other numbers"
+    return {"ours": found["local"], "reference": found["none"], "graphs": found["graphs"]}
+
+
 def logprobs_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
     """Mean absolute error of token log-probabilities against fp32, here and in transformers at the same precision."""
     from peft import PeftModel
@@ -259,6 +280,7 @@ CASES = {
     "train": train_case,
     "packing": packing_case,
     "shared": shared_case,
+    "graphs": graphs_case,
     "logprobs": logprobs_case,
     "resume": resume_case,
     "dtensor": dtensor_case,

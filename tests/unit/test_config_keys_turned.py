@@ -151,6 +151,7 @@ LAYOUT: Turns = {
     f"{MEGATRON}.context_parallel_size": (ON, 2),
     f"{MEGATRON}.expert_model_parallel_size": (ON, 2),
     f"{MEGATRON}.expert_tensor_parallel_size": (ON, 3),
+    f"{MEGATRON}.cuda_graph_impl": (ON | {f"{MEGATRON}.tensor_model_parallel_size": 2}, "local"),
     f"{MEGATRON}.sequence_parallel": (ON | {f"{MEGATRON}.tensor_model_parallel_size": 2}, True),
     "policy.dtensor_cfg.tensor_parallel_size": ({}, 2),
     "policy.dtensor_cfg.sequence_parallel": ({"policy.dtensor_cfg.tensor_parallel_size": 2}, True),

@@ -158,3 +158,27 @@ def test_recipes_fit_the_models_they_name(recipe: str, shape: ModelSpec, world_s
     for enabled in ("true", "false"):
         loaded = load_recipe(ROOT / "recipes" / recipe, [f"policy.megatron_cfg.enabled={enabled}"])
         check_layout(loaded.recipe.policy, shape, world_size)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({TP: 2}, "tensor_model_parallel_size=2"),
+        ({PP: 2}, "pipeline_model_parallel_size=2"),
+        ({"activation_checkpointing": True}, "activation_checkpointing=true"),
+        ({"use_fused_linear_logprobs": False}, "use_fused_linear_logprobs=false"),
+        ({"peft": {"enabled": False}}, "all weights train"),
+        ({"peft": {"enabled": True, "type": "dora"}}, "peft.type=dora"),
+        ({"peft": {"enabled": True, "dropout": 0.1}}, "peft.dropout=0.1"),
+        ({"peft": {"enabled": True, "quantization": "nf4", "lora_dtype": "float32"}}, "peft.quantization=nf4"),
+        ({"peft": {"enabled": True, "modules_to_save": ["norm"]}}, "peft.modules_to_save"),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused_only_where_they_were_asked_for(keys: dict[str, Any], why: str) -> None:
+    head = {"use_fused_linear_logprobs": True}
+    message = refusal(policy(**head | keys | {"cuda_graph_impl": "local"}), LLAMA_8B, 2)
+    assert "cuda_graph_impl=local" in message and why in message and "null" in message
+    for allowed in (None, "none"):
+        check_layout(policy(**head | keys | {"cuda_graph_impl": allowed}), LLAMA_8B, 2)
+    check_layout(policy(**head | {"cuda_graph_impl": "local"}), LLAMA_8B, 1)
+    assert "expert" in refusal(policy(**head | {"cuda_graph_impl": "local"}), MIXTURE, 1)

@@ -111,12 +111,13 @@ def test_a_stop_string_over_many_tokens_is_found_at_its_last_byte() -> None:
     rule = StopRule(options(stop_strings=("</antwört €>", "never")), byte_tokenizer())
     text = "x" * 50 + "</antwört €>"
     ids = list(text.encode())
-    met = [rule.met(ids[:size]) for size in range(1, len(ids) + 1)]
+    met = [rule.first_end(ids[: size - 1], ids[size - 1 : size]) == 0 for size in range(1, len(ids) + 1)]
     assert met == [False] * (len(ids) - 1) + [True]
 
 
 def test_stop_tokens_and_missing_tokenizer() -> None:
     rule = StopRule(options(stop_token_ids=(7, 9)), None)
-    assert [rule.met(ids) for ids in ([1], [7, 1], [1, 9])] == [False, False, True]
+    assert [rule.first_end(ids[:-1], ids[-1:]) for ids in ([1], [7, 1], [1, 9])] == [None, None, 0]
+    assert rule.first_end([1], [3, 9, 7]) == 1
     with pytest.raises(ValueError, match="tokenizer"):
         StopRule(options(stop_strings=("x",)), None)

@@ -10,12 +10,14 @@ from tools.bench.measure import measure
 from tools.bench.task import Task
 
 
-def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any]]:
-    """(one training step that returns its loss, what to report of the model)."""
+def build(task: Task, *, lora: bool, graphs: str | None = None) -> tuple[Callable[[], float], dict[str, Any]]:
+    """(one training step that returns its loss, what to report of the model). graphs: `cuda_graph_impl`."""
     from megatron_lora.config.schema import PolicyConfig
     from megatron_lora.runtime.world import init_megatron_world
 
-    config = PolicyConfig(**_policy(task, lora))
+    settings = _policy(task, lora)
+    settings["megatron_cfg"]["cuda_graph_impl"] = graphs
+    config = PolicyConfig(**settings)
     world = init_megatron_world(config, 0)
     from megatron_lora.policy.megatron.policy import MegatronPolicy
 

@@ -1,7 +1,6 @@
 """Time and memory of a training step, measured the same way for every engine."""
 
 import gc
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from megatron_lora.runtime.memory import peak_memory_bytes
 
 GIB = 2**30
 PROFILED_STEPS = 3
@@ -35,7 +36,7 @@ def measure(step: Callable[[], float], tokens: int, warmup: int, steps: int) -> 
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     typical = median(times)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes(torch.device("cuda" if cuda else "cpu"))
     return {
         "step_ms": round(typical * 1e3, 2),
         "times_ms": [round(value * 1e3, 2) for value in times],

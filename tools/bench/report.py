@@ -12,6 +12,7 @@ from megatron_lora.errors import UserError
 
 LABELS = {
     "ours-lora": "Megatron-LoRA, LoRA",
+    "ours-lora-launched": "Megatron-LoRA, LoRA, cuda_graph_impl=none",
     "ours-full": "Megatron-LoRA, full",
     "dtensor-lora": "DTensor backend, LoRA",
     "dtensor-lora-plain": "DTensor backend, LoRA, use_triton=false",

@@ -20,6 +20,7 @@ from tools.bench.task import Task
 
 ENGINES = {
     "ours-lora": partial(engine_ours.build, lora=True),
+    "ours-lora-launched": partial(engine_ours.build, lora=True, graphs="none"),
     "ours-full": partial(engine_ours.build, lora=False),
     "dtensor-lora": engine_ours.build_dtensor,
     "dtensor-lora-plain": partial(engine_ours.build_dtensor, fused=False),

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_lora.policy.lanes import LaneStep, whole_reads
 from megatron_lora.runtime.native_layers import NativeAttention, plain_attention
 from megatron_lora.runtime.rotary import picked, rotary_modules
+from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM, shared_attention
 
 
 def row_bytes(chunks: Sequence[GPTModel], capacity: int) -> int:
@@ -39,10 +40,13 @@ class CacheSession:
         self.step: LaneStep | None = None
 
     def copy(self, lane: int, sources: list[int], targets: list[int], length: int) -> None:
-        """Put the first `length` keys and values of the source slots into the target slots."""
+        """Put the first `length` keys and values of the source slots into the target slots, none of which is both."""
+        device = self.layers[0].lanes[lane][0].device
+        read, written = (torch.tensor(slots, device=device) for slots in (sources, targets))
         for layer in self.layers:
             for tensor in layer.lanes[lane]:
-                tensor[targets, :, :length] = tensor[sources, :, :length]
+                part = tensor[:, :, :length]
+                part.index_copy_(0, written, part.index_select(0, read))
 
 
 class CachedAttention(torch.nn.Module):
@@ -82,12 +86,24 @@ class CachedAttention(torch.nn.Module):
     def _prefill(
         self, step: LaneStep, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor
     ) -> None:
-        for row, (length, end) in enumerate(zip(step.lengths, step.ends, strict=True)):
+        total = step.ends[-1]
+        positions = step.positions[:total]
+        keys[step.slot_of_token, :, positions] = key[:total, 0]
+        values[step.slot_of_token, :, positions] = value[:total, 0]
+        if self._has_kernel(query, value):
+            q, k, v = query[:total, 0], key[:total, 0], value[:total, 0]
+            attended = shared_attention(q, k, v, step.prompts, self.attention.scale, self.attention.window)
+            out[:total, 0] = attended.flatten(1)
+            return
+        for length, end in zip(step.lengths, step.ends, strict=True):
             part = slice(end - length, end)
-            slot = step.first_slot + row
-            keys[slot, :, :length] = key[part, 0].transpose(0, 1)
-            values[slot, :, :length] = value[part, 0].transpose(0, 1)
             out[part] = self.attention(query[part], key[part], value[part])
+
+    def _has_kernel(self, query: Tensor, value: Tensor) -> bool:
+        """Whether one flash-attention call serves the prompts of all rows."""
+        plain = self.attention.softcap is None and self.attention.softmax_offset is None
+        fits = query.shape[-1] == value.shape[-1] <= LARGEST_HEAD_DIM
+        return query.is_cuda and query.dtype != torch.float32 and plain and fits
 
     def _decode(
         self, step: LaneStep, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, out: Tensor

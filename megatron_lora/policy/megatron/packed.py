@@ -25,7 +25,7 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams:
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
-    whole = torch.tensor([0, batch.tokens.numel()], dtype=torch.int32).to(batch.tokens.device, non_blocking=True)
+    whole = torch.stack([batch.cu_seqlens[0], batch.cu_seqlens[-1]])
     return SharedPrefixParams(
         qkv_format="thd",
         cu_seqlens_q=whole,
@@ -45,6 +45,7 @@ class RotaryPositions:
 
     def __init__(self, chunks: Sequence[GPTModel]):
         self._positions: Tensor | None = None
+        self._kept: list[Any] | None = None
         for chunk in chunks:
             for module in rotary_modules(chunk):
                 module.register_forward_hook(self._pick)
@@ -57,7 +58,18 @@ class RotaryPositions:
         finally:
             self._positions = None
 
+    @contextmanager
+    def keeping(self) -> Iterator[list[Any]]:
+        """What the rotary modules give within, which they cache and forget: for a graph that goes on reading it."""
+        self._kept = []
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
     def _pick(self, module: Any, arguments: Any, output: Any) -> Any:
+        if self._kept is not None:
+            self._kept.append(output)
         return None if self._positions is None else picked(output, self._positions)
 
 

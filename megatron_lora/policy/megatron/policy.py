@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_lora.policy.adapter_start import DrawnStart, check_same_adapter, d
 from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.batching import BatchingOptions, Groups
 from megatron_lora.policy.checksums import Pieces
+from megatron_lora.policy.cuda_graphs import ungraphed_reason
 from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.interface import (
     AdapterTensors,
@@ -41,6 +43,7 @@ from megatron_lora.policy.megatron.adapter_checksums import adapter_pieces
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter, over_pipeline
 from megatron_lora.policy.megatron.base_weights import load_base_weights
 from megatron_lora.policy.megatron.export import merged_hf_weights
+from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.kv_cache import cached_attention, row_bytes
 from megatron_lora.policy.megatron.lanes import MegatronLanes, generating
 from megatron_lora.policy.megatron.model import BaseModel, build_base
@@ -92,7 +95,18 @@ class MegatronPolicy(LanePolicy):
         self.shapes, self.num_lanes = self.base.shapes, world.pp
         self.replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_group = parallel_state.get_model_parallel_group()
+        if world.device.type == "cuda" and self._can_be_graphed():
+            forward = partial(schedule.forward, self.engine)
+            self.engine.graphs = GraphedPasses(
+                self.base.chunks[0], forward, self.adapted, self.engine.rotary, self.pad_token_id
+            )
         return self.base.weights
+
+    def _can_be_graphed(self) -> bool:
+        """A head that is adapted or capped, or has a bias, is recomputed in the backward pass."""
+        head: Any = self.base.chunks[-1].output_layer
+        recomputed = self.base.softcap is not None or isinstance(head, LoRALinear) or head.bias is not None
+        return not recomputed and ungraphed_reason(self.config, self.base.shapes) is None
 
     def _batching_options(self, pad_token_id: int) -> BatchingOptions:
         policy, world, config = self.config, self.world, self.base.config

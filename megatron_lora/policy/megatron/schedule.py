@@ -1,7 +1,7 @@
 """Run micro-batches through Megatron's pipeline schedules: forward, loss, backward, and metrics over all ranks."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.interface import NonFiniteLoss
+from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
 from megatron_lora.runtime.activity import tick
@@ -29,7 +30,7 @@ from megatron_lora.runtime.world import World
 @dataclass
 class Engine:
     """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not.
-    rotary: of those stages."""
+    rotary: of those stages. graphs: what runs a whole model's passes as CUDA graphs, where the recipe allows."""
 
     chunks: Sequence[Any]
     config: Any
@@ -37,6 +38,7 @@ class Engine:
     tp: TensorParallel
     head: HeadOptions
     rotary: RotaryPositions
+    graphs: GraphedPasses | None = None
     metric_names: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -107,11 +109,11 @@ def _forward_step(iterator: Iterator[MicroBatch], model: Any, engine: Engine, lo
     tick()
     batch = next(iterator).to(engine.world.device)
     with span("forward"):
-        output = forward(engine, model, batch)
+        output = forward(engine, model, batch) if engine.graphs is None else engine.graphs.logps(batch, engine.head)
     return output, partial(loss, batch=batch)
 
 
-def forward(engine: Engine, model: GPTModel, batch: MicroBatch) -> Tensor:
+def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: MicroBatch) -> Tensor:
     """One chunk's forward: a log-probability for each target on the last stage, hidden states elsewhere."""
     tokens, positions, targets = batch.tokens, batch.positions, batch.targets
     world = engine.world
