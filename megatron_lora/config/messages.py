@@ -111,6 +111,12 @@ def _is_read(key: str, recipe: dict[str, Any]) -> bool:
     return algorithm is None or not any(key == part or key.startswith(f"{part}.") for part in others)
 
 
+def _switch_of(section: str) -> str | None:
+    """The key that turns a section on; None where none does."""
+    known = {path for path, _ in walk_fields(Recipe)}
+    return next((key for key in (f"{section}.enabled", f"{section}_enabled") if key in known), None)
+
+
 def _describe(details: ErrorDetails, recipe: dict[str, Any], written: dict[str, Any]) -> str:
     location, kind = details["loc"], details["type"]
     path = dotted(location)
@@ -129,6 +135,8 @@ def _describe(details: ErrorDetails, recipe: dict[str, Any], written: dict[str, 
         return f"the recipe lacks {path}, which has no default; add it"
     if kind == "value_error" and isinstance(details["input"], dict | list):
         return f"{path}: {_own_message(details)}" if path else _own_message(details)
+    if isinstance(details["input"], bool) and _switch_of(path) is not None:
+        return f"{path}={show(details['input'])}: did you mean {_switch_of(path)}={show(details['input'])}?"
     source = referred(written, location)
     from_where = f" (from {dotted(source)})" if source is not None else ""
     return f"{path}={show(details['input'])}{from_where}: {_wanted(details)}"

@@ -17,6 +17,7 @@ _NAMES = {
     "use_lora": "{adapter}.enabled",
     "use_dora": "{adapter}.type",
     "loraplus_lr_ratio": "{adapter}.lora_plus_ratio",
+    "lorap_lr_ratio": "{adapter}.lora_plus_ratio",
     "peft_type": "{adapter}.type",
     "lora": "{adapter}",
     "lr": "policy.megatron_cfg.optimizer.lr",
@@ -100,7 +101,6 @@ _NAMES = {
     "gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
     "vllm_gpu_memory_utilization": "policy.generation.vllm_cfg.gpu_memory_utilization",
     "reward_funcs": "env.reward_functions",
-    "report_to": "logger.wandb_enabled",
     "trackio_space_id": "logger.trackio.space_id",
     "run_name": "logger.wandb.name",
     "mlflow_tracking_uri": "logger.mlflow.tracking_uri",
@@ -113,6 +113,12 @@ _NAMES = {
     "alpha_pattern": "{adapter}.alpha_pattern",
     "load_in_4bit": "{adapter}.quantization",
     "quant_method": "{adapter}.quantization",
+    "quant_bits": "{adapter}.quantization",
+    "vllm_server_base_url": "policy.generation.servers.urls",
+    "vllm_mode": "policy.generation.colocated.enabled",
+    "use_vllm": "policy.generation.backend",
+    "default_local_dir": "checkpointing.checkpoint_dir",
+    "project_name": "logger.wandb.project",
     # verl, AReaL, torchtune, ms-swift, Automodel
     "path": "policy.model_name",
     "tokenizer_path": "policy.tokenizer.name",
@@ -157,6 +163,8 @@ _UPLOAD = (
 )
 # What other projects have as a key and this one elsewhere.
 _ELSEWHERE = {
+    "report_to": "each tracker has a key of its own: logger.wandb_enabled, tensorboard_enabled, trackio_enabled, "
+    "swanlab_enabled, mlflow_enabled",
     "push_to_hub": _UPLOAD,
     "hub_model_id": _UPLOAD,
     "hub_strategy": _UPLOAD,

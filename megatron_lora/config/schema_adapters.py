@@ -27,8 +27,9 @@ def _module_patterns(value: Any) -> Any:
     if value is None or value in ("all-linear", ["all-linear"]):
         return []
     if isinstance(value, str):
-        names = ", ".join(name.strip() for name in value.split(","))
-        raise ValueError(f"wanted a list: [{names}]")
+        names = [name.strip() for name in value.split(",")]
+        names = [name if name.isidentifier() else f"'{name}'" for name in names]  # YAML takes * for something else
+        raise ValueError(f"wanted a list: [{', '.join(names)}]")
     if isinstance(value, list) and "all-linear" in value:
         raise ValueError("all-linear already stands for every linear; leave out the rest")
     return value

@@ -73,6 +73,8 @@ def read_yaml(text: str, source: str) -> Any:
         problem = getattr(error, "problem", None) or error
         if problem == "but found another document":
             raise UserError(f"{source}{where} begins a second document (---); keep one of them") from error
+        if getattr(error, "context", None) == "while scanning an alias" or "undefined alias" in str(problem):
+            problem = "a text that begins with * stands in quotes: '*_proj'"
         raise UserError(f"{source}{where} is not YAML: {problem}") from error
 
 

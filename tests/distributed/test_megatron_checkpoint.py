@@ -27,7 +27,8 @@ FROM_ONE_RANK = case("one", 1, {}, options={"other_rank": True})
 SAME = [
     FROM_ONE_RANK,
     case("one_dropout", 1, DROPOUT),
-    case("one_own_a", 1, {}, adapter="own"),
+    case("own_a", 2, TP, {"dp": {}}, adapter="own"),
+    case("unlike", 2, TP, {"pp": PP}, adapter="unlike"),
     case("sp_dropout", 2, SP | DROPOUT),
     case("all_to_all", 2, SP | {"peft": {"a2a_experimental": True}}, {"tp": TP}),
     case("pp_dropout", 2, PP | DROPOUT),

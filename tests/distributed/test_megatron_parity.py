@@ -52,7 +52,7 @@ CASES = [
     case("selective_recompute", 1, SELECTIVE),
     case("whole_optimizer", 1, WHOLE_OPTIMIZER),
     case("own_a", 1, adapter="own"),
-    case("query_value", 1, adapter="query_value"),
+    case("unlike", 1, adapter="unlike"),
     case("head", 1, adapter="head"),
     case("head_plain_logprobs", 1, PLAIN_LOGPROBS, adapter="head"),
     case("tp", 2, TP),
@@ -68,7 +68,7 @@ CASES = [
     case("dp", 2),
     case("dp_dynamic_batching", 2, policy=DYNAMIC),
     case("all_to_all_own_a", 2, ALL_TO_ALL, adapter="own"),
-    case("pp_query_value", 2, PP, adapter="query_value"),
+    case("pp_unlike", 2, PP, adapter="unlike"),
     case("sp_head", 2, SP, adapter="head"),
     case("pp_head", 2, PP, adapter="head"),
     dora_case("tp1", 1, {}),
@@ -99,7 +99,10 @@ MORE_LAYOUTS = [
     case("uneven_first", 2, PP | {"num_layers_in_first_pipeline_stage": 1}),
     case("dp_whole_optimizer", 2, WHOLE_OPTIMIZER),
     case("tp_own_a", 2, TP, adapter="own"),
-    case("sp_query_value", 2, SP, adapter="query_value"),
+    case("tp_unlike", 2, TP, adapter="unlike"),
+    case("sp_unlike", 2, SP, adapter="unlike"),
+    case("sp_own_a", 2, SP, adapter="own"),
+    case("pp_own_a", 2, PP, adapter="own"),
     case("tp_head", 2, TP, adapter="head"),
     case("sp_head_plain_logprobs", 2, SP | PLAIN_LOGPROBS, adapter="head"),
     case("sp_llama2", 2, SP, family="llama2"),
@@ -140,7 +143,15 @@ def test_ten_steps_equal_transformers_and_peft(
 LORA_PLUS = {"peft": {"lora_plus_ratio": 4.0}}
 
 
-@pytest.mark.parametrize("case", [case("lora_plus", 1, LORA_PLUS), case("lora_plus_sp", 2, SP | LORA_PLUS)], ids=str)
+FASTER_B = [
+    case("lora_plus", 1, LORA_PLUS),
+    case("lora_plus_sp", 2, SP | LORA_PLUS),
+    pytest.param(case("lora_plus_tp", 2, TP | LORA_PLUS), marks=pytest.mark.long),
+    pytest.param(case("lora_plus_pp", 2, PP | LORA_PLUS), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("case", FASTER_B, ids=str)
 def test_lora_plus_gives_b_a_rate_of_its_own(
     case: Case, found: dict[str, Any], reference: Callable[..., Training]
 ) -> None:

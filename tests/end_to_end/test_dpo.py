@@ -14,7 +14,7 @@ from trl import DPOTrainer
 
 from tests.support.compare import largest_difference, relative_differences
 from tests.support.launch import RanksFailed
-from tests.support.reference import ALPHA, RANK, TARGETS, save_adapter, tie_shared_factors
+from tests.support.reference import ALPHA, RANK, TARGETS, save_adapter, stored_name, tie_shared_factors
 from tests.support.runs import (
     adapter_of,
     arithmetic_preferences,
@@ -29,6 +29,9 @@ pytestmark = pytest.mark.timeout(1200)
 
 STEPS, PAIRS, BETA, RATE = 10, 4, 0.1, 5e-3
 TOLERANCE = 1e-4
+# An adapter of another kind than the room's first: its folder's name, and ranks and alphas by linear.
+UNLIKE = "unlike"
+PATTERNS: dict[str, Any] = {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 6}, "alpha_pattern": {"o_proj": 3}}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -42,6 +45,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dpo")
     save_base(folder / "base")
     save_adapter(folder / "base", folder / "adapter")
+    save_adapter(folder / "base", folder / UNLIKE, share_a=False, use_dora=True, use_rslora=True, **PATTERNS)
     write_lines(folder / "train.jsonl", arithmetic_preferences(STEPS * PAIRS))
     return folder
 
@@ -67,19 +71,24 @@ def recipe(room: Path, *, megatron: dict[str, Any] | None = None, init: bool = T
 
 
 class InOrder(DPOTrainer):
-    """TRL's trainer with the rows in the file's order."""
+    """TRL's trainer with the rows in the file's order; only matrices decay, which spares DoRA's magnitudes."""
 
     def _get_train_sampler(self, *arguments: Any, **options: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
-def trl_run(room: Path, folder: Path, start: Path | None) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """(log of each step, adapter at the end). start: the adapter; trained against a frozen copy of it if it is the
-    room's, else against the base with the adapter off."""
+
+def trl_run(
+    room: Path, folder: Path, start: Path | None, adapter_name: str = "adapter"
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """(log of each step, adapter at the end). start: the adapter, trained against the base with the adapter off; None:
+    the room's of that name, trained against a frozen copy of it."""
     tokenizer = AutoTokenizer.from_pretrained(room / "base")
     base = AutoModelForCausalLM.from_pretrained(room / "base", attn_implementation="eager")
     from_adapter = start is None
-    model = PeftModel.from_pretrained(base, str(room / "adapter"), is_trainable=True) if from_adapter else base
+    model = PeftModel.from_pretrained(base, str(room / adapter_name), is_trainable=True) if from_adapter else base
     fresh = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
     arguments = TrlConfig(
         output_dir=str(folder), per_device_train_batch_size=PAIRS, max_steps=STEPS, learning_rate=RATE, beta=BETA,
@@ -96,13 +105,14 @@ def trl_run(room: Path, folder: Path, start: Path | None) -> tuple[list[dict[str
     )
     if start is not None:
         trainer.model.load_adapter(str(start), "default", is_trainable=True)  # type: ignore[union-attr]
-    # After TRL has copied the adapter for its reference, which finds parameters by name.
-    tie_shared_factors(trainer.model)  # type: ignore[arg-type]
+    if adapter_name != UNLIKE:
+        # After TRL has copied the adapter for its reference, which finds parameters by name.
+        tie_shared_factors(trainer.model)  # type: ignore[arg-type]
     trainer.train()
     logs = [line for line in trainer.state.log_history if "loss" in line]
     state = trainer.model.state_dict()  # type: ignore[union-attr]
-    adapter = {name.replace(".default", ""): value for name, value in state.items() if "lora_" in name}
-    return logs, {name: value for name, value in adapter.items() if ".ref." not in name}
+    adapter = {stored_name(name): value for name, value in state.items() if "lora_" in name and ".ref" not in name}
+    return logs, adapter
 
 
 def assert_equal_runs(run_folder: Path, logs: list[dict[str, Any]], adapter: dict[str, torch.Tensor]) -> None:
@@ -136,6 +146,14 @@ def test_ten_steps_from_an_adapter_equal_trl(layout: str, room: Path, tmp_path: 
 def test_ten_steps_of_the_dtensor_backend_equal_trl(room: Path, tmp_path: Path, from_adapter: Any) -> None:
     folder = run(tmp_path, recipe(room), 2, "policy.megatron_cfg.enabled=false")
     assert_equal_runs(folder, *from_adapter)
+
+
+@pytest.mark.long
+def test_ten_steps_of_dora_with_ranks_by_linear_equal_trl(room: Path, tmp_path: Path) -> None:
+    """DoRA, rsLoRA's scale, an A of each linear's own, and ranks and alphas that differ."""
+    values = recipe(room, megatron=LAYOUTS["tp2"])
+    values["policy"]["megatron_cfg"]["peft"] |= {"type": "dora", "init_adapter": str(room / UNLIKE)}
+    assert_equal_runs(run(tmp_path, values, 2), *trl_run(room, tmp_path / "trl", None, UNLIKE))
 
 
 @pytest.mark.long

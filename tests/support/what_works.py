@@ -63,6 +63,7 @@ def _run(name: str) -> Shown:
     return Shown("run", RUNS, "train", f'"{name}": (')
 
 
+BY_LINEAR = Shown("yes", "tests/end_to_end/test_dpo.py", "test_ten_steps_of_dora_with_ranks_by_linear_equal_trl")
 TABLE: dict[str, dict[str, Shown]] = {
     "`lora`": {
         "training": _trained('case("sp", 2, SP)'),
@@ -77,14 +78,15 @@ TABLE: dict[str, dict[str, Shown]] = {
     "`canonical_lora`": {
         "training": _trained('case("own_a", 1, adapter="own")'),
         "GRPO, native rollouts": _run("canonical_lora"),
-        "exact resume": Shown(
-            "yes", CHECKPOINT, "test_the_same_layout_goes_on_bit_for_bit", 'case("one_own_a", 1, {}, adapter="own")'
-        ),
+        **_resumed('case("own_a", 2'),
         **_in_and_out('"some_linears"'),
         "DTensor": _dtensor('residual("pissa_tp", 2', "test_an_adapter_of_the_residual_is_pefts_own"),
     },
     "`use_rslora`": {
+        "training": _trained('case("pp_unlike", 2'),
+        "DPO": BY_LINEAR,
         "GRPO, native rollouts": _run("rslora"),
+        **_resumed('case("unlike", 2'),
         **_in_and_out('"all_linear_rslora"'),
         "DTensor": _dtensor('case("scores_unlike_tp", 2', "test_scores"),
     },
@@ -100,9 +102,16 @@ TABLE: dict[str, dict[str, Shown]] = {
             "tests/distributed/backends_worker.py",
         ),
     },
-    "`rank_pattern`, `alpha_pattern`": {**_in_and_out('"patterns"')},
+    "`rank_pattern`, `alpha_pattern`": {
+        "training": _trained('case("pp_unlike", 2'),
+        "DPO": BY_LINEAR,
+        **_resumed('case("unlike", 2'),
+        **_in_and_out('"patterns"'),
+        "DTensor": _dtensor('case("scores_unlike_tp", 2', "test_scores"),
+    },
     "`dora`": {
         "training": _trained('dora_case("tp", 2, TP)'),
+        "DPO": BY_LINEAR,
         "GRPO, native rollouts": Shown(
             "yes",
             "tests/distributed/test_rollout_native.py",

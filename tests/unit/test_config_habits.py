@@ -72,6 +72,25 @@ def test_targets_that_are_no_list():
     assert "leave out the rest" in message(SFT, f"{PEFT}.target_modules=[all-linear, lm_head]")
 
 
+def test_a_star_stands_in_quotes():
+    assert "a text that begins with * stands in quotes: '*_proj'" in message(SFT, f"{PEFT}.target_modules=[*_proj]")
+    assert "stands in quotes" in message(SFT, f"{PEFT}.target_modules=*")
+    assert "wanted a list: ['*_proj', q_proj]" in message(SFT, f"{PEFT}.target_modules='*_proj,q_proj'")
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("policy.generation.colocated=false", "did you mean policy.generation.colocated.enabled=false?"),
+        ("policy.sequence_packing=true", "did you mean policy.sequence_packing.enabled=true?"),
+        ("logger.mlflow=true", "did you mean logger.mlflow_enabled=true?"),
+        ("policy.tokenizer=true", "policy.tokenizer=true: wanted a section"),
+    ],
+)
+def test_a_section_that_is_turned_on_or_off(override: str, wanted: str):
+    assert wanted in message(GRPO, override)
+
+
 def test_a_mistake_is_told_once_at_the_key_where_it_stands():
     """The base recipe hands these keys to policy.dtensor_cfg as well."""
     for override in (f"{PEFT}.target_modules=q_proj", f"{PEFT}.dim=x", f"{PEFT}.target_modules=[1]"):
@@ -107,6 +126,11 @@ def test_a_bad_value_behind_an_interpolation_says_where_it_comes_from():
         (GRPO, "algorithm.adv_estimator=rloo", "key algorithm.adv_estimator; did you mean grpo.adv_estimator.name?"),
         (SFT, "push_to_hub=true", "unknown key push_to_hub: a finished run is uploaded by `megatron-lora export"),
         (SFT, "checkpointing.push_to_hub=true", "push_to_hub: a finished run is uploaded by `megatron-lora export"),
+        (
+            SFT,
+            "report_to=mlflow",
+            "each tracker has a key of its own: logger.wandb_enabled, tensorboard_enabled",
+        ),
         (SFT, "hub_private_repo=true", "a finished run is uploaded by `megatron-lora export"),
     ],
 )

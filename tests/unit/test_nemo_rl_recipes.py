@@ -1,10 +1,16 @@
 """The count of NeMo RL's recipes that resolve: which are counted, what is said of those that do not."""
 
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_lora.config.loader import load_recipe
+from megatron_lora.errors import UserError
+from megatron_lora.trainers.run import check_only
+from tests.support.runs import save_base, write_lines
 from tools.nemo_rl_recipes import main, reasons, recipes
 
 CLONE = Path(__file__).resolve().parents[1] / "fixtures" / "nemo_rl"
@@ -41,3 +47,38 @@ def test_a_folder_that_is_no_clone_is_a_mistake(tmp_path: Path, capsys: pytest.C
 def test_every_key_that_a_refusal_names_is_counted() -> None:
     text = "the recipe has several mistakes:\n  unknown key policy.x_cfg; policy has ...\n  policy.backend='y': wanted"
     assert reasons(text) == {"policy.x_cfg", "policy.backend"}
+
+
+LORA = sorted((CLONE / "examples/configs/recipes/llm").glob("*-lora.yaml"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model for each architecture of their LoRA recipes, and rows."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, family in (("qwen3", "qwen3"), ("llama", "llama3")):
+        save_base(folder / name, family, max_position_embeddings=8192)
+    shutil.copytree(folder / "qwen3", folder / "nanov3", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "nanov3" / "config.json").write_text(json.dumps({"model_type": "nemotron_h"}))
+    write_lines(folder / "rows.jsonl", [{"input": f"{i}+{i}=", "output": str(2 * i)} for i in range(200)])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", LORA, ids=lambda path: path.stem)
+def test_their_lora_recipes_pass_the_checks_with_a_small_model(
+    path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On as many ranks as theirs. Nemotron-H, a Mamba hybrid, is refused by its name."""
+    if path.stem.startswith("grpo") and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    name = next(name for name in ("qwen3", "llama", "nanov3") if name in path.stem)
+    overrides = {"policy.model_name": models / name, "policy.tokenizer.name": models / name, "data.validation": "null"}
+    overrides |= {"data.train.data_path": models / "rows.jsonl", "checkpointing.checkpoint_dir": models / "run"}
+    monkeypatch.setenv("WORLD_SIZE", "16" if "2n8g" in path.stem else "8")
+    loaded = load_recipe(path, [f"{key}={value}" for key, value in overrides.items()])
+    if name == "nanov3":
+        with pytest.raises(UserError, match="nemotron_h"):
+            check_only(loaded)
+    else:
+        assert any(line.startswith("trainable: ") for line in check_only(loaded))
