@@ -2,20 +2,19 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
+from megatron_lora.lora.expert_linear import AdaptedExpert, ExpertAdapter, ExpertLinear
 from megatron_lora.lora.frozen_linear import FrozenLinear
 from megatron_lora.lora.init import Factors
-from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout, expert_of, without_expert
+from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRAReplicatedLinear, LoRARowParallelLinear
 from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.model_spec import Parallel
@@ -32,6 +31,8 @@ _KINDS: dict[Parallel, type[LoRALinear]] = {
     "row": LoRARowParallelLinear,
     "replicated": LoRAReplicatedLinear,
 }
+
+Adapted = LoRALinear | AdaptedExpert
 
 
 @dataclass(frozen=True)
@@ -53,35 +54,30 @@ def inject(
     options: AdapterOptions,
     tp: TensorParallel,
     expert_tp: TensorParallel,
-) -> list[LoRALinear]:
-    """Freeze the model and adapt the spec's linears that this rank holds. Returns the adapted modules.
+) -> list[Adapted]:
+    """Freeze the model and adapt the spec's linears that this rank holds. Returns the adapted modules, of experts one
+    for each.
 
     chunks: this rank's (virtual) pipeline stages, base weights loaded or not. tp, expert_tp: the ranks that share a
     linear's weight, and those that share an expert's.
     """
     layouts = {module.name: module for module in spec.modules}
-    adapted = []
+    adapted: list[Adapted] = []
     for chunk in chunks:
         chunk.requires_grad_(False)
-        # The linears of an adapter that experts share have its factors in common.
-        first: dict[str, LoRALinear] = {}
         for name, parent, attribute in list(global_linears(chunk)):
-            layout = layouts.get(name) or layouts.get(without_expert(name))
-            if layout is None:
-                continue
-            expert = expert_of(name)
-            build = _adapt if layout.name not in first else partial(_adapt, like=first[layout.name])
-            split = tp if expert is None else expert_tp
-            linear = build(getattr(parent, attribute), layout, spec, factors, options, split, expert)
-            linear.keeps_derived = options.keeps_derived
-            setattr(parent, attribute, linear)
-            first.setdefault(layout.name, linear)
-            adapted.append(linear)
+            if name in layouts:
+                linear = _adapt(getattr(parent, attribute), layouts[name], spec, factors, options, tp)
+                linear.keeps_derived = options.keeps_derived
+                setattr(parent, attribute, linear)
+                adapted.append(linear)
+        for name, numbers, linear in expert_linears(chunk):
+            adapted += _adapt_experts(name, numbers, linear, layouts, spec, factors, options, expert_tp)
     return adapted
 
 
 @torch.no_grad()
-def put_factors(adapted: Sequence[LoRALinear], spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
+def put_factors(adapted: Sequence[Adapted], spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
     """Copy this rank's part of whole factors, `<module>.<factor>` where they are given, into the modules."""
     for linear in adapted:
         kind, tp = linear.layout.kind, linear.split
@@ -89,7 +85,9 @@ def put_factors(adapted: Sequence[LoRALinear], spec: AdapterSpec, tensors: Mappi
             whole = tensors.get(f"{linear.layout.name}.{held.factor.name}")
             if whole is None:
                 continue
-            padded = linear.base_weight().shape[0] * tp.size if kind == "output_layer" else None
+            padded = None
+            if kind == "output_layer" and isinstance(linear, LoRALinear):
+                padded = linear.base_weight().shape[0] * tp.size
             piece = shard(
                 whole,
                 held.factor.key,
@@ -100,13 +98,14 @@ def put_factors(adapted: Sequence[LoRALinear], spec: AdapterSpec, tensors: Mappi
                 a2a=linear.all_to_all,
                 padded_vocab_size=padded,
             )
-            held.parameter.copy_(piece)
+            held.value.copy_(piece)
     for linear in adapted:
         linear.factors_changed()
 
 
 def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name with the global layer number, parent module, attribute) of each linear that can be adapted."""
+    """(full name with the global layer number, parent module, attribute) of each linear that can be adapted and is of
+    no single expert."""
     for layer in chunk.decoder.layers:
         number: Any = layer.layer_number
         prefix = f"decoder.layers.{number - 1}"
@@ -115,8 +114,6 @@ def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
             for kind in kinds:
                 if hasattr(parent, kind):
                     yield f"{prefix}.{path}.{kind}", parent, kind
-        if isinstance(layer.mlp, BaseMoELayer):
-            yield from _expert_linears(layer.mlp, f"{prefix}.mlp.experts")
     if chunk.post_process:
         yield "output_layer", chunk, "output_layer"
 
@@ -127,14 +124,15 @@ def _submodule(layer: Any, path: str) -> Any:
     return layer
 
 
-def _expert_linears(layer: BaseMoELayer, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Those of the experts that this rank holds as a module each, with the expert's number in the layer."""
-    experts: Any = layer.experts
-    if not isinstance(experts, SequentialMLP):
-        return
-    for number, expert in zip(layer.local_expert_indices, experts.local_experts, strict=True):
-        for attribute in ("linear_fc1", "linear_fc2"):
-            yield f"{prefix}.{attribute}.{number}", expert, attribute
+def expert_linears(chunk: GPTModel) -> Iterator[tuple[str, Sequence[int], ExpertLinear]]:
+    """(full name with the global layer number, numbers of this rank's experts in the layer, their linear)."""
+    for layer in chunk.decoder.layers:
+        if isinstance(layer.mlp, BaseMoELayer):
+            experts: Any = layer.mlp.experts
+            number: Any = layer.layer_number
+            for attribute in ("linear_fc1", "linear_fc2"):
+                name = f"decoder.layers.{number - 1}.mlp.experts.{attribute}"
+                yield name, layer.mlp.local_expert_indices, getattr(experts, attribute)
 
 
 def base_weight_of(linear: nn.Module) -> BaseWeight:
@@ -152,10 +150,7 @@ def _adapt(
     factors: Factors,
     options: AdapterOptions,
     tp: TensorParallel,
-    expert: int | None,
-    like: LoRALinear | None = None,
 ) -> LoRALinear:
-    """like: an adapted linear with which the new one has its factors in common."""
     weight = base_weight_of(base)
     parallel = spec.shapes.linear(layout.kind).parallel
     all_to_all = options.all_to_all and parallel == "row" and tp.sequence_parallel
@@ -167,7 +162,7 @@ def _adapt(
         )
         return piece.to(weight.device)
 
-    whole = factors(layout) if like is None else {}
+    whole = factors(layout)
     dtype = options.dtype or weight.dtype
     mask = layout.b_mask(spec.shapes)
     return _KINDS[parallel](
@@ -177,11 +172,52 @@ def _adapt(
         base.config,  # type: ignore[arg-type]
         tp,
         method=method_of(spec.type),
-        factors={f.key: local(whole[f.name], f.key).to(f.dtype or dtype) for f in spec.factors if like is None},
+        factors={f.key: local(whole[f.name], f.key).to(f.dtype or dtype) for f in spec.factors},
         b_mask=None if mask is None else local(mask, "B"),
         dropout=options.dropout,
         dropout_before=options.dropout_before,
         all_to_all=all_to_all,
-        expert=expert,
-        shared=None if like is None else {held.factor.key: held.parameter for held in like.held_factors},
     )
+
+
+def _adapt_experts(
+    name: str,
+    numbers: Sequence[int],
+    linear: ExpertLinear,
+    layouts: Mapping[str, ModuleLayout],
+    spec: AdapterSpec,
+    factors: Factors,
+    options: AdapterOptions,
+    tp: TensorParallel,
+) -> list[AdaptedExpert]:
+    """Put the adapters of a rank's experts into their linear. numbers: of those experts in the layer."""
+    shared = name in layouts
+    mine = [layouts[name]] if shared else [layouts[f"{name}.{n}"] for n in numbers if f"{name}.{n}" in layouts]
+    if not mine:
+        return []
+    assert shared or len(mine) == len(numbers), f"of {name} some experts have adapters and some have none"
+    weight, kind = linear.weight, mine[0].kind
+
+    def local(tensor: Tensor, factor: FactorKey) -> Tensor:
+        return shard(tensor, factor, kind, tp.rank, tp.size, spec.shapes).to(weight.device)
+
+    def held(key: FactorKey, wholes: Sequence[Tensor]) -> Tensor:
+        pieces = [local(whole, key).to(options.dtype or weight.dtype) for whole in wholes]
+        return pieces[0] if shared else torch.stack(pieces)
+
+    drawn = [factors(layout) for layout in mine]
+    mask = mine[0].b_mask(spec.shapes)
+    linear.adapter = ExpertAdapter(
+        mine,
+        linear.parallel_kind,
+        tp,
+        method=method_of(spec.type),
+        factors={f.key: held(f.key, [one[f.name] for one in drawn]) for f in spec.factors},
+        b_mask=None if mask is None else local(mask, "B"),
+        dropout=options.dropout,
+        dropout_before=options.dropout_before,
+    )
+    return [
+        AdaptedExpert(linear.adapter, mine[0 if shared else place], spec.shapes, number, None if shared else place)
+        for place, number in enumerate(numbers)
+    ]

@@ -1,17 +1,11 @@
 """Megatron's fused linears with an adapter: the modules that take the place of the base's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.random import (
-    get_cuda_rng_tracker,
-    get_data_parallel_rng_tracker_name,
-    get_expert_parallel_rng_tracker_name,
-)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -24,23 +18,11 @@ from megatron_lora.lora.frozen_linear import (
     FrozenReplicatedLinear,
     FrozenRowParallelLinear,
 )
-from megatron_lora.lora.layout import Factor, FactorKey, ModelSpec, ModuleLayout, module_name
+from megatron_lora.lora.held import HeldFactor, mark
+from megatron_lora.lora.layout import FactorKey, ModelSpec, ModuleLayout, module_name
 from megatron_lora.lora.methods import AdapterMethod
 from megatron_lora.lora.model_spec import Parallel
 from megatron_lora.lora.sharding import split_axis
-
-# Ranks over which Megatron does not sum a factor's gradient, and has to be summed: tensor-parallel peers, those that
-# share an expert's matrices, and those that hold other experts of the layer.
-GradientGroup = Literal["tp", "expert_tp", "expert"]
-
-
-@dataclass(frozen=True)
-class HeldFactor:
-    """A factor as a module holds it. parameter: this rank's part. axis: the one that is split over TP, or None."""
-
-    factor: Factor
-    parameter: torch.nn.Parameter
-    axis: int | None
 
 
 class LoRALinear(FrozenLinear):
@@ -48,12 +30,12 @@ class LoRALinear(FrozenLinear):
     name.
 
     dropout: probability; `dropout_before`: on A's input, else on B's output. keeps_derived: what the method derives
-    from base and factors stays until `factors_changed`; else each forward pass computes it. expert: whose linear it is,
-    its number in the layer: then `tp` are the ranks that share the expert's matrices, and Megatron's token dispatcher
-    communicates in the linear's place. shared: the factors of another expert's linear, if it has them too.
+    from base and factors stays until `factors_changed`; else each forward pass computes it. Those of experts are
+    `expert_linear.ExpertLinear`.
     """
 
     parallel_kind: Parallel
+    expert: int | None = None
 
     def __init__(
         self,
@@ -69,13 +51,8 @@ class LoRALinear(FrozenLinear):
         dropout: float = 0.0,
         dropout_before: bool = False,
         all_to_all: bool = False,
-        expert: int | None = None,
-        shared: Mapping[FactorKey, torch.nn.Parameter] | None = None,
     ):
-        super().__init__(base, config, tp if expert is None else tp.without_communication())
-        # How the factors are split; `tp` is how the linear communicates.
-        self.split = tp
-        self.expert = expert
+        super().__init__(base, config, tp)
         self.layout = layout
         self.shapes = shapes
         self.dropout = dropout
@@ -84,8 +61,7 @@ class LoRALinear(FrozenLinear):
         self.enabled = True
         self.method = method
         for factor in method.factors:
-            own = torch.nn.Parameter(factors[factor.key]) if shared is None else shared[factor.key]
-            self.register_parameter(factor.name, own)
+            self.register_parameter(factor.name, torch.nn.Parameter(factors[factor.key]))
         self.keeps_derived = True
         self._derived: Any = None
         self.register_buffer("b_mask", b_mask, persistent=False)
@@ -93,13 +69,20 @@ class LoRALinear(FrozenLinear):
         uniform = bool((scales == scales[0]).all())
         self.scale: float | None = layout.blocks[0].scale if uniform else None
         self.register_buffer("scales", None if uniform else scales.to(self._values()["A"].device), persistent=False)
-        if shared is None:
-            self._mark_factors()
+        for held in self.held_factors:
+            # With all-to-all every rank of B and A already holds its whole gradient.
+            partial = held.axis is None and method.gradient_is_partial(held.factor, self.parallel_kind, tp)
+            mark(held, ["tp"] if partial else [], of_experts=False)
 
     @property
     def name(self) -> str:
-        """The linear's full Megatron name, with the number of the expert whose it is."""
-        return module_name(self.layout.kind, self.layout.layer, self.expert)
+        """The linear's full Megatron name."""
+        return module_name(self.layout.kind, self.layout.layer)
+
+    @property
+    def split(self) -> TensorParallel:
+        """The ranks that share the linear, over which factors are split."""
+        return self.tp
 
     @property
     def held_factors(self) -> list[HeldFactor]:
@@ -110,25 +93,6 @@ class LoRALinear(FrozenLinear):
             )
             for factor in self.method.factors
         ]
-
-    def _mark_factors(self) -> None:
-        """Tell Megatron which factor is split over TP, and our gradient step which one to sum over it."""
-        for held in self.held_factors:
-            parameter: Any = held.parameter
-            set_tensor_model_parallel_attributes(parameter, held.axis is not None, held.axis or 0, 1)
-            # With all-to-all every rank of B and A already holds its whole gradient.
-            partial = held.axis is None and self.method.gradient_is_partial(held.factor, self.parallel_kind, self.split)
-            # Factors of experts are reduced over the ranks that hold the same experts.
-            parameter.allreduce = self.expert is None
-            groups: list[GradientGroup] = []
-            if partial:
-                groups.append("tp" if self.expert is None else "expert_tp")
-            if self.expert is not None and self.layout.expert is None:
-                groups.append("expert")
-                # Ranks with other experts hold it too; the gradient norm counts it once.
-                parameter.shared = parallel_state.get_expert_model_parallel_rank() > 0
-            parameter.sum_gradient_over = tuple(groups)
-            parameter.lora_plus = held.factor.lora_plus
 
     def factors_changed(self) -> None:
         """The factors have other values than before: what was derived from them is computed anew."""
@@ -180,14 +144,8 @@ class LoRALinear(FrozenLinear):
         # Both streams by name: under sequence parallelism the layers run inside the rank's own stream already, and
         # what is drawn from the current one then differs between ranks, and again when a layer is recomputed.
         tracker: Any = get_cuda_rng_tracker()
-        with tracker.fork(*self._stream(same_on_every_rank)):
+        with tracker.fork(*([get_data_parallel_rng_tracker_name()] if same_on_every_rank else [])):
             return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep).div_(keep)
-
-    def _stream(self, same_on_every_rank: bool) -> tuple[str, ...]:
-        if self.expert is not None:
-            # Its tokens are its own rank's alone: no stream that peers have in common may move on with them.
-            return (get_expert_parallel_rng_tracker_name(),)
-        return (get_data_parallel_rng_tracker_name(),) if same_on_every_rank else ()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Base parameters and the factors; see `policy.megatron.checkpoint` for which of them are written."""
@@ -204,7 +162,7 @@ class LoRALinear(FrozenLinear):
         )
 
     def extra_repr(self) -> str:
-        return f"rank={self.layout.rank}, blocks={len(self.layout.blocks)}, tp={self.split.size}"
+        return f"rank={self.layout.rank}, blocks={len(self.layout.blocks)}, tp={self.tp.size}"
 
 
 class LoRAColumnParallelLinear(LoRALinear, FrozenColumnParallelLinear):

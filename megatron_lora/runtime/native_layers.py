@@ -96,15 +96,6 @@ class NativeRowParallelLinear(RowParallelLinear):
     """Row-parallel linear under the name that stands for Transformer Engine's."""
 
 
-class NativeExpertRowParallelLinear(RowParallelLinear):
-    """An expert's second linear. Megatron-Core adds its bias in place, which autograd forbids on what a reduction over
-    one rank hands through."""
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, bias = super().forward(input_)
-        return (out if bias is None else out.clone()), bias
-
-
 class NativeLinear(torch.nn.Module):
     """Transformer Engine's linear that every tensor-parallel rank holds whole (`parallel_mode="duplicated"`)."""
 

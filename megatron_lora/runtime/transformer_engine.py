@@ -113,11 +113,6 @@ def native_spec_provider() -> type:
         def column_parallel_layer_norm_linear(self) -> type:
             return native.NativeLayerNormColumnParallelLinear
 
-        def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-            experts: Any = super().grouped_mlp_modules(moe_use_grouped_gemm)
-            experts.keywords["submodules"].linear_fc2 = native.NativeExpertRowParallelLinear
-            return experts
-
         def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
             return native.NativeNorm
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_lora.lora.held import HeldFactor
+from megatron_lora.lora.inject import Adapted
 from megatron_lora.lora.layout import A, B, ModelSpec, rows_of_part, segments_of
-from megatron_lora.lora.linear import HeldFactor, LoRALinear
 from megatron_lora.lora.peft_format import block_of, hf_name, peft_name
 from megatron_lora.policy.checksums import Pieces, checksum
 
 
-def adapter_pieces(adapted: Sequence[LoRALinear], shapes: ModelSpec, dtype: torch.dtype) -> Pieces:
+def adapter_pieces(adapted: Sequence[Adapted], shapes: ModelSpec, dtype: torch.dtype) -> Pieces:
     """This rank's part of `Policy.adapter_checksums`. adapted: this rank's linears."""
     pieces: Pieces = {}
     for linear in adapted:
@@ -18,11 +19,11 @@ def adapter_pieces(adapted: Sequence[LoRALinear], shapes: ModelSpec, dtype: torc
     return pieces
 
 
-def _linear_pieces(linear: LoRALinear, shapes: ModelSpec, dtype: torch.dtype) -> Pieces:
+def _linear_pieces(linear: Adapted, shapes: ModelSpec, dtype: torch.dtype) -> Pieces:
     """This rank's parts of one fused linear's factors, HF linear by HF linear."""
     layout = linear.layout
     held = {held.factor.key: held for held in linear.held_factors}
-    a, b = held["A"].parameter.detach(), held["B"].parameter.detach()
+    a, b = held["A"].value.detach(), held["B"].value.detach()
     first_column = 0 if held["A"].axis is None else linear.split.rank * a.shape[1]
     pieces: Pieces = {}
     for segment in segments_of(layout.kind, shapes):
@@ -39,7 +40,7 @@ def _linear_pieces(linear: LoRALinear, shapes: ModelSpec, dtype: torch.dtype) ->
     return pieces
 
 
-def _rows_of_b(linear: LoRALinear, held: HeldFactor, segment: str, shapes: ModelSpec) -> tuple[torch.Tensor, int]:
+def _rows_of_b(linear: Adapted, held: HeldFactor, segment: str, shapes: ModelSpec) -> tuple[torch.Tensor, int]:
     """(the local rows of B that belong to an HF linear, the number of the first of them there).
 
     A rank's part of B is that of a linear with 1/TP of the rows; the vocabulary's padding is left out.
@@ -48,7 +49,7 @@ def _rows_of_b(linear: LoRALinear, held: HeldFactor, segment: str, shapes: Model
     if held.axis is None:
         return rows_of_part(whole, segment), 0
     is_vocabulary = whole.kind == "output_layer"
-    part = whole.on_rank(linear.split.size, vocab_rows=held.parameter.shape[0] if is_vocabulary else None)
+    part = whole.on_rank(linear.split.size, vocab_rows=held.value.shape[0] if is_vocabulary else None)
     rows = rows_of_part(part, segment)
     first_row = linear.split.rank * rows.numel()
     if is_vocabulary:

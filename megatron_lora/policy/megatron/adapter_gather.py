@@ -8,18 +8,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_lora.lora.inject import Adapted
 from megatron_lora.lora.layout import AdapterSpec
-from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.sharding import unshard
 
 
-def gather_adapter(adapted: Sequence[LoRALinear], spec: AdapterSpec) -> dict[str, Tensor]:
+def gather_adapter(adapted: Sequence[Adapted], spec: AdapterSpec) -> dict[str, Tensor]:
     """`<module>.<factor>` -> the full factor (TP=1 order) on the CPU, on every rank."""
     mine: dict[str, Tensor] = {}
     of_experts: dict[str, Tensor] = {}
     for linear in adapted:
         for held in linear.held_factors:
-            value = held.parameter.detach()
+            value = held.value.detach()
             if held.axis is not None:
                 kind, key = linear.layout.kind, held.factor.key
                 value = unshard(_gather(value, linear), key, kind, spec.shapes, a2a=linear.all_to_all)
@@ -27,7 +27,7 @@ def gather_adapter(adapted: Sequence[LoRALinear], spec: AdapterSpec) -> dict[str
     return over_pipeline(mine | _over_experts(of_experts))
 
 
-def _gather(value: Tensor, linear: LoRALinear) -> list[Tensor]:
+def _gather(value: Tensor, linear: Adapted) -> list[Tensor]:
     if linear.split.size == 1:
         return [value]
     shards = [torch.empty_like(value) for _ in range(linear.split.size)]

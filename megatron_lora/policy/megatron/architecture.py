@@ -7,7 +7,8 @@ transformers' own config and rotary frequencies.
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
 from megatron_lora.conversion.hf_model import HFModel, activation
+from megatron_lora.lora.expert_linear import ExpertColumnLinear, ExpertRowLinear
 from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
 from megatron_lora.policy.megatron.attention import (
     LatentAttention,
@@ -161,13 +164,18 @@ def _apply_latent(provider: Any, model: HFModel) -> None:
 
 
 def _change_layers(provider: Any, model: HFModel) -> None:
-    """Let the provider's layer spec have the biases that the config asks for, and Gemma's attention follow
-    `layer_types`."""
+    """Let the provider's layer spec have the biases that the config asks for, Gemma's attention follow `layer_types`,
+    and experts be linears of all of them together."""
     for_each_layer(provider, lambda layer: _change_layer(layer, model))
 
 
 def _change_layer(layer: Any, model: HFModel) -> None:
     attention = layer.submodules.self_attention
+    within = layer.submodules.mlp.keywords["submodules"]
+    if hasattr(within, "experts"):
+        # Frozen, so without the `backward_dw` of Megatron-Core's own.
+        column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
+        within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention
@@ -185,8 +193,7 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         # Added within the linear: Gemma's norm behind it sees the sum.
         attention.submodules.linear_proj = _with_bias(attention.submodules.linear_proj, skip_bias_add=False)
     if model.shapes.mlp_bias:
-        mlp = layer.submodules.mlp.keywords["submodules"]
-        mlp.linear_fc1, mlp.linear_fc2 = _with_bias(mlp.linear_fc1), _with_bias(mlp.linear_fc2)
+        within.linear_fc1, within.linear_fc2 = _with_bias(within.linear_fc1), _with_bias(within.linear_fc2)
 
 
 def for_each_layer(provider: Any, change: Callable[[Any], None]) -> None:

@@ -24,16 +24,15 @@ from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.policy.quantization import local_matrix
 from megatron_lora.runtime.world import World
 
-# An expert's parameters as Megatron-Core's modules name them: one module an expert, or all in one (grouped products).
-_SEQUENTIAL = re.compile(r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)")
-# The same under the global names of `conversion.model_names`.
+# A parameter of a rank's experts as `lora.expert_linear` names it, and one expert's part under the global names of
+# `conversion.model_names`.
+_EXPERTS = re.compile(r"(.*\.mlp\.experts\.linear_fc[12])\.(weight|bias)")
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12])\.(\d+)\.(weight|bias)")
-_GROUPED = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)")
 
 
 def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
-    """A chunk's parameters by name, with the global layer number (from 0) and the global number of an expert, the first
-    of which that this rank holds is `first_expert`."""
+    """A chunk's parameters by name, with the global layer number (from 0); those of experts one by one, with the global
+    number of the expert, the first of which that this rank holds is `first_expert`."""
     layers: Any = chunk.decoder.layers
     numbers = {str(index): layer.layer_number - 1 for index, layer in enumerate(layers)}
     result = {}
@@ -43,7 +42,12 @@ def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(numbers[parts[2]])
-        result[_with_expert(".".join(parts), first_expert)] = parameter
+        name = ".".join(parts)
+        found = _EXPERTS.fullmatch(name)
+        if found:
+            result |= {f"{found[1]}.{first_expert + n}.{found[2]}": own for n, own in enumerate(parameter)}
+        else:
+            result[name] = parameter
     return result
 
 
@@ -108,15 +112,6 @@ def replaced(parameter: Tensor, value: Tensor) -> torch.nn.Parameter:
 
 def first_expert(shapes: ModelSpec, world: World) -> int:
     return world.ep_rank * (shapes.num_experts // world.ep)
-
-
-def _with_expert(name: str, first: int) -> str:
-    """`...experts.linear_fc1.<expert>.weight`, as `conversion.model_names` has it, for an expert's parameter."""
-    found = _SEQUENTIAL.fullmatch(name)
-    if found:
-        return f"{found[1]}.{found[3]}.{first + int(found[2])}.{found[4]}"
-    found = _GROUPED.fullmatch(name)
-    return f"{found[1]}.{found[2]}.{first + int(found[4])}.{found[3]}" if found else name
 
 
 @torch.no_grad()

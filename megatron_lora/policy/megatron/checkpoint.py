@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -23,7 +23,9 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_lora.errors import UserError, first_line
-from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.lora.held import HeldFactor
+from megatron_lora.lora.inject import Adapted
+from megatron_lora.lora.layout import without_expert
 from megatron_lora.policy.interface import PendingSave
 from megatron_lora.policy.megatron.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_lora.runtime.processes import die_with_parent, helpers_survive_signals
@@ -50,41 +52,89 @@ def metadata() -> dict[str, Any]:
     }
 
 
-def adapter_state(adapted: Sequence[LoRALinear]) -> dict[str, Any]:
-    """Sharded tensors of the factors that this rank holds, under `<module>.<factor>`."""
-    state: dict[str, Any] = {}
+def trained_factors(adapted: Sequence[Adapted]) -> dict[str, tuple[HeldFactor, list[Adapted]]]:
+    """What trains, by its key in a state: the factor, of which experts' any, and the linears that it serves."""
+    result: dict[str, tuple[HeldFactor, list[Adapted]]] = {}
     for linear in adapted:
         for held in linear.held_factors:
-            key = f"{linear.layout.name}.{held.factor.name}"
-            if key in state:
-                continue  # experts share it
-            groups = _groups(linear, split=held.axis is not None)
-            if held.axis is None:
-                state[key] = make_sharded_tensor_for_checkpoint(held.parameter, key, **groups)
-                continue
-            # The padded vocabulary depends on the TP size.
-            mismatch = linear.layout.kind == "output_layer"
-            state[key] = make_tp_sharded_tensor_for_checkpoint(
-                held.parameter, key, held.axis, allow_shape_mismatch=mismatch, **groups
-            )
-            if linear.shapes.linear(linear.layout.kind).stacked:
+            name = linear.layout.name if held.place is None else without_expert(linear.layout.name)
+            result.setdefault(f"{name}.{held.factor.name}", (held, []))[1].append(linear)
+    return result
+
+
+def adapter_state(adapted: Sequence[Adapted]) -> dict[str, Any]:
+    """Sharded tensors of the factors that this rank holds, under `<module>.<factor>`; those of experts, which train in
+    one tensor, become one of each expert when they are written."""
+    state: dict[str, Any] = {}
+    for key, (held, linears) in trained_factors(adapted).items():
+        if held.place is None:
+            state[key] = _sharded_factor(held.parameter, key, held, linears[0])
+            if _is_stacked(held, linears[0]):
                 # A rank holds [gate shard; up shard]; the whole is [gate; up].
                 state[key] = apply_swiglu_sharded_factory(state[key], ())
+        else:
+            state[key] = _by_expert(key, held, linears)
     return state
 
 
-def _groups(linear: LoRALinear, *, split: bool) -> dict[str, Any]:
+def _is_stacked(held: HeldFactor, linear: Adapted) -> bool:
+    return held.axis is not None and linear.shapes.linear(linear.layout.kind).stacked
+
+
+def _sharded_factor(value: Any, key: str, held: HeldFactor, linear: Adapted) -> ShardedTensor:
+    groups = _groups(linear, split=held.axis is not None)
+    if held.axis is None:
+        return make_sharded_tensor_for_checkpoint(value, key, **groups)
+    # The padded vocabulary depends on the TP size.
+    mismatch = linear.layout.kind == "output_layer"
+    return make_tp_sharded_tensor_for_checkpoint(value, key, held.axis, allow_shape_mismatch=mismatch, **groups)
+
+
+def _by_expert(key: str, held: HeldFactor, linears: Sequence[Adapted]) -> ShardedTensorFactory:
+    """One tensor of a rank's experts, on disk a tensor of each expert under its number in the layer."""
+    stacked = _is_stacked(held, linears[0])
+
+    def build(key: str, tensor: Any, replica_id: Any, flattened_range: Any) -> Any:
+        module, _, factor = key.rpartition(".")
+        return [
+            _parts(value, f"{module}.{linear.expert}.{factor}", linear)
+            for value, linear in zip(tensor, linears, strict=True)
+        ]
+
+    def _parts(value: Any, key: str, linear: Adapted) -> list[ShardedTensor]:
+        if not stacked:
+            return [_sharded_factor(value, key, held, linear)]
+        tp, peers = linear.split, _expert_peers()
+        return [
+            ShardedTensor.from_rank_offsets(
+                key, half, (0, number * tp.size + tp.rank, 2 * tp.size), replica_id=(0, 0, peers.rank())
+            )
+            for number, half in enumerate(value.chunk(2))
+        ]
+
+    def merge(parts: Any) -> torch.Tensor:
+        return torch.stack([torch.cat(own) for own in parts])
+
+    return ShardedTensorFactory(key, held.parameter, build, merge)
+
+
+def _groups(linear: Adapted, *, split: bool) -> dict[str, Any]:
     """The ranks that share a linear's weight, and those that hold the same part of it; which copy of several a factor
     is. split: over the former."""
     if linear.expert is None:
         return {"tp_group": linear.split.group, "dp_cp_group": parallel_state.get_data_parallel_group(True)}
-    peers: Any = parallel_state.get_expert_data_parallel_group()
+    peers = _expert_peers()
     groups = {"tp_group": linear.split.group, "dp_cp_group": peers}
     if linear.layout.expert is not None:
         return groups
     # Ranks with other experts of the layer hold the same, too.
     copy = parallel_state.get_expert_model_parallel_rank() * peers.size() + peers.rank()
     return groups | {"replica_id": (0, 0 if split else linear.split.rank, copy)}
+
+
+def _expert_peers() -> Any:
+    """The ranks that hold the same part of the same experts."""
+    return parallel_state.get_expert_data_parallel_group()
 
 
 def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:

@@ -69,12 +69,10 @@ def build_base(
     world: World,
     opened: tuple[HFModel, WeightSource] | None = None,
     *,
-    adapts_experts: bool = False,
     changed: Callable[[ReadWeight], ReadWeight] | None = None,
 ) -> BaseModel:
     """Build the base in the recipe's layout and load its Hugging Face weights. opened: the base as `open_base` gives
-    it, if it is open already. adapts_experts: each expert is a module of its own, which can be
-    adapted. changed: what the model holds in the weights' place, given how they are read.
+    it, if it is open already. changed: what the model holds in the weights' place, given how they are read.
 
     Raises UserError for an architecture that megatron-bridge lacks, and for weights that are not this model's.
     """
@@ -93,7 +91,7 @@ def build_base(
         head_dim=shapes.head_dim,
         on_gpu=world.device.type == "cuda" and have_transformer_engine(),
     )
-    _configure(provider, policy, world, shared=unshared is None, adapts_experts=adapts_experts)
+    _configure(provider, policy, world, shared=unshared is None)
     # bridge prints the padded vocabulary, once a chunk
     with redirect_stdout(StringIO()), matrices_on_meta() if four_bit else nullcontext():
         chunks = _provide_chunks(provider)
@@ -140,7 +138,7 @@ def _bridge_errors(model_name: str) -> Iterator[None]:
         ) from error
 
 
-def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: bool, adapts_experts: bool) -> None:
+def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: bool) -> None:
     """Set the provider from the recipe. Attributes are Megatron-Core's own (TransformerConfig). shared: its attention
     takes rows that share prefixes."""
     megatron = policy.megatron_cfg
@@ -165,8 +163,8 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: boo
     # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
     provider.calculate_per_token_loss = True
     provider.moe_token_dispatcher_type = "alltoall"
-    grouped = world.device.type == "cuda" and have_transformer_engine() and not adapts_experts
-    provider.moe_grouped_gemm = provider.moe_permute_fusion = grouped and policy.precision == "bfloat16"
+    fused = world.device.type == "cuda" and have_transformer_engine()
+    provider.moe_permute_fusion = fused and policy.precision == "bfloat16"
     provider.moe_router_fusion = False
     provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
     provider.perform_initialization = False
@@ -196,7 +194,10 @@ def _configure_kernels(provider: Any, policy: PolicyConfig, world: World, *, sha
     )
     # Whatever fused attention Transformer Engine finds; bridge asks for the flash-attn package in some families.
     provider.attention_backend = AttnBackend.auto
-    provider.bias_dropout_fusion = world.device.type == "cuda"
+    # Megatron-Core has no such kernel for experts with biases.
+    provider.bias_dropout_fusion = world.device.type == "cuda" and not (
+        provider.num_moe_experts and provider.add_bias_linear
+    )
     windows_over_ranks = provider.window_size is not None and policy.megatron_cfg.context_parallel_size > 1
     if fused and (policy.precision == "float32" or windows_over_ranks):
         # Transformer Engine's fused attention has no fp32, and no windows where keys are passed around; ours has.

@@ -20,7 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from megatron_lora.config.schema import PolicyConfig
-from megatron_lora.lora.linear import GradientGroup
+from megatron_lora.lora.held import GradientGroup
 from megatron_lora.policy.backend import DTYPES
 
 

@@ -16,11 +16,9 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.model_names import model_parameters
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch
-from megatron_lora.lora.inject import AdapterOptions, inject, put_factors
+from megatron_lora.lora.inject import Adapted, AdapterOptions, inject, put_factors
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
-from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods import ReadWeight
-from megatron_lora.lora.packed_experts import adapts_experts
 from megatron_lora.lora.peft_format import ExpertLayout, to_hf
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adam_state import optimizer_backend, whole_model_backend
@@ -72,11 +70,10 @@ class MegatronPolicy(LanePolicy):
             policy,
             world,
             opened,
-            adapts_experts=drawn is not None and adapts_experts(drawn.spec),
             changed=None if drawn is None else drawn.changed_base,
         )
         self.tp = self.base.tp
-        self.adapted: list[LoRALinear] = []
+        self.adapted: list[Adapted] = []
         self.saved: list[saved_modules.SavedTensor] = []
         if drawn is not None:
             self._inject(drawn)
@@ -171,7 +168,7 @@ class MegatronPolicy(LanePolicy):
         )
 
     @property
-    def _linears(self) -> Mapping[str, LoRALinear]:
+    def _linears(self) -> Mapping[str, Adapted]:
         return {linear.name: linear for linear in self.adapted}
 
     def _trained(self) -> list[torch.nn.Parameter]:
@@ -231,8 +228,8 @@ class MegatronPolicy(LanePolicy):
     def _adds_nothing(self) -> bool:
         return all(linear.adds_nothing() for linear in self.adapted)
 
-    def _has_gradient(self, linear: LoRALinear) -> bool:
-        return any(bool(held.parameter.main_grad.any()) for held in linear.held_factors)  # type: ignore[attr-defined]
+    def _has_gradient(self, linear: Adapted) -> bool:
+        return any(bool(held.gradient.any()) for held in linear.held_factors)
 
     def adapter(self, experts: ExpertLayout = "each") -> AdapterTensors:
         config, tensors = to_hf(*self._against_the_base(self._gather()), experts=experts)
@@ -321,10 +318,9 @@ class MegatronPolicy(LanePolicy):
                     mine = {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
                     chunk.load_state_dict(mine, strict=False)
                 return
-            for linear in self.adapted:
-                linear.factors_changed()
-                for held in linear.held_factors:
-                    held.parameter.copy_(state[f"{linear.layout.name}.{held.factor.name}"])
+            for key, (held, _) in checkpoint.trained_factors(self.adapted).items():
+                held.parameter.copy_(state[key])
+            self._values_changed()
             for saved in self.saved:
                 saved.parameter.copy_(state[saved.name])
 
