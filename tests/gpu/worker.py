@@ -22,7 +22,7 @@ from megatron_lora.rollout.vllm_engine import merge_only_reason
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
 from tests.support.grouped import grouped_numbers
 from tests.support.models import save_model
-from tests.support.reference import make_rows, save_adapter, token_logps, train
+from tests.support.reference import EXPERTS, TARGETS, make_rows, save_adapter, token_logps, train
 
 VOCAB = 509
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCAB, "max_position_embeddings": 512}
@@ -38,6 +38,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
     "dp2": {},
+    "ep2": {"expert_model_parallel_size": 2},
+    "etp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_tensor_parallel_size": 2},
 }
 
 DTENSOR: dict[str, dict[str, Any]] = {
@@ -63,6 +65,8 @@ def prepare(folder: Path) -> None:
     for family in ("llama2", "qwen2", "gemma3"):
         model = save_model(folder / family, family, **SIZES)
         save_adapter(model, folder / f"{family}-adapter")
+    model = save_model(folder / "qwen3_moe", "qwen3_moe", **SIZES)
+    save_adapter(model, folder / "qwen3_moe-adapter", targets=TARGETS[:4], parameters=EXPERTS)
 
 
 def make_policy(

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from tools.bench.task import Task
+from tools.bench.task import Experts, Task
 
 
-def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any]]:
+def build(task: Task, *, lora: bool, experts: Experts | None = None) -> tuple[Callable[[], float], dict[str, Any]]:
     """(one training step that returns its loss, what to report of the model)."""
     from megatron_lora.runtime.cpu import install_cpu_stand_ins
     from megatron_lora.runtime.transformer_engine import import_bridge
@@ -18,7 +18,7 @@ def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any
     world = init_distributed()
     install_cpu_stand_ins()
     import_bridge()
-    chunks, config, vocab_size = _model(task, lora)
+    chunks, config, vocab_size = _model(task, lora, experts)
     optimizer = _optimizer(chunks, config)
     ids = task.input_ids(vocab_size, world.device)
     batch = _batch(ids)
@@ -27,7 +27,7 @@ def build(task: Task, *, lora: bool) -> tuple[Callable[[], float], dict[str, Any
     return _step(task, chunks, optimizer, batch), {"trainable": trainable, "total": total}
 
 
-def _model(task: Task, lora: bool) -> tuple[list[Any], Any, int]:
+def _model(task: Task, lora: bool, experts: Experts | None) -> tuple[list[Any], Any, int]:
     """(the wrapped model, its configuration, vocabulary size)."""
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -48,8 +48,8 @@ def _model(task: Task, lora: bool) -> tuple[list[Any], Any, int]:
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
     if lora:
-        has_experts = bool(provider.num_moe_experts)
-        provider.register_pre_wrap_hook(_lora_hook(task.rank, has_experts))
+        attention_alone = bool(provider.num_moe_experts) and experts is None
+        provider.register_pre_wrap_hook(_lora_hook(task.rank, attention_alone, shared=experts != "each"))
     # A single process has nothing to split the optimizer over; its recipes for one GPU leave that off too.
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     chunks = provider.provide_distributed_model(
@@ -73,16 +73,18 @@ def _prepare_for_cpu(provider: Any) -> None:
         "cross_entropy_loss_fusion",
         "apply_rope_fusion",
         "persist_layer_norm",
+        "moe_permute_fusion",
+        "moe_grouped_gemm",
     ):
         setattr(provider, name, False)
 
 
-def _lora_hook(rank: int, has_experts: bool) -> Callable[[list[Any]], list[Any]]:
+def _lora_hook(rank: int, attention_alone: bool, *, shared: bool) -> Callable[[list[Any]], list[Any]]:
+    """shared: experts of a layer have one adapter."""
     from megatron.bridge.peft.lora import LoRA
 
-    # This project adapts no experts: the same linears for both.
-    peft = LoRA(dim=rank, alpha=rank, dropout=0.0)
-    if has_experts:
+    peft = LoRA(dim=rank, alpha=rank, dropout=0.0, share_expert_adapters=shared)
+    if attention_alone:
         peft.target_modules = ["linear_qkv", "linear_proj"]
 
     def hook(chunks: list[Any]) -> list[Any]:

@@ -7,16 +7,21 @@ from typing import Any
 import torch
 
 from tools.bench.measure import measure
-from tools.bench.task import Task
+from tools.bench.task import Experts, Task
 
 
-def build(task: Task, *, lora: bool, graphs: str | None = None) -> tuple[Callable[[], float], dict[str, Any]]:
+def build(
+    task: Task, *, lora: bool, graphs: str | None = None, experts: Experts | None = None
+) -> tuple[Callable[[], float], dict[str, Any]]:
     """(one training step that returns its loss, what to report of the model). graphs: `cuda_graph_impl`."""
     from megatron_lora.config.schema import PolicyConfig
     from megatron_lora.runtime.world import init_megatron_world
 
     settings = _policy(task, lora)
     settings["megatron_cfg"]["cuda_graph_impl"] = graphs
+    if experts is not None:
+        targets = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+        settings["megatron_cfg"]["peft"] |= {"target_modules": targets, "share_expert_adapters": experts == "shared"}
     config = PolicyConfig(**settings)
     world = init_megatron_world(config, 0)
     from megatron_lora.policy.megatron.policy import MegatronPolicy

@@ -13,6 +13,8 @@ from megatron_lora.errors import UserError
 LABELS = {
     "ours-lora": "Megatron-LoRA, LoRA",
     "ours-lora-launched": "Megatron-LoRA, LoRA, cuda_graph_impl=none",
+    "ours-lora-experts": "Megatron-LoRA, LoRA, experts too",
+    "ours-lora-experts-shared": "Megatron-LoRA, LoRA, experts too, one pair for all",
     "ours-full": "Megatron-LoRA, full",
     "dtensor-lora": "DTensor backend, LoRA",
     "dtensor-lora-plain": "DTensor backend, LoRA, use_triton=false",
@@ -22,6 +24,8 @@ LABELS = {
     "peft-lora-bf16": "transformers + peft, LoRA, bf16 factors",
     "hf-full": "transformers, full",
     "bridge-lora": "Megatron-Bridge, LoRA",
+    "bridge-lora-experts": "Megatron-Bridge, LoRA, experts too",
+    "bridge-lora-experts-shared": "Megatron-Bridge, LoRA, experts too, one pair for all",
     "bridge-full": "Megatron-Bridge, full",
 }
 REFERENCE = "ours-lora"

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
@@ -129,6 +130,9 @@ SHAPES = {
         length=32,
     ),
 }
+
+# Adapters on the experts of a shape that has them: one pair for each, or one for all of a layer. Without: on attention.
+Experts = Literal["each", "shared"]
 
 
 @dataclass(frozen=True)

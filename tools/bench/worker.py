@@ -21,6 +21,8 @@ from tools.bench.task import Task
 ENGINES = {
     "ours-lora": partial(engine_ours.build, lora=True),
     "ours-lora-launched": partial(engine_ours.build, lora=True, graphs="none"),
+    "ours-lora-experts": partial(engine_ours.build, lora=True, experts="each"),
+    "ours-lora-experts-shared": partial(engine_ours.build, lora=True, experts="shared"),
     "ours-full": partial(engine_ours.build, lora=False),
     "dtensor-lora": engine_ours.build_dtensor,
     "dtensor-lora-plain": partial(engine_ours.build_dtensor, fused=False),
@@ -30,6 +32,8 @@ ENGINES = {
     "peft-lora-bf16": partial(engine_hf.build, lora=True, fp32_adapter=False),
     "hf-full": partial(engine_hf.build, lora=False),
     "bridge-lora": partial(engine_bridge.build, lora=True),
+    "bridge-lora-experts": partial(engine_bridge.build, lora=True, experts="each"),
+    "bridge-lora-experts-shared": partial(engine_bridge.build, lora=True, experts="shared"),
     "bridge-full": partial(engine_bridge.build, lora=False),
 }
 PACKAGES = (
