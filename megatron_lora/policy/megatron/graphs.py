@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.data.fixed_shape import FixedShape, fixed_shape, stretched
-from megatron_lora.lora.linear import LoRALinear
+from megatron_lora.lora.inject import Adapted
 from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.megatron.packed import RotaryPositions
 from megatron_lora.runtime.memory import hold_graph_pool
@@ -43,7 +43,7 @@ class GraphedPasses:
         self,
         chunk: GPTModel,
         forward: Forward,
-        linears: Sequence[LoRALinear],
+        linears: Sequence[Adapted],
         rotary: RotaryPositions,
         pad_token_id: int,
     ):

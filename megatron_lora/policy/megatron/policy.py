@@ -18,6 +18,7 @@ from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.inject import Adapted, AdapterOptions, inject, put_factors
 from megatron_lora.lora.layout import ADAPTER_FILE, AdapterSpec
+from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.peft_format import ExpertLayout, to_hf
 from megatron_lora.objectives.base import Objective
