@@ -28,6 +28,7 @@ from tools.tiny_model import build_base
 RECIPE = "recipes/grpo-quickstart-megatron.yaml"
 PEFT = "policy.megatron_cfg.peft"
 VLLM = ("policy.generation.backend=vllm", "policy.generation.vllm_cfg.tensor_parallel_size=1")
+NF4 = (f"{PEFT}.quantization=nf4", f"{PEFT}.lora_dtype=float32")
 COMMON = (
     "policy.megatron_cfg.tensor_model_parallel_size=1",
     "checkpointing.enabled=false",
@@ -47,6 +48,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "dora, vLLM": (f"{PEFT}.type=dora", "policy.generation.refit=merge", *VLLM),
     "pissa": (f"{PEFT}.init_lora_weights=pissa",),
     "pissa, vLLM": (f"{PEFT}.init_lora_weights=pissa", *VLLM),
+    "qlora": NF4,
+    "qdora": (f"{PEFT}.type=dora", *NF4),
     "modules_to_save": (f"{PEFT}.modules_to_save=[norm,input_layernorm]",),
 }
 

@@ -261,7 +261,7 @@ EXPORT_FAULTS: dict[str, tuple[Callable[[Path, Path, Path], dict[str, Any]], str
         lambda base, step, folder: {"hf_model_name": "no-one/no-such-model"},
         "no-one/no-such-model is neither a folder",
     ),
-    "a dtype that nobody has": (lambda base, step, folder: {"dtype": "int4"}, "dtype='int4'"),
+    "a dtype that nobody has": (lambda base, step, folder: {"dtype": "int4"}, "dtype='int4'.*not 4 bits"),
     "a folder without a checkpoint": (
         lambda base, step, folder: {"adapter_ckpt": base},
         "adapter.json",

@@ -11,6 +11,7 @@ from typing import Literal
 Mark = Literal["yes", "run", "merged", "converted"]
 COLUMNS = (
     "training",
+    "SFT, whole run",
     "DPO",
     "GRPO, native rollouts",
     "GRPO, vLLM",
@@ -26,6 +27,7 @@ PEFT = "tests/unit/test_layout_peft_format.py"
 EXPORT, SAVED = "tests/end_to_end/test_adapter_export.py", "tests/unit/test_saved_modules.py"
 PRINCIPAL = "tests/unit/test_lora_principal.py"
 GRPO, RUNS = "tests/end_to_end/test_grpo.py", "tools/kinds.py"
+KIND_RUNS, DPO = "tests/end_to_end/test_kinds.py", "tests/end_to_end/test_dpo.py"
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,25 @@ def _run(name: str) -> Shown:
     return Shown("run", RUNS, "train", f'"{name}": (')
 
 
-BY_LINEAR = Shown("yes", "tests/end_to_end/test_dpo.py", "test_ten_steps_of_dora_with_ranks_by_linear_equal_trl")
+def _whole_run(kind: str) -> Shown:
+    """From the command line, with a resume and a stock peft's load of what it exports."""
+    return Shown("yes", KIND_RUNS, "test_a_resumed_run_is_the_same_run_and_its_adapter_is_pefts", f'"{kind}": {{')
+
+
+def _whole_runs(kind: str, *further: str) -> dict[str, Shown]:
+    """further: other columns that these runs fill."""
+    columns = ("SFT, whole run", "DPO", "GRPO, native rollouts", *further)
+    return {column: _whole_run(kind) for column in columns}
+
+
+BY_LINEAR = Shown("yes", DPO, "test_ten_steps_of_dora_with_ranks_by_linear_equal_trl")
 TABLE: dict[str, dict[str, Shown]] = {
     "`lora`": {
         "training": _trained('case("sp", 2, SP)'),
-        "DPO": Shown("yes", "tests/end_to_end/test_dpo.py", "test_ten_steps_of_a_new_adapter_equal_trl"),
+        "SFT, whole run": Shown(
+            "yes", "tests/end_to_end/test_sft_resume.py", "test_killed_run_ends_where_the_whole_run_ends"
+        ),
+        "DPO": Shown("yes", DPO, "test_ten_steps_of_a_new_adapter_equal_trl"),
         "GRPO, native rollouts": Shown("yes", GRPO, "test_answers_by_the_training_model"),
         "GRPO, vLLM": Shown("yes", GRPO, "test_vllm_carries_the_adapter_at_every_step"),
         **_resumed('case("tp", 2, TP, {"dp"'),
@@ -77,22 +93,22 @@ TABLE: dict[str, dict[str, Shown]] = {
     },
     "`canonical_lora`": {
         "training": _trained('case("own_a", 1, adapter="own")'),
-        "GRPO, native rollouts": _run("canonical_lora"),
+        **_whole_runs("canonical_saved"),
         **_resumed('case("own_a", 2'),
         **_in_and_out('"some_linears"'),
         "DTensor": _dtensor('residual("pissa_tp", 2', "test_an_adapter_of_the_residual_is_pefts_own"),
     },
     "`use_rslora`": {
         "training": _trained('case("pp_unlike", 2'),
+        **_whole_runs("dora_by_linear"),
         "DPO": BY_LINEAR,
-        "GRPO, native rollouts": _run("rslora"),
         **_resumed('case("unlike", 2'),
         **_in_and_out('"all_linear_rslora"'),
         "DTensor": _dtensor('case("scores_unlike_tp", 2', "test_scores"),
     },
     "`lora_plus_ratio`": {
         "training": _trained('case("lora_plus_sp", 2, SP | LORA_PLUS)', "test_lora_plus_gives_b_a_rate_of_its_own"),
-        "GRPO, native rollouts": _run("lora+"),
+        **_whole_runs("qlora", "export"),
         **_resumed('case("dora_lora_plus", 2'),
         "DTensor": Shown(
             "yes",
@@ -104,6 +120,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     },
     "`rank_pattern`, `alpha_pattern`": {
         "training": _trained('case("pp_unlike", 2'),
+        **_whole_runs("dora_by_linear"),
         "DPO": BY_LINEAR,
         **_resumed('case("unlike", 2'),
         **_in_and_out('"patterns"'),
@@ -111,6 +128,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     },
     "`dora`": {
         "training": _trained('dora_case("tp", 2, TP)'),
+        **_whole_runs("dora_by_linear"),
         "DPO": BY_LINEAR,
         "GRPO, native rollouts": Shown(
             "yes",
@@ -125,7 +143,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     },
     "`pissa`": {
         "training": Shown("yes", KINDS, "test_ten_steps_equal_pefts_own", 'layouts("pissa", PISSA)'),
-        "GRPO, native rollouts": _run("pissa"),
+        **_whole_runs("pissa"),
         "GRPO, vLLM": _run("pissa, vLLM"),
         **_resumed('case("pissa", 2'),
         "export": Shown("converted", KINDS, "test_a_stock_peft_loads_what_is_exported", 'layouts("pissa", PISSA)'),
@@ -136,6 +154,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     },
     "`quantization: nf4`": {
         "training": _trained('nf4_case("tp1", 1, {})'),
+        **_whole_runs("qlora", "export"),
         "GRPO, vLLM": Shown(
             "yes",
             "tests/distributed/test_rollout_four_bit.py",
@@ -146,7 +165,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     },
     "`modules_to_save`": {
         "training": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
-        "GRPO, native rollouts": _run("modules_to_save"),
+        **_whole_runs("canonical_saved"),
         **_resumed('case("saved", 2'),
         "export": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
         "import": Shown("yes", SAVED, "test_a_folder_of_peft_goes_in_and_out"),
