@@ -26,11 +26,11 @@ ALGORITHMS = ("sft", "dpo", "grpo")
 
 @dataclass(frozen=True)
 class Found:
-    """refusal: why the recipe does not resolve, "" where it does. notices: what is said of it where it does."""
+    """refusal: why the recipe does not resolve, "" where it does. asynchronous: whether it is of asynchronous GRPO."""
 
     path: Path
     refusal: str
-    notices: list[str]
+    asynchronous: bool
 
 
 def recipes(clone: Path) -> Iterator[Path]:
@@ -59,9 +59,10 @@ def algorithm_of(path: Path, depth: int = 0) -> str | None:
 
 def resolve(path: Path) -> Found:
     try:
-        return Found(path, "", load_recipe(path).notices)
+        grpo = load_recipe(path).recipe.grpo
+        return Found(path, "", grpo is not None and grpo.async_grpo.enabled)
     except UserError as error:
-        return Found(path, str(error), [])
+        return Found(path, str(error), False)
 
 
 def reasons(refusal: str) -> set[str]:
@@ -82,9 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     refused = [entry for entry in found if entry.refusal]
-    otherwise = sum(any("does not run asynchronously" in line for line in entry.notices) for entry in found)
+    asynchronous = sum(entry.asynchronous for entry in found)
     print(f"{len(found) - len(refused)} of {len(found)} recipes resolve")
-    print(f"{otherwise} of them ask for asynchronous GRPO, which runs synchronously here (a notice says so)")
+    print(f"{asynchronous} of them ask for asynchronous GRPO, for which policy.generation.servers.urls is to be added")
     for key, count in Counter(key for entry in refused for key in reasons(entry.refusal)).most_common(25):
         print(f"{count:5}  {key}")
     if options.list:

@@ -23,9 +23,13 @@ def serve(arguments: Sequence[str]) -> int:
     loaded = load_or_print(options)
     if loaded is None:
         return 0
-    if loaded.recipe.algorithm != "grpo":
+    if loaded.recipe.grpo is None:
         raise UserError(f"{options.recipe} is a recipe of {loaded.recipe.algorithm}; only GRPO draws answers")
-    command, environment = server_command(loaded.recipe.policy)
+    asynchronous = loaded.recipe.grpo.async_grpo
+    in_flight = asynchronous.enabled and asynchronous.in_flight_weight_updates
+    command, environment = server_command(
+        loaded.recipe.policy, num_versions=1 + (asynchronous.max_trajectory_age_steps if in_flight else 0)
+    )
     command += ["--host", found.host, "--port", str(found.port)]
     if options.dry_run:
         print(" ".join([*(f"{k}={v}" for k, v in environment.items()), shlex.join(command)]), flush=True)
@@ -35,8 +39,10 @@ def serve(arguments: Sequence[str]) -> int:
     os.execv(command[0], command)
 
 
-def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
-    """(command line of vLLM's server, environment) for a recipe's policy; `vllm_kwargs` come last and win."""
+def server_command(policy: PolicyConfig, num_versions: int = 1) -> tuple[list[str], dict[str, str]]:
+    """(command line of vLLM's server, environment) for a recipe's policy; `vllm_kwargs` come last and win.
+
+    num_versions: of the adapter that answer at a time."""
     import torch
 
     from megatron_lora.rollout import vllm_engine
@@ -56,7 +62,9 @@ def server_command(policy: PolicyConfig) -> tuple[list[str], dict[str, str]]:
     values.pop("skip_tokenizer_init", None)
     # A new version is loaded beside the one that still answers.
     if adapter_rank is not None:
-        values["max_cpu_loras"] = 2
+        for name, number in (("max_loras", num_versions), ("max_cpu_loras", num_versions + 1)):
+            if name not in policy.generation.vllm_kwargs:
+                values[name] = number
     values["worker_extension_cls"] = "megatron_lora.rollout.server_worker.ServerWorker"
     # Not `vllm serve`: its CPU build has no package metadata under that name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *_flags(values)]

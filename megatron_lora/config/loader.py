@@ -74,16 +74,17 @@ def _with_lists_of_data(resolved: dict[str, Any]) -> dict[str, Any]:
 
 def _runs_otherwise(resolved: dict[str, Any]) -> list[str]:
     """Of the keys without effect those that ask for another run than the user gets."""
-    for path in ("grpo.async_grpo.enabled", "async_rl.enabled"):
-        value: Any = resolved
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is True and isinstance(resolved.get("grpo"), dict):
-            return [
-                f"{path}=true does not run asynchronously here: rollouts and training alternate, every answer comes "
-                "from the newest weights (age 0), and a step takes the time of both"
-            ]
-    return []
+    controller, grpo = resolved.get("async_rl"), resolved.get("grpo")
+    if not isinstance(grpo, dict) or not isinstance(controller, dict):
+        return []
+    if controller.get("enabled") is not True and not controller.get("sampler"):
+        return []
+    if (grpo.get("async_grpo") or {}).get("enabled") is True:
+        return []
+    return [
+        "async_rl has no effect: rollouts and training alternate, every answer comes from the newest weights (age 0), "
+        "and a step takes the time of both; set grpo.async_grpo.enabled=true in its place"
+    ]
 
 
 def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:

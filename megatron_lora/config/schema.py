@@ -4,9 +4,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_lora.config.schema_algorithms import DpoConfig, EnvConfig, GrpoConfig, LossFnConfig, SftConfig
+from megatron_lora.config.schema_algorithms import DpoConfig, GrpoConfig, LossFnConfig, SftConfig
 from megatron_lora.config.schema_base import Section
 from megatron_lora.config.schema_data import DataConfig
+from megatron_lora.config.schema_env import EnvConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.config.schema_run import CheckpointingConfig, LoggerConfig, TimeoutsConfig
 

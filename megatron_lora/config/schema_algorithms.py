@@ -1,13 +1,12 @@
-"""The algorithms: `sft`, `dpo`, `grpo` with its `loss_fn` and `env`."""
+"""The algorithms: `sft`, `dpo`, `grpo` with its `loss_fn`."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_lora.config.schema_base import (
     Float,
     Int,
-    KeywordArguments,
     NonNegativeFloat,
     Period,
     PositiveFloat,
@@ -149,6 +148,22 @@ class RewardScalingConfig(Section):
     target_max: Float = Field(default=1.0, description="What the greatest becomes.")
 
 
+class AsyncGrpoConfig(Section):
+    """`grpo.async_grpo`: rollout servers answer the prompts of later steps while the policy trains."""
+
+    enabled: bool = Field(default=False, description="Ask for answers ahead of their step.")
+    max_trajectory_age_steps: Int = Field(
+        default=1,
+        ge=0,
+        description="Versions of the weights that an answer may be behind those that train on it; 0: as without, but "
+        "for what a step does after its refit.",
+    )
+    in_flight_weight_updates: bool = Field(
+        default=False,
+        description="Hand a new adapter over while servers answer with the one before; off: wait for their answers.",
+    )
+
+
 class GrpoConfig(_Algorithm):
     """`grpo`: group relative policy optimization (Shao et al. 2024) and its descendants."""
 
@@ -186,6 +201,9 @@ class GrpoConfig(_Algorithm):
         description="Answers whose mean over tokens of exp(|trainer - rollout log-probability|) is above this carry "
         "no loss; null: all do.",
     )
+    async_grpo: AsyncGrpoConfig = Field(
+        default_factory=AsyncGrpoConfig, description="Generation that runs ahead of training."
+    )
     max_val_samples: PositiveInt = Field(default=256, description="Prompts a validation, at most.")
     val_batch_size: PositiveInt = Field(default=256, description="Prompts generated at once at validation.")
     val_num_generations_per_prompt: PositiveInt = Field(
@@ -204,6 +222,12 @@ class GrpoConfig(_Algorithm):
         description="On: refuse a KL penalty, which needs the reference's log-probabilities; without one they are "
         "never computed, whatever this says.",
     )
+
+    @field_validator("async_grpo", mode="before")
+    @classmethod
+    def _synchronous(cls, value: Any) -> Any:
+        """NeMo RL's null: not asynchronous."""
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -278,12 +302,19 @@ class LossFnConfig(Section):
         default=0.0, description="Weight of a likelihood loss on answers of positive advantage."
     )
     use_importance_sampling_correction: bool = Field(
-        default=False, description="Weigh tokens by trainer / rollout probability."
+        default=False,
+        description="Weigh tokens by trainer / rollout probability; of answers asked ahead that is the decoupled PPO "
+        "objective (AReaL).",
     )
-    truncated_importance_sampling_type: Literal["tis", "icepop", "seq-mask-tis"] | None = Field(
+    proximal_policy: Literal["trainer", "rollout"] = Field(
+        default="trainer",
+        description="Policy that the ratio is to: the trainer's as training on the answers starts, or the one that "
+        "drew them, with the rollout's own log-probabilities.",
+    )
+    truncated_importance_sampling_type: Literal["tis", "seq-tis", "icepop", "seq-mask-tis"] | None = Field(
         default=None,
-        description="Bound those weights: clamp them (tis), drop tokens outside (icepop), or drop answers whose "
-        "geometric mean is outside (seq-mask-tis).",
+        description="Bound those weights: clamp them (tis), clamp an answer's product and weigh all its tokens by it "
+        "(seq-tis), drop tokens outside (icepop), or drop answers whose geometric mean is outside (seq-mask-tis).",
     )
     truncated_importance_sampling_ratio: PositiveFloat | None = Field(
         default=None, description="Upper bound of the weights."
@@ -291,88 +322,3 @@ class LossFnConfig(Section):
     truncated_importance_sampling_ratio_min: NonNegativeFloat | None = Field(
         default=None, description="Lower bound of the weights; null: none."
     )
-
-
-RewardKind = Literal["exact", "math", "dapo_math_verify", "gsm8k", "format", "length", "python"]
-# Kinds that compare an answer with the row's reference.
-REFERENCE_KINDS = frozenset({"exact", "math", "dapo_math_verify", "gsm8k"})
-# `reward_<name>` is a metric; these are others.
-_TAKEN_NAMES = frozenset({"std", "errors", "seconds"})
-_NEEDED = {"format": "pattern", "length": "max_tokens", "python": "function"}
-
-
-class RewardFunctionConfig(Section):
-    """One entry of `env.reward_functions`. A sample's reward is the weighted sum over the entries."""
-
-    kind: RewardKind = Field(
-        description="`exact`: the answer is the reference; `math`: symbolically equal (math-verify); "
-        "`dapo_math_verify`: DAPO's check of the text after `Answer:`; `gsm8k`: the number after the last `####`; "
-        "`format`: `pattern` matches; `length`: penalty beyond `max_tokens`; `python`: `function`."
-    )
-    name: str | None = Field(default=None, description="Name in the metrics; null: `kind`.")
-    weight: Float = Field(default=1.0, description="Factor of this reward in the sum.")
-    timeout_seconds: PositiveFloat = Field(
-        default=10.0,
-        le=86_400,
-        description="A call that takes longer gives 0 and is counted; a whole batch may be one call.",
-    )
-    pattern: str | None = Field(
-        default=None, description="`format`: regular expression that the whole answer has to match."
-    )
-    max_tokens: PositiveInt | None = Field(default=None, description="`length`: tokens that cost nothing.")
-    function: str | None = Field(
-        default=None, description="`python`: import path `package.module:function` or `path/file.py:function`."
-    )
-    kwargs: KeywordArguments = Field(default_factory=dict, description="`python`: further arguments of the function.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        needed = _NEEDED.get(self.kind)
-        if needed is not None and getattr(self, needed) is None:
-            raise ValueError(f"kind={self.kind} needs {needed}")
-        for kind, key in _NEEDED.items():
-            if kind != self.kind and getattr(self, key) is not None:
-                raise ValueError(f"{key} belongs to kind={kind}, not to kind={self.kind}")
-        if self.kwargs and self.kind != "python":
-            raise ValueError(f"kwargs belongs to kind=python, not to kind={self.kind}")
-        self.name = self.name or self.kind
-        if self.name in _TAKEN_NAMES:
-            raise ValueError(f"name={self.name} would hide the metric reward_{self.name}; give it another")
-        return self
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reward compares with a row's reference answer, so that a row without one cannot be rewarded."""
-        return self.kind in REFERENCE_KINDS
-
-
-class MathEnvConfig(Section):
-    """`env.math`."""
-
-    num_workers: PositiveInt = Field(default=8, description="Processes that compute rewards, at most.")
-    math_verify_impl: Literal["hf_math_verify", "dapo_math_verify"] | None = Field(
-        default=None,
-        description="What a reward of kind `math` is: math-verify (also null), or the kind `dapo_math_verify`.",
-    )
-
-
-def _math_reward() -> list[RewardFunctionConfig]:
-    return [RewardFunctionConfig(kind="math")]
-
-
-class EnvConfig(Section):
-    """`env`: where GRPO's rewards come from."""
-
-    math: MathEnvConfig = Field(default_factory=MathEnvConfig, description="NeMo RL's math environment.")
-    reward_functions: list[RewardFunctionConfig] = Field(
-        default_factory=_math_reward, min_length=1, description="Rewards that are added up."
-    )
-
-    @model_validator(mode="after")
-    def _distinct_names(self) -> Self:
-        names = [reward.name for reward in self.reward_functions]
-        if len(set(names)) < len(names):
-            raise ValueError(f"reward_functions have the names {names}; give each its own `name`")
-        if not any(reward.weight for reward in self.reward_functions):
-            raise ValueError("every weight of reward_functions is 0, so no answer is better than another; raise one")
-        return self

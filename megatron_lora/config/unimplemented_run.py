@@ -78,20 +78,20 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         "",
-        "rollouts and training alternate: every answer comes from the newest weights, in the prompts' order",
+        "answers are asked ahead as grpo.async_grpo says, in the prompts' order",
         any_value("async_rl.*"),
     ),
     Group("grpo", "rollouts have one turn", {"max_rollout_turns": (1,)}),
     Group(
-        "grpo",
-        "rollouts and training alternate: every answer comes from the newest weights, its age is 0",
-        any_value(
-            "async_grpo.enabled",
-            "async_grpo.in_flight_weight_updates",
-            "async_grpo.max_generation_failures",
-            "async_grpo.max_trajectory_age_steps",
-            "async_grpo.recompute_kv_cache_after_weight_updates",
-        ),
+        "grpo.async_grpo",
+        "an answer is drawn by one version of the weights, and keys and values of another never serve it",
+        any_value("recompute_kv_cache_after_weight_updates"),
+    ),
+    Group(
+        "grpo.async_grpo",
+        "a server that fails is left out and its prompts are asked elsewhere, as often as it takes; with none left the "
+        "run ends",
+        any_value("max_generation_failures"),
     ),
     Group(
         "grpo",

@@ -32,8 +32,8 @@ def clipped_policy_loss(
 class _Tokens:
     """A micro-batch's tokens, each field [T] and 0 where no target is: log-probabilities in nats, advantages.
 
-    old: the trainer's at rollout time; ratio_old: those that the ratio is to; rollout: the engine's; reference: the
-    adapter-off model's.
+    old: the trainer's as training on the answers starts; ratio_old: those that the ratio is to; rollout: the engine's,
+    as it drew them; reference: the adapter-off model's.
     mask: [T] bool. row: [T]. lengths: [rows], target tokens of each row.
     """
 
@@ -81,11 +81,13 @@ class GRPOObjective:
         """The token fields that this configuration cannot do without."""
         config = self.config
         fields = {"advantages"}
-        if not (self.on_policy or config.force_on_policy_ratio) and (
+        to_rollout = config.proximal_policy == "rollout"
+        if not (self.on_policy or config.force_on_policy_ratio or to_rollout) and (
             not config.disable_ppo_ratio or config.use_importance_sampling_correction
         ):
             fields.add("old_logps")
-        if config.use_importance_sampling_correction or (config.kl_in_loss and config.use_on_policy_kl_approximation):
+        on_policy_kl = config.kl_in_loss and config.use_on_policy_kl_approximation
+        if config.use_importance_sampling_correction or on_policy_kl or to_rollout:
             fields.add("rollout_logps")
         if config.kl_in_loss and not self.on_policy:
             fields.add("reference_logps")
@@ -134,12 +136,17 @@ class GRPOObjective:
         reference = field("reference_logps")
         if reference is None and self.config.kl_in_loss:
             reference = as_it_is
+        rollout = field("rollout_logps")
+        ratio_old = as_it_is if self.on_policy else old
+        if self.config.proximal_policy == "rollout":
+            assert rollout is not None
+            ratio_old = rollout
         return _Tokens(
             logps=current,
             old=old,
-            ratio_old=as_it_is if self.on_policy else old,
+            ratio_old=ratio_old,
             advantages=masked(batch.token_fields["advantages"]),
-            rollout=field("rollout_logps"),
+            rollout=rollout,
             reference=reference,
             mask=batch.target_mask,
             row=batch.row_of_token,
@@ -188,14 +195,16 @@ class GRPOObjective:
         )
 
     def _importance_weights(self, tokens: _Tokens) -> tuple[Tensor | None, Tensor | None]:
-        """Weights pi_old / pi_rollout [T] that correct for the engine's rounding, truncated as configured, and which
-        tokens were out of bounds [T]. (None, None) where the correction is off."""
+        """Weights pi_old / pi_rollout [T] that correct for the engine's rounding and for the versions that the answers
+        are behind, truncated as configured, and which tokens were out of bounds [T]. (None, None) where the correction
+        is off. Times the clipped loss they are the decoupled objective (Fu et al. 2025, AReaL, eq. 5): its proximal
+        policy is the trainer's as training on the answers starts, its behaviour policy the rollout's."""
         config = self.config
         if not config.use_importance_sampling_correction:
             return None, None
         assert tokens.rollout is not None
         log_weight = (tokens.old - tokens.rollout).detach()
-        if config.sequence_level_importance_ratios:
+        if config.sequence_level_importance_ratios or config.truncated_importance_sampling_type == "seq-tis":
             log_weight = tokens.row_sum(log_weight)
         weights = torch.nan_to_num(log_weight.exp(), nan=0.0, posinf=0.0)
         kind, high, low = (
@@ -211,8 +220,12 @@ class GRPOObjective:
         if kind == "seq-mask-tis":  # a sequence's geometric mean decides for all its tokens
             judged = tokens.row_mean(torch.nan_to_num(log_weight, nan=0.0, posinf=0.0, neginf=0.0)).exp()
         out_of_bounds = (judged < low) | (judged > high)
-        if kind == "tis":  # Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"
-            return weights.clamp(low, high), out_of_bounds
+        if kind in (
+            "tis",
+            "seq-tis",
+        ):  # Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+            # training"; an answer's product may be beyond what fp32 holds
+            return torch.where(log_weight > 80, high, weights).clamp(low, high), out_of_bounds | (log_weight > 80)
         return torch.where(out_of_bounds, torch.zeros_like(weights), weights), out_of_bounds
 
     def _reduce(self, values: Tensor, tokens: _Tokens, metric: bool = False) -> Tensor:

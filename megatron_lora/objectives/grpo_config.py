@@ -6,21 +6,24 @@ from typing import Any, Literal
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.kl import KLType
 
-TruncationType = Literal["tis", "icepop", "seq-mask-tis"]
+TruncationType = Literal["tis", "seq-tis", "icepop", "seq-mask-tis"]
+TRUNCATIONS: tuple[TruncationType, ...] = ("tis", "seq-tis", "icepop", "seq-mask-tis")
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """NeMo RL's `loss_fn:` keys with its defaults, and this project's `constant_length`.
+    """NeMo RL's `loss_fn:` keys with its defaults, and this project's `proximal_policy` and `constant_length`.
 
     ratio_clip_min, ratio_clip_max: the ratio is clipped to [1 - min, 1 + max]; ratio_clip_c: dual clip, above 1.
     token_level_loss: mean over all target tokens; otherwise a mean over each sequence, then over sequences.
     constant_length: tokens by which each sequence's sum is divided in place of its own length, before the mean over
     sequences (Dr. GRPO); token_level_loss then has no say.
-    kl_*_clamp_value: nats. truncated_importance_sampling_ratio(_min): bounds of pi_trainer / pi_rollout.
+    proximal_policy: whose log-probabilities the ratio is to: the trainer's as training on the answers starts, or the
+    rollout's. kl_*_clamp_value: nats. truncated_importance_sampling_ratio(_min): bounds of pi_trainer / pi_rollout.
     Raises UserError where two keys contradict each other.
     """
 
+    proximal_policy: Literal["trainer", "rollout"] = "trainer"
     disable_ppo_ratio: bool = False
     token_level_loss: bool = True
     sequence_level_importance_ratios: bool = False
@@ -64,6 +67,11 @@ class GRPOConfig:
         return self.reference_policy_kl_penalty != 0 and not self.use_kl_in_reward
 
     @property
+    def corrects_rollout(self) -> bool:
+        """Whether the loss knows that another policy than the trainer's drew the answers."""
+        return self.use_importance_sampling_correction or self.proximal_policy == "rollout"
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether the loss is a mean over tokens; otherwise over sequences."""
         return self.token_level_loss and self.constant_length is None
@@ -94,6 +102,12 @@ class GRPOConfig:
                 f"loss_fn.ratio_clip_c={self.ratio_clip_c} clips a ratio that loss_fn.disable_ppo_ratio=true removes; "
                 "set one of them to its default"
             )
+        for name in ("use_importance_sampling_correction", "disable_ppo_ratio", "force_on_policy_ratio"):
+            if self.proximal_policy == "rollout" and getattr(self, name):
+                raise UserError(
+                    f"loss_fn.proximal_policy=rollout corrects by the ratio to the policy that drew the answers and "
+                    f"does not go with loss_fn.{name}=true; set one of them to its default"
+                )
         if not self.use_cispo:
             return
         for name, clash in {
@@ -119,12 +133,13 @@ class GRPOConfig:
             if high is not None or low is not None:
                 raise UserError(
                     "loss_fn.truncated_importance_sampling_ratio has no effect without "
-                    "loss_fn.truncated_importance_sampling_type; set it to tis, icepop or seq-mask-tis"
+                    "loss_fn.truncated_importance_sampling_type; set it to "
+                    f"one of {', '.join(TRUNCATIONS)}"
                 )
             return
-        if kind not in ("tis", "icepop", "seq-mask-tis"):
+        if kind not in TRUNCATIONS:
             raise UserError(
-                f"loss_fn.truncated_importance_sampling_type={kind!r} is unknown; use tis, icepop or seq-mask-tis"
+                f"loss_fn.truncated_importance_sampling_type={kind!r} is unknown; use one of {', '.join(TRUNCATIONS)}"
             )
         if not self.use_importance_sampling_correction:
             raise UserError(
@@ -133,15 +148,15 @@ class GRPOConfig:
             )
         if high is None or high <= 0:
             raise UserError(f"loss_fn.truncated_importance_sampling_ratio={high} must be above 0 for {kind}")
-        if low is None and kind != "tis":
+        if low is None and kind in ("icepop", "seq-mask-tis"):
             raise UserError(f"loss_fn.truncated_importance_sampling_ratio_min must be set for {kind}")
         if low is not None and low > high:
             raise UserError(
                 f"loss_fn.truncated_importance_sampling_ratio_min={low} must not exceed "
                 f"loss_fn.truncated_importance_sampling_ratio={high}"
             )
-        if kind == "seq-mask-tis" and self.sequence_level_importance_ratios:
+        if kind in ("seq-tis", "seq-mask-tis") and self.sequence_level_importance_ratios:
             raise UserError(
-                "loss_fn.truncated_importance_sampling_type=seq-mask-tis keeps token weights and does not go with "
-                "loss_fn.sequence_level_importance_ratios=true; use tis or icepop"
+                f"loss_fn.truncated_importance_sampling_type={kind} judges answers by tokens' weights and does not go "
+                "with loss_fn.sequence_level_importance_ratios=true, which weighs whole answers; use tis or icepop"
             )

@@ -3,7 +3,7 @@
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +32,20 @@ class Drawn:
 
 
 class ServerClient:
-    """A server at `url`. adapter: the name of the adapter that answers; None: the base."""
+    """A server at `url`. adapter: the name of the adapter that answers; None: the base. version: of the weights that
+    answer; -1: the model folder's."""
 
     def __init__(self, url: str, timeout: float):
         self.url, self.timeout = url.rstrip("/"), timeout
         self.base = ""
         self.max_length = 0
         self.adapter: str | None = None
+        self.version = -1
+
+    @property
+    def model(self) -> str:
+        """The name under which what answers now is asked."""
+        return self.adapter or self.base
 
     def describe(self) -> None:
         """Ask which model it serves. Raises ServerFailed."""
@@ -51,7 +58,7 @@ class ServerClient:
 
     def restore_base(self) -> None:
         """Answer with the base of its model folder, whatever weights a run before has left in it."""
-        self.adapter = None
+        self.adapter, self.version = None, -1
         try:
             replaced = self._rpc("restore_base", [], LOADING)
         except ServerFailed as error:
@@ -61,23 +68,24 @@ class ServerClient:
         if "True" in replaced:
             self._post("/reset_prefix_cache", {}, SHORT)
 
-    def load_adapter(self, name: str, folder: str) -> None:
-        """Answer with this adapter on the base; others are unloaded, of which it may have kept some of a run before."""
+    def load_adapter(self, name: str, folder: str, version: int, keep: Collection[str] = ()) -> None:
+        """Answer with this adapter on the base. Others are unloaded, of which it may have kept some of a run before;
+        keep: those that still answer requests."""
         self.restore_base()
         self.describe()
         if name in self._loaded:
             self._post("/v1/unload_lora_adapter", {"lora_name": name}, SHORT)
         self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, LOADING)
         for other in self._loaded:
-            if other != name:
+            if other != name and other not in keep:
                 self._post("/v1/unload_lora_adapter", {"lora_name": other}, SHORT)
-        self.adapter = name
+        self.adapter, self.version = name, version
 
-    def load_weights(self, folder: str) -> None:
+    def load_weights(self, folder: str, version: int) -> None:
         """Replace the base's weights by those in a folder, and answer without an adapter."""
         self._rpc("reload_from", [folder], LOADING)
         self._post("/reset_prefix_cache", {}, SHORT)
-        self.adapter = None
+        self.adapter, self.version = None, version
 
     def fingerprint(self, kind: str) -> str | None:
         """Of what it holds; None where it cannot be asked (not started by `megatron-lora serve`)."""
@@ -93,11 +101,13 @@ class ServerClient:
         except DifferentCopies as error:
             raise ServerFailed(f"{self.url}: {error}") from error
 
-    def complete(self, prompt: Sequence[int], n: int, options: SamplingOptions, seed: int) -> list[Drawn]:
-        """n answers to a prompt of token ids."""
+    def complete(
+        self, prompt: Sequence[int], n: int, options: SamplingOptions, seed: int, *, model: str
+    ) -> list[Drawn]:
+        """n answers to a prompt of token ids, by the model or adapter of that name. Raises ServerFailed."""
         greedy = options.temperature == 0
         body: dict[str, Any] = {
-            "model": self.adapter or self.base,
+            "model": model,
             "prompt": list(prompt),
             "n": 1 if greedy else n,
             "max_tokens": min(options.max_new_tokens, self.max_length - len(prompt)),
@@ -113,13 +123,19 @@ class ServerClient:
         }
         if not greedy:
             body["seed"] = seed
-        choices = self._post("/v1/completions", body, self.timeout)["choices"]
-        drawn = [
-            Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
-            for choice in sorted(choices, key=lambda choice: choice["index"])
-        ]
+        answer = self._post("/v1/completions", body, self.timeout)
+        try:
+            drawn = [
+                Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+                for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+            ]
+            by = answer.get("model", model)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ServerFailed(f"{self.url} answers in another form than vLLM's: {error!r}") from error
+        if by != model:
+            raise ServerFailed(f"{self.url} answered with {by}, was asked for {model}")
         if any(one.finish_reason not in ("stop", "length") for one in drawn):
-            raise ServerFailed(f"{self.url} broke off an answer ({', '.join(one.finish_reason for one in drawn)})")
+            raise ServerFailed(f"{self.url} broke off an answer ({', '.join(str(o.finish_reason) for o in drawn)})")
         return drawn * (n if greedy else 1)
 
     def answers(self) -> bool:

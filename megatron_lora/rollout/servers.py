@@ -6,9 +6,11 @@ back when it answers and holds the present version.
 """
 
 import json
+import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,23 @@ from megatron_lora.rollout.generator import (
 )
 from megatron_lora.rollout.sent_weights import SentWeights
 from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFailed
-from megatron_lora.rollout.vllm import SEED_STRIDE
+from megatron_lora.rollout.server_requests import Batch, ServerRequests
 from megatron_lora.runtime.world import World
 
 # Bytes of merged weights in a file.
 SHARD_BYTES = 2 << 30
 # The longest block of a server's cache (vLLM on a CPU: 128), for the probe's contexts.
 BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Answers that were asked for ahead. seconds: from the first prompt sent to the last answer. num_stale: answers
+    that were dropped as too old, and drawn again."""
+
+    samples: list[Sample]
+    seconds: float
+    num_stale: int
 
 
 class ServerGenerator(Generator):
@@ -61,13 +73,14 @@ class ServerGenerator(Generator):
         self.policy, self.world, self.tokenizer, self.say = policy, world, tokenizer, say
         self.folder = Path(servers.shared_folder or run_folder / "rollout-weights").expanduser().absolute()
         self.clients = [ServerClient(url, servers.timeout_seconds) for url in servers.urls]
-        self.at_once = servers.requests_at_once
+        self.requests = ServerRequests(self.clients, servers.requests_at_once)
         self.dtype = getattr(torch, policy.generation.vllm_cfg.precision or policy.precision)
         self.block_size = BLOCK
         self.max_length = policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
         self.num_replicas = len(self.clients)
-        self._out: dict[str, str] = {}
+        self._ahead: dict[int, Batch] = {}
         self._kind = "base"
+        self._run = secrets.token_hex(4)
 
     def start(self) -> None:
         self._on_first(self._look)
@@ -102,7 +115,7 @@ class ServerGenerator(Generator):
         handover = Handover(num_bytes, factors_fingerprint(factors))
 
         def hand_over() -> None:
-            folder = _fresh(self.folder / f"version-{version}")
+            folder = _fresh(self.folder / self._name(version))
             tensors = {}
             for name, (a, b) in factors.items():
                 tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
@@ -125,7 +138,7 @@ class ServerGenerator(Generator):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
         # Every rank takes part in gathering; the first one writes.
-        folder = self.folder / f"version-{version}"
+        folder = self.folder / self._name(version)
         writer = _Shards(folder, self.dtype) if self.world.rank == 0 else None
         for name, tensor in weights:
             if writer is not None:
@@ -139,13 +152,18 @@ class ServerGenerator(Generator):
 
         def act() -> Handover:
             action()
+            used = {name for client in self.clients for name in self.requests.models_in_use(client)}
             for old in self.folder.iterdir():
-                if old.name != f"version-{version}":
+                if old.name != self._name(version) and old.name not in used:
                     shutil.rmtree(old, ignore_errors=True)
             return handover
 
         self.handover = self._on_first(act)
         return self.handover
+
+    def _name(self, version: int) -> str:
+        """Of weights of this run: servers know an adapter, and what they keep of its prompts, by this name."""
+        return f"version-{version}-{self._run}"
 
     def _hold(self, folder: Path, handover: Handover) -> None:
         """Let every server load what is in the folder; those that cannot are left out."""
@@ -153,24 +171,25 @@ class ServerGenerator(Generator):
         for client in self.clients:
             try:
                 self._give(client)
-                self._out.pop(client.url, None)
+                self.requests.take_in(client)
             except ServerFailed as error:
-                self._leave_out(client, str(error))
-        self._some_left()
+                self.requests.leave_out(client, str(error))
+        self._tell()
+        self.requests.some_left()
 
     def _give(self, client: ServerClient) -> None:
         folder, handover = self._present
         if self._kind == "adapter":
-            client.load_adapter(folder.name, str(folder))
+            client.load_adapter(folder.name, str(folder), self.version, self.requests.models_in_use(client))
         else:
-            client.load_weights(str(folder))
+            client.load_weights(str(folder), self.version)
         held = client.fingerprint(self._kind)
         if held is not None and held != handover.fingerprint:
             raise ServerFailed(f"{client.url} holds {held} after it was handed {handover.fingerprint}")
 
     def held_fingerprint(self) -> str:
         def ask() -> str:
-            found = {client.url: client.fingerprint(self._kind) for client in self._alive()}
+            found = {client.url: client.fingerprint(self._kind) for client in self.requests.alive()}
             # A server that cannot be asked is proven by the probe alone.
             known = {value for value in found.values() if value is not None} or {self.handover.fingerprint}
             if len(known) > 1:
@@ -181,12 +200,68 @@ class ServerGenerator(Generator):
 
     def generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
         check_lengths(prompts, self.max_length, "policy.generation.vllm_cfg.max_model_len")
-        answers = self._on_first(lambda: self._ask_all(prompts, num_samples, options))
+        return self._on_first(lambda: self._generate(prompts, num_samples, options))
+
+    def _generate(self, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions) -> list[Sample]:
+        self._take_back()
+        batch = self.requests.ask(prompts, num_samples, options, urgent=True)
+        self._wait(batch)
+        return self._samples(batch)
+
+    def ask_ahead(
+        self, number: int, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions
+    ) -> None:
+        """Ask for answers that `collect` gives later, under a number. Collective. Raises as `generate` does."""
+        check_lengths(prompts, self.max_length, "policy.generation.vllm_cfg.max_model_len")
+
+        def ask() -> None:
+            self._take_back()
+            self._ahead[number] = self.requests.ask(prompts, num_samples, options, urgent=False)
+
+        self._on_first(ask)
+
+    def collect(self, number: int, oldest: int) -> Collected:
+        """The answers that were asked for under a number, once they are all in. Those of weights before version
+        `oldest` are dropped, and their prompts asked again. Collective. Raises RolloutError as `generate` does."""
+        return self._on_first(lambda: self._collect(number, oldest))
+
+    def _collect(self, number: int, oldest: int) -> Collected:
+        batch = self._ahead.pop(number)
+        self._wait(batch)
+        old = [index for index, answers in enumerate(batch.found()) if answers.version < oldest]
+        seconds = batch.ended - batch.started
+        if old:
+            again = self.requests.ask([batch.prompts[i] for i in old], batch.num_samples, batch.options, urgent=True)
+            self._wait(again)
+            for index, answers in zip(old, again.found(), strict=True):
+                batch.answers[index] = answers
+            seconds += again.ended - again.started
+        return Collected(self._samples(batch), seconds, len(old) * batch.num_samples)
+
+    @contextmanager
+    def new_weights(self, *, in_flight: bool) -> Iterator[None]:
+        """Within it weights are handed over and proven: prompts asked ahead wait. in_flight: those that servers are
+        answering go on with the adapter that they began with; otherwise they are waited for first. Collective."""
+        if self.world.rank == 0:
+            self.requests.hold_back(until_answered=not in_flight)
+        yield
+        if self.world.rank == 0:
+            self.requests.go_on()
+
+    def _wait(self, batch: Batch) -> None:
+        try:
+            self.requests.wait(batch, self.on_answers)
+        finally:
+            self._tell()
+
+    def _samples(self, batch: Batch) -> list[Sample]:
         return [
-            self._sample(index, list(prompts[index]), drawn) for index, found in enumerate(answers) for drawn in found
+            self._sample(index, list(batch.prompts[index]), drawn, answers.version)
+            for index, answers in enumerate(batch.found())
+            for drawn in answers.drawn
         ]
 
-    def _sample(self, index: int, prompt: list[int], drawn: Drawn) -> Sample:
+    def _sample(self, index: int, prompt: list[int], drawn: Drawn, version: int) -> Sample:
         return Sample(
             prompt_index=index,
             prompt_ids=prompt,
@@ -194,47 +269,12 @@ class ServerGenerator(Generator):
             logprobs=torch.tensor(drawn.logprobs, dtype=torch.float32),
             finish_reason=drawn.finish_reason,
             text=self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True) if self.tokenizer else "",
-            adapter_version=self.version,
+            adapter_version=version,
         )
-
-    def _ask_all(self, prompts: Sequence[Sequence[int]], n: int, options: SamplingOptions) -> list[list[Drawn]]:
-        self._take_back()
-        answers: list[list[Drawn] | None] = [None] * len(prompts)
-        # By number first, so that each server continues each context of a refit's probe.
-        todo = {client.url: [] for client in self.clients}
-        for index in reversed(range(len(prompts))):
-            todo[self.clients[index % len(self.clients)].url].append(index)
-        running: dict[Future[list[Drawn]], tuple[ServerClient, int]] = {}
-        with ThreadPoolExecutor(self.at_once * len(self.clients)) as pool:
-            while running or any(todo.values()):
-                self._move_from_dead(todo)
-                for client in self._alive():
-                    mine = sum(1 for other, _ in running.values() if other is client)
-                    for _ in range(min(self.at_once - mine, len(todo[client.url]))):
-                        index = todo[client.url].pop()
-                        seed = (options.seed * SEED_STRIDE + index * n) % (1 << 62)
-                        running[pool.submit(client.complete, prompts[index], n, options, seed)] = client, index
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    client, index = running.pop(future)
-                    try:
-                        answers[index] = future.result()
-                        self.on_answers(n)
-                    except ServerFailed as error:
-                        self._leave_out(client, str(error))
-                        todo[client.url].append(index)
-        return [found for found in answers if found is not None]
-
-    def _move_from_dead(self, todo: dict[str, list[int]]) -> None:
-        alive = self._some_left()
-        for url in self._out:
-            for place, index in enumerate(todo[url]):
-                todo[alive[place % len(alive)].url].append(index)
-            todo[url] = []
 
     def _take_back(self) -> None:
         for client in self.clients:
-            if client.url not in self._out or not client.answers():
+            if client.url not in self.requests.out or not client.answers():
                 continue
             try:
                 client.describe()
@@ -242,27 +282,18 @@ class ServerGenerator(Generator):
                 if self._kind != "base":
                     self._give(client)
             except ServerFailed as error:
-                self._out[client.url] = str(error)
+                self.requests.leave_out(client, str(error))
                 continue
-            del self._out[client.url]
+            self.requests.take_in(client)
             self.say(f"rollout server {client.url} answers again and holds version {self.version}: taken back")
 
-    def _leave_out(self, client: ServerClient, reason: str) -> None:
-        if client.url not in self._out:
-            self.say(f"rollout server left out: {reason}")
-        self._out[client.url] = reason
-
-    def _alive(self) -> list[ServerClient]:
-        return [client for client in self.clients if client.url not in self._out]
-
-    def _some_left(self) -> list[ServerClient]:
-        alive = self._alive()
-        if not alive:
-            raise RolloutError(f"no rollout server is left: {'; '.join(self._out.values())}")
-        return alive
+    def _tell(self) -> None:
+        while self.requests.news:
+            self.say(self.requests.news.pop(0))
 
     def close(self) -> None:
         """The servers go on; whoever started them ends them."""
+        self.requests.drop()
         if self.world.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 

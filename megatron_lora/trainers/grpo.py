@@ -22,7 +22,7 @@ from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo import GRPOObjective, set_positive_example_weights
 from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logprob_error, sequence_prob_errors
 from megatron_lora.policy.interface import StepResult
-from megatron_lora.rollout.generator import rollout_logprob_error
+from megatron_lora.rollout.generator import Sample, rollout_logprob_error
 from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.spans import span
@@ -30,6 +30,7 @@ from megatron_lora.trainers.grpo_setup import loss_config, reward_specs
 from megatron_lora.trainers.grpo_validation import show_answer, show_samples, stop_reason, validate_answers
 from megatron_lora.trainers.loop import DataSpent, run_steps
 from megatron_lora.trainers.reward_watch import RewardWatch
+from megatron_lora.trainers.rollout_ahead import RolloutsAhead, describe_ages
 from megatron_lora.trainers.rollout_batch import (
     Group,
     build_rows,
@@ -104,6 +105,9 @@ class GRPOTrainer:
         self.shows_samples = shows_samples
         self._last_groups: list[Group] = []
         self._learning_rate = 0.0
+        self.ahead: RolloutsAhead | None = None
+        if self.options.async_grpo.enabled:
+            self.ahead = RolloutsAhead(engine, loader, self.options, session.total_steps)
 
     def step(self) -> None:
         """Sample, reward, update, refit, log. Collective."""
@@ -112,7 +116,6 @@ class GRPOTrainer:
 
     def _step(self) -> None:
         start = time.perf_counter()
-        version = self.engine.version
         number = self.session.step + 1
         begin(f"generating and rewarding answers of step {number}", is_slow=True)
         rollout = self._sample()
@@ -134,7 +137,7 @@ class GRPOTrainer:
         values = rollout_errors(rows, rollout.groups) | values
         self.session.step += 1
         begin(f"handing the weights of step {number} to the engine", is_slow=True)
-        refit = self.engine.refit(self.session.step)
+        refit = (self.ahead or self.engine).refit(self.session.step)
         end = time.perf_counter()
         timing = {
             "generation_seconds": rollout.seconds,
@@ -147,7 +150,7 @@ class GRPOTrainer:
             "training_model_tokens": trained_tokens - scored_tokens,
         }
         sampling = {
-            "adapter_version": version,
+            **self._versions(rollout.groups),
             "num_samples": len(rows),
             "generation_batches": rollout.num_batches,
             "dropped_groups": rollout.num_dropped,
@@ -172,9 +175,7 @@ class GRPOTrainer:
         rollout = Rollout([], 0.0, 0.0, 0, 0, 0)
         while True:
             prompts = self._next_prompts(rollout)
-            answers, seconds = self.engine.generate(
-                prompts, options.num_generations_per_prompt, purpose=TRAINING, batch=rollout.num_batches
-            )
+            answers, seconds = self._answers(prompts, rollout.num_batches)
             drawn = time.perf_counter()
             with span("rewards"):
                 groups = reward_answers(self.runner, prompts, answers, self.session.world)
@@ -199,6 +200,22 @@ class GRPOTrainer:
                     f"grpo.num_prompts_per_step={options.num_prompts_per_step}: the prompts are too easy or too hard; "
                     "lower it, or raise grpo.dynamic_sampling_max_gen_batches or grpo.num_generations_per_prompt"
                 )
+
+    def _answers(self, prompts: list[Prompt], batch: int) -> tuple[list[list[Sample]], float]:
+        """(each prompt's answers, seconds): drawn now, or asked for before."""
+        if self.ahead is None:
+            return self.engine.generate(prompts, self.options.num_generations_per_prompt, purpose=TRAINING, batch=batch)
+        self.ahead.ask()
+        return self.ahead.collect(self.session.step, prompts)
+
+    def _versions(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Of the weights that drew the step's answers; asked after the step."""
+        samples = [sample for group in groups for sample in group.samples]
+        values: dict[str, float] = {"adapter_version": min(sample.adapter_version for sample in samples)}
+        if self.ahead is not None:
+            values |= describe_ages(samples, self.session.step - 1, self.ahead.max_age)
+            values |= {"stale_samples": self.ahead.num_stale, "rollout_wait_seconds": self.ahead.wait_seconds}
+        return values
 
     def _next_prompts(self, rollout: Rollout) -> list[Prompt]:
         """The next batch, where the run's epochs have one left: dynamic sampling takes more than one a step."""

@@ -38,6 +38,7 @@ def check_grpo(recipe: Recipe, world: World) -> None:
             "above 0 (1.0 is usual; val_temperature=0 is for validation)"
         )
     _check_place(generation)
+    _check_async(grpo, loss, generation)
     if generation.backend == "megatron":
         _check_native(recipe.policy)
     else:
@@ -138,6 +139,31 @@ def _check_place(generation: GenerationConfig) -> None:
     wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
     if wrong or len(set(urls)) < len(urls):
         raise UserError(f"policy.generation.servers.urls={urls}: wanted each server once, as http://host:port")
+
+
+def _check_async(grpo: GrpoConfig, loss: GRPOConfig, generation: GenerationConfig) -> None:
+    """Answers that are drawn while the policy trains, and may be older than it."""
+    asynchronous = grpo.async_grpo
+    if not asynchronous.enabled:
+        return
+    if generation.colocated.enabled:
+        raise UserError(
+            "grpo.async_grpo.enabled=true draws answers while the policy trains, which takes an engine outside the "
+            "trainer's processes: set policy.generation.colocated.enabled=false and policy.generation.servers.urls, "
+            "or grpo.async_grpo.enabled=false"
+        )
+    if grpo.use_dynamic_sampling:
+        raise UserError(
+            "grpo.use_dynamic_sampling=true takes as many prompts as a step turns out to need, so those of later "
+            "steps cannot be asked ahead; set it or grpo.async_grpo.enabled to false"
+        )
+    if asynchronous.max_trajectory_age_steps and not loss.corrects_rollout:
+        raise UserError(
+            f"grpo.async_grpo.max_trajectory_age_steps={asynchronous.max_trajectory_age_steps} trains on answers of "
+            "older weights, which the loss has to correct for: set loss_fn.use_importance_sampling_correction=true "
+            "(weights to the policy that drew them, beside the clipped ratio) or loss_fn.proximal_policy=rollout (the "
+            "clipped ratio is to that policy itself), or the age to 0"
+        )
 
 
 def _check_native(policy: PolicyConfig) -> None:

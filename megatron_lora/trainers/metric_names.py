@@ -19,19 +19,22 @@ GRPO_TRAIN = (
     "rollout_logprob_error", "token_mult_prob_error", "gen_kl_error", "policy_kl_error", "approx_entropy",
     "sampling_importance_ratio", "is_oob_ratio", "max_seq_prob_error", "masked_by_logprob_error", "reward_seconds",
     "sleep_seconds", "scoring_seconds", "training_seconds", "refit_seconds", "refit_bytes", "refit_proof_seconds",
-    "refit_probe_error",
+    "refit_probe_error", "refit_probe_tolerance", "refit_wait_seconds", "rollout_wait_seconds", "stale_samples",
+    "staleness_mean", "staleness_max",
 )  # fmt: skip
 
 
 def metric_names(recipe: Recipe, kind: str) -> list[str]:
     """Names of the numbers in a recipe's lines of this kind ("train", "validation")."""
     rewards = [f"reward_{entry.name or entry.kind}" for entry in recipe.env.reward_functions]
+    oldest = recipe.grpo.async_grpo.max_trajectory_age_steps if recipe.grpo is not None else -1
+    ages = [f"staleness_share_{age}" for age in range(oldest + 1)]
     names = {
         ("sft", "train"): TRAIN,
         ("sft", "validation"): ("loss", *COUNTS),
         ("dpo", "train"): (*TRAIN, *DPO),
         ("dpo", "validation"): ("loss", *COUNTS, *DPO),
-        ("grpo", "train"): (*GRPO_TRAIN, *rewards),
+        ("grpo", "train"): (*GRPO_TRAIN, *rewards, *ages),
         ("grpo", "validation"): (*GRPO_VALIDATION, *rewards),
     }
     return sorted(names[recipe.algorithm, kind])

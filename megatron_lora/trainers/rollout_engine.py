@@ -58,6 +58,10 @@ class RolloutEngine:
     def version(self) -> int:
         return self.generator.version
 
+    @property
+    def refits_by_adapter(self) -> bool:
+        return self._refitter is not None and self._refitter.mode == "adapter"
+
     def start(self) -> None:
         """Build the engine and give it the trainer's weights. A resumed run refits as the run before it chose to."""
         session, generation = self.session, self.policy_config.generation
@@ -107,6 +111,16 @@ class RolloutEngine:
             "refit_probe_tolerance": report.tolerance,
         }
 
+    def sampling_options(self, step: int, purpose: int, batch: int) -> SamplingOptions:
+        """With the seed of a batch of prompts of a step, which a resumed run repeats."""
+        return SamplingOptions.from_config(
+            self.policy_config.generation,
+            max_total_sequence_length=self.policy_config.max_total_sequence_length,
+            eos_token_ids=self.eos_token_ids,
+            seed=derive_seed(self.session.recipe.seed, step, purpose, batch),
+            validation=purpose == VALIDATION,
+        )
+
     def generate(
         self, prompts: Sequence[Prompt], num_samples: int, *, purpose: int, batch: int
     ) -> tuple[list[list[Sample]], float]:
@@ -114,19 +128,13 @@ class RolloutEngine:
 
         Raises RolloutError for an answer of other weights than those after the run's present step.
         """
-        options = SamplingOptions.from_config(
-            self.policy_config.generation,
-            max_total_sequence_length=self.policy_config.max_total_sequence_length,
-            eos_token_ids=self.eos_token_ids,
-            seed=derive_seed(self.session.recipe.seed, self.session.step, purpose, batch),
-            validation=purpose == VALIDATION,
-        )
+        options = self.sampling_options(self.session.step, purpose, batch)
         start = time.perf_counter()
         with span("wake"):
             self._wake()
         title = "validation answers" if purpose == VALIDATION else "rollout"
         total = len(prompts) * num_samples
-        with self.session.reporter.progress(title, total, "answers") as advance, self._reporting(advance, total):
+        with self.showing_progress(title, total):
             ids = [prompt.input_ids.tolist() for prompt in prompts]
             with span("generation"):
                 samples = self.generator.generate(ids, num_samples, options)
@@ -143,8 +151,13 @@ class RolloutEngine:
         self.generator.wake()
 
     @contextmanager
+    def showing_progress(self, title: str, total: int) -> Iterator[None]:
+        """A bar of what the generator tells; at the end it stands at the total, whatever was guessed on the way."""
+        with self.session.reporter.progress(title, total, "answers") as advance, self._reporting(advance, total):
+            yield
+
+    @contextmanager
     def _reporting(self, advance: Callable[[int], None], total: int) -> Iterator[None]:
-        """Pass the generator's news on; at the end the bar stands at the total, whatever was guessed on the way."""
         done = 0
 
         def on_answers(count: int) -> None:

@@ -13,9 +13,19 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_grpo import TP, recipe
+from tests.end_to_end.test_grpo import SAME, TP, recipe
+from tests.support.compare import largest_difference
 from tests.support.launch import ROOT
-from tests.support.runs import metrics, run, save_base, start, wait_until, write_recipe
+from tests.support.runs import (
+    adapter_of,
+    assert_names_are_known,
+    metrics,
+    run,
+    save_base,
+    start,
+    wait_until,
+    write_recipe,
+)
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 STEPS = 6
@@ -35,7 +45,11 @@ def values(base: Path, urls: list[str], **generation: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def servers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     folder = tmp_path_factory.mktemp("serve")
-    path = write_recipe(folder, values(base, ["http://127.0.0.1:1"]))
+    given = values(base, ["http://127.0.0.1:1"])
+    # Places for the adapters of two versions.
+    given["grpo"]["async_grpo"] = {"enabled": True, "in_flight_weight_updates": True}
+    given["loss_fn"]["proximal_policy"] = "rollout"
+    path = write_recipe(folder, given)
     started: dict[str, subprocess.Popen[bytes]] = {}
     for number in range(2):
         with socket.socket() as free:
@@ -65,6 +79,38 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             time.sleep(1)
     raise AssertionError(log.read_text()[-3000:])
+
+
+ASYNCHRONOUS = {
+    # A ratio to the policy that drew the answers: its clipped loss knows their age.
+    "age 0": ({"max_trajectory_age_steps": 0}, {}),
+    "age 1": ({}, {"use_importance_sampling_correction": True, "truncated_importance_sampling_ratio": 2.0}),
+    "in flight": ({"in_flight_weight_updates": True}, {"proximal_policy": "rollout"}),
+}
+
+
+def test_answers_asked_ahead(base: Path, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", values(base, list(servers)), 2)
+    found = {}
+    for name, (asynchronous, loss) in ASYNCHRONOUS.items():
+        given = values(base, list(servers))
+        given["grpo"]["async_grpo"] = {"enabled": True} | asynchronous
+        given["loss_fn"] |= loss
+        found[name] = run(tmp_path / name.replace(" ", "-"), given, 2)
+        assert_names_are_known(found[name])
+    # Age 0 is the synchronous run.
+    for ours, theirs in zip(metrics(found["age 0"]), metrics(plain), strict=True):
+        assert [ours[key] for key in SAME] == pytest.approx([theirs[key] for key in SAME], rel=1e-5, abs=1e-7)
+        assert ours["staleness_max"] == 0 and ours["stale_samples"] == 0
+    assert largest_difference(adapter_of(found["age 0"]), adapter_of(plain)) < 1e-6
+    for name in ("age 1", "in flight"):
+        lines = metrics(found[name])
+        assert [line["adapter_version"] for line in lines] == [max(0, step - 1) for step in range(STEPS)]
+        assert [line["staleness_mean"] for line in lines] == [0.0] + [1.0] * (STEPS - 1)
+        assert all(line["staleness_share_1"] == line["staleness_max"] for line in lines)
+        # The distance to the policy that drew the answers is that of a step, far above rounding.
+        assert lines[0]["rollout_logprob_error"] < 1e-4 < lines[-1]["rollout_logprob_error"] < 1.0
+        assert max(line["refit_probe_error"] for line in lines) < 1e-4
 
 
 def test_servers_answer_as_colocated_engines_and_one_may_die(

@@ -23,11 +23,11 @@ from megatron_lora.config.schema_algorithms import (
     DpoConfig,
     GrpoConfig,
     LossFnConfig,
-    RewardFunctionConfig,
     RewardScalingConfig,
     RewardShapingConfig,
 )
 from megatron_lora.config.schema_data import DatasetConfig
+from megatron_lora.config.schema_env import RewardFunctionConfig
 from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.config.schema_tree import walk_fields
 from megatron_lora.data.dataset import Prompt
@@ -65,6 +65,7 @@ LOSS: Turns = {
     "use_cispo": ({}, True),
     "positive_example_nll_weight": ({}, 0.1),
     "use_importance_sampling_correction": ({}, True),
+    "proximal_policy": ({}, "rollout"),
     "truncated_importance_sampling_type": (TRUNCATED | {"truncated_importance_sampling_ratio_min": 0.9}, "tis"),
     "truncated_importance_sampling_ratio": (TRUNCATED | {"truncated_importance_sampling_ratio_min": 0.5}, 5.0),
     "truncated_importance_sampling_ratio_min": (TRUNCATED | {"truncated_importance_sampling_ratio_min": 0.1}, 0.95),

@@ -190,9 +190,11 @@ def test_validation_repeats_and_training_does_not():
 
 def test_what_does_not_run_as_written_is_said():
     grpo = {"sft": None, "policy__train_global_batch_size": 512}
-    loaded = check_recipe(recipe(**grpo, grpo={"async_grpo": {"enabled": True, "max_trajectory_age_steps": 1}}))
-    assert len(loaded.notices) == 2 and "grpo.async_grpo.enabled=true does not run asynchronously" in loaded.notices[1]
-    assert len(check_recipe(recipe(**grpo, grpo={"async_grpo": {"enabled": False}})).notices) == 1
+    controller = {"async_rl": {"sampler": {"name": "windowed"}}}
+    loaded = check_recipe(recipe(**grpo, grpo={}, **controller))
+    assert len(loaded.notices) == 2 and "set grpo.async_grpo.enabled=true in its place" in loaded.notices[1]
+    assert len(check_recipe(recipe(**grpo, grpo={"async_grpo": {"enabled": True}}, **controller)).notices) == 1
+    assert len(check_recipe(recipe(**grpo, grpo={"async_grpo": None}, async_rl={"enabled": False})).notices) == 1
 
 
 @pytest.mark.parametrize(

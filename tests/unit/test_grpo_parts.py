@@ -116,6 +116,7 @@ SERVERS = [
     "policy.generation.colocated.enabled=false",
     "policy.generation.servers.urls=['http://one:8000', 'http://two:8000']",
 ]
+CORRECTED = ["loss_fn.use_importance_sampling_correction=true"]
 REFUSALS: dict[str, tuple[list[str], str]] = {
     "one answer": (
         ["grpo.num_generations_per_prompt=1", "grpo.num_prompts_per_step=16", "policy.train_global_batch_size=16"],
@@ -168,6 +169,17 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
         [*SERVERS, "policy.megatron_cfg.peft.dim=64", "policy.generation.vllm_kwargs={max_lora_rank: 32}"],
         "rank 64 is above vLLM's max_lora_rank 32",
     ),
+    "asynchronous without servers": (["grpo.async_grpo.enabled=true"], "colocated.enabled=false"),
+    "asynchronous, no server named": ([SERVERS[0], "grpo.async_grpo.enabled=true"], "needs policy.generation.servers"),
+    "an age without a correction": (
+        [*SERVERS, "grpo.async_grpo={enabled: true, max_trajectory_age_steps: 2}"],
+        "max_trajectory_age_steps=2 trains on answers of older weights",
+    ),
+    "asynchronous dynamic sampling": (
+        [*SERVERS, *CORRECTED, "grpo.async_grpo.enabled=true", "grpo.use_dynamic_sampling=true"],
+        "cannot be asked ahead",
+    ),
+    "a correction twice": ([*CORRECTED, "loss_fn.proximal_policy=rollout"], "proximal_policy=rollout corrects by"),
     "contradiction": (["loss_fn.sequence_level_importance_ratios=true"], "token_level_loss=false"),
     "shaping": (
         ["grpo.reward_scaling={enabled: true, source_min: 1.0, source_max: 1.0}"],
@@ -183,6 +195,23 @@ def test_refused_before_weights_load(name: str, base: Path) -> None:
     with pytest.raises(UserError) as error:
         check_grpo(recipe(base, *overrides), world)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*CORRECTED, "grpo.async_grpo={enabled: true, max_trajectory_age_steps: 4}"],
+        ["loss_fn.proximal_policy=rollout", "grpo.async_grpo={enabled: true, in_flight_weight_updates: true}"],
+        ["grpo.async_grpo={enabled: true, max_trajectory_age_steps: 0}"],
+    ],
+)
+def test_answers_asked_ahead_are_accepted_with_a_correction(base: Path, overrides: list[str]) -> None:
+    check_grpo(recipe(base, *SERVERS, *overrides), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+
+
+def test_an_age_below_zero_is_refused(base: Path) -> None:
+    with pytest.raises(UserError, match=r"async_grpo\.max_trajectory_age_steps"):
+        recipe(base, "grpo.async_grpo.max_trajectory_age_steps=-1")
 
 
 def test_the_recipe_itself_is_accepted(base: Path) -> None:

@@ -149,6 +149,9 @@ def test_kl_term_by_hand():
         (None, (None, None), -(4 + 1 + 0.25) / 3, None),
         ("tis", (2.0, None), -(2 + 1 + 0.25) / 3, 1 / 3),
         ("tis", (2.0, 0.5), -(2 + 1 + 0.5) / 3, 2 / 3),
+        ("seq-tis", (2.0, None), -1.0, 0.0),  # the product is 1, at every token
+        ("seq-tis", (0.5, None), -0.5, 1.0),
+        ("seq-tis", (9.0, 2.0), -2.0, 1.0),
         ("icepop", (2.0, 0.5), -(0 + 1 + 0) / 3, 2 / 3),
         ("seq-mask-tis", (1.1, 0.9), -(4 + 1 + 0.25) / 3, 0.0),  # the geometric mean is 1
         ("seq-mask-tis", (3.0, 1.1), 0.0, 1.0),
@@ -183,6 +186,37 @@ def test_sequence_level_importance_weight_by_hand():
     loss, metrics = evaluate(config, rows)
     assert loss == pytest.approx(-2.0)
     assert metrics["sampling_importance_ratio"] == pytest.approx(2.0)
+
+
+def test_a_product_beyond_fp32_is_cut_as_any_other():
+    rows = [one_row([-1.0] * 2, [1.0] * 2, old=[-1.0] * 2, rollout=[-100.0] * 2)]
+    for row in rows:
+        row.token_fields = {name: value.float() for name, value in row.token_fields.items()}
+    config = GRPOConfig(
+        reference_policy_kl_penalty=0.0,
+        use_importance_sampling_correction=True,
+        truncated_importance_sampling_type="seq-tis",
+        truncated_importance_sampling_ratio=3.0,
+    )
+    assert evaluate(config, rows)[0] == pytest.approx(-3.0)
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_ratio_may_be_to_the_policy_that_drew_the_answers(on_policy: bool):
+    # pi / pi_rollout = e^0.1, clipped for A > 0 at 1.2: e^0.1, e^0.5 -> 1.2. pi_old has no say.
+    rows = [one_row([-1.0, -1.0], [1.0] * 2, old=[-9.0] * 2, rollout=[-1.1, -1.5])]
+    config = GRPOConfig(proximal_policy="rollout", reference_policy_kl_penalty=0.0)
+    objective = GRPOObjective(config, on_policy=on_policy)
+    assert mean_loss_and_grads(objective, [rows])[0] == pytest.approx(-(math.exp(0.1) + 1.2) / 2)
+    assert objective.required_token_fields == {"advantages", "rollout_logps"}
+
+
+def test_the_decoupled_objective_by_hand():
+    """AReaL (Fu et al. 2025), eq. 5: pi_prox / pi_behave times the loss that is clipped around pi_prox."""
+    rows = [one_row([-1.0, -1.0], [1.0, -1.0], old=[-1.5, -1.1], rollout=[-1.7, -0.9])]
+    config = GRPOConfig(use_importance_sampling_correction=True, reference_policy_kl_penalty=0.0)
+    # Ratios e^0.5 -> 1.2 (A > 0) and e^0.1; weights e^0.2 and e^-0.2.
+    assert evaluate(config, rows)[0] == pytest.approx((-1.2 * math.exp(0.2) + math.exp(0.1) * math.exp(-0.2)) / 2)
 
 
 def test_metrics_by_hand():
@@ -349,6 +383,16 @@ def test_a_policy_that_is_its_reference_has_no_kl() -> None:
         {"disable_ppo_ratio": True, "ratio_clip_c": 3.0},
         {"use_cispo": True, "force_on_policy_ratio": True},
         {"use_cispo": True, "token_level_loss": False},
+        {"proximal_policy": "rollout", "use_importance_sampling_correction": True},
+        {"proximal_policy": "rollout", "disable_ppo_ratio": True},
+        {"proximal_policy": "rollout", "force_on_policy_ratio": True},
+        {
+            "use_importance_sampling_correction": True,
+            "token_level_loss": False,
+            "sequence_level_importance_ratios": True,
+            "truncated_importance_sampling_type": "seq-tis",
+            "truncated_importance_sampling_ratio": 2.0,
+        },
         {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 2.0},
         {"truncated_importance_sampling_ratio": 2.0},
         {"use_importance_sampling_correction": True, "truncated_importance_sampling_type": "tis"},

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lora.config.schema_algorithms import EnvConfig, RewardFunctionConfig
+from megatron_lora.config.schema_env import EnvConfig, RewardFunctionConfig
 from megatron_lora.errors import UserError
 from megatron_lora.rollout.rewards import RewardOutcome, RewardRunner, RewardSample, RewardSpec
 from megatron_lora.rollout.rewards.calling import as_list, score_samples, to_number

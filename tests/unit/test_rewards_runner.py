@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_lora.config.schema_algorithms import RewardFunctionConfig
+from megatron_lora.config.schema_env import RewardFunctionConfig
 from megatron_lora.errors import UserError
 from megatron_lora.rollout.rewards import RewardRunner, RewardSample, RewardSpec
 

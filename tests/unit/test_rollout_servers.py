@@ -25,10 +25,13 @@ OPTIONS = SamplingOptions(max_new_tokens=4, seed=1)
 
 
 class Server:
-    """Answers each prompt with its first token, `n` times. behaviour: ok, error, hang, or other (other weights)."""
+    """Answers each prompt with its first token, `n` times, while its gate is open. behaviour: ok, error, hang, other
+    (other weights), by another (answers of another adapter) or garbage. models: that were asked, in order."""
 
     def __init__(self, port: int = 0):
-        self.behaviour, self.adapters, self.asked = "ok", {}, 0
+        self.behaviour, self.adapters, self.models = "ok", {}, []
+        self.gate = threading.Event()
+        self.gate.set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,13 +68,21 @@ class Server:
             return (200, {"results": ["False"]}) if body["method"] == "restore_base" else self.rpc()
         if path != "/v1/completions":
             return 200, {}
-        self.asked += 1
+        self.models.append(body["model"])
+        self.gate.wait(30.0)
         if self.behaviour == "error":
             return 500, {"error": "engine dead"}
         if self.behaviour == "hang":
             threading.Event().wait(3.0)
         choice = {"token_ids": body["prompt"][:1], "logprobs": {"token_logprobs": [-0.5]}, "finish_reason": "stop"}
-        return 200, {"choices": [choice | {"index": number} for number in range(body["n"])]}
+        if self.behaviour == "garbage":
+            return 200, {"choices": [{"text": "x"}]}
+        model = "version-0" if self.behaviour == "by another" else body["model"]
+        return 200, {"model": model, "choices": [choice | {"index": number} for number in range(body["n"])]}
+
+    @property
+    def asked(self) -> int:
+        return len(self.models)
 
     def rpc(self) -> tuple[int, Any]:
         """As `server_worker.ServerWorker.held_numbers`, from the file that it was given."""
@@ -142,13 +153,14 @@ def test_prompts_are_shared_out_and_come_back_in_order(two: list[Server], tmp_pa
 def test_an_old_version_is_unloaded_and_its_file_removed(two: list[Server], tmp_path: Path) -> None:
     generator, _ = start(two, tmp_path)
     generator.load_adapter(adapter(), 4)
-    assert [list(server.adapters) for server in two] == [["version-4"]] * 2
-    assert [path.name for path in (tmp_path / "rollout-weights").iterdir()] == ["version-4"]
+    [name] = two[0].adapters
+    assert name.startswith("version-4-") and list(two[1].adapters) == [name]
+    assert [path.name for path in (tmp_path / "rollout-weights").iterdir()] == [name]
     generator.close()
     assert not (tmp_path / "rollout-weights").exists()
 
 
-@pytest.mark.parametrize("behaviour", ["error", "hang"])
+@pytest.mark.parametrize("behaviour", ["error", "hang", "garbage", "by another"])
 def test_a_server_that_fails_is_left_out_and_its_prompts_asked_elsewhere(
     two: list[Server], tmp_path: Path, behaviour: str
 ) -> None:
@@ -170,7 +182,7 @@ def test_a_dead_server_is_taken_back_with_the_present_version(two: list[Server],
     two[0] = Server(two[0].port)
     samples = generator.generate([[5], [6]], 1, OPTIONS)
     assert {sample.adapter_version for sample in samples} == {4}
-    assert two[0].adapters and list(two[0].adapters) == ["version-4"] and two[0].asked == 1
+    assert list(two[0].adapters) == list(two[1].adapters) and two[0].asked == 1
     assert "taken back" in said[-1]
 
 
@@ -179,7 +191,7 @@ def test_a_server_with_other_weights_is_not_used(two: list[Server], tmp_path: Pa
     two[1].behaviour = "other"
     generator.load_adapter(adapter(), 4)
     assert "holds adapter:" in said[0] and two[1].url in said[0]
-    two[1].asked = 0
+    two[1].models = []
     generator.generate([[5], [6]], 1, OPTIONS)
     assert two[1].asked == 0
 
@@ -190,6 +202,15 @@ def test_without_any_server_the_run_ends_with_the_reasons(two: list[Server], tmp
         server.behaviour = "error"
     with pytest.raises(RolloutError, match="no rollout server is left.*engine dead.*engine dead"):
         answers(generator)
+
+
+def test_the_same_version_of_another_run_has_another_name(two: list[Server], tmp_path: Path) -> None:
+    """A server keeps what it computed for a name's prompts."""
+    start(two, tmp_path)
+    [before] = two[0].adapters
+    start(two, tmp_path)
+    [after] = two[0].adapters
+    assert before != after and before.startswith("version-3-") and after.startswith("version-3-")
 
 
 def test_a_server_that_is_not_there_is_refused_at_start(two: list[Server], tmp_path: Path) -> None:
