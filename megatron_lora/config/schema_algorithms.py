@@ -187,6 +187,9 @@ class GrpoConfig(_Algorithm):
     dynamic_sampling_max_gen_batches: PositiveInt = Field(
         default=10, description="Dynamic sampling: generation batches a step, at most."
     )
+    max_rollout_turns: PositiveInt = Field(
+        default=1, description="Turns that the model has in an answer, at most; `env.environment` answers between them."
+    )
     overlong_filtering: bool = Field(default=False, description="Answers cut off by the length limit carry no loss.")
     reward_shaping: RewardShapingConfig = Field(
         default_factory=RewardShapingConfig, description="Soft penalty on overlong answers."

@@ -1,4 +1,4 @@
-"""Rewards: `env`."""
+"""Rewards and environments: `env`."""
 
 from typing import Literal, Self
 
@@ -69,14 +69,30 @@ class MathEnvConfig(Section):
     )
 
 
+class EnvironmentConfig(Section):
+    """`env.environment`: the user's class that answers what the model wrote, turn by turn (docs/environments.md)."""
+
+    path: str = Field(description="The class: `package.module:Class` or `path/file.py:Class`.")
+    kwargs: KeywordArguments = Field(default_factory=dict, description="Arguments that it is built with.")
+    timeout_seconds: PositiveFloat = Field(
+        default=10.0, le=86_400, description="A step that takes longer ends its answer and is counted."
+    )
+    max_result_tokens: PositiveInt = Field(
+        default=256, description="Tokens of what it answers in a turn, at most; the rest is cut off."
+    )
+
+
 def _math_reward() -> list[RewardFunctionConfig]:
     return [RewardFunctionConfig(kind="math")]
 
 
 class EnvConfig(Section):
-    """`env`: where GRPO's rewards come from."""
+    """`env`: where GRPO's rewards come from, and what answers the model between turns."""
 
     math: MathEnvConfig = Field(default_factory=MathEnvConfig, description="NeMo RL's math environment.")
+    environment: EnvironmentConfig | None = Field(
+        default=None, description="Answers of several turns (`grpo.max_rollout_turns`); null: one turn."
+    )
     reward_functions: list[RewardFunctionConfig] = Field(
         default_factory=_math_reward, min_length=1, description="Rewards that are added up."
     )

@@ -81,7 +81,6 @@ TABLE: tuple[Group, ...] = (
         "answers are asked ahead as grpo.async_grpo says, in the prompts' order",
         any_value("async_rl.*"),
     ),
-    Group("grpo", "rollouts have one turn", {"max_rollout_turns": (1,)}),
     Group(
         "grpo.async_grpo",
         "an answer is drawn by one version of the weights, and keys and values of another never serve it",

@@ -67,6 +67,10 @@ class Sample:
     token included. logprobs: [completion] fp32 CPU, nats, each token's log-probability in the distribution it was
     drawn from (after temperature, top-k and top-p; at temperature 0 the model's own). finish_reason: "stop" or
     "length". text: the completion decoded without special tokens. adapter_version: of the weights that drew it.
+
+    Of several turns with an environment between them (`sampled` is not None): completion_ids has all of them and what
+    the environment answered; sampled: whether the model drew the token; logprobs: 0 where it did not. final_turn: the
+    text of the last one. environment_error: why there was no further one.
     """
 
     prompt_index: int
@@ -76,6 +80,17 @@ class Sample:
     finish_reason: str
     text: str
     adapter_version: int
+    sampled: list[bool] | None = None
+    num_turns: int = 1
+    final_turn: str = ""
+    environment_error: str = ""
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """[completion] bool: the tokens that the model drew."""
+        if self.sampled is None:
+            return torch.ones(len(self.completion_ids), dtype=torch.bool)
+        return torch.tensor(self.sampled, dtype=torch.bool)
 
 
 def exchange_samples(mine: Sequence[Sample], group: Any = None) -> list[list[Sample]]:
@@ -191,7 +206,7 @@ class RolloutError(RuntimeError):
 
 
 def rollout_logprob_error(trainer_logps: Sequence[Tensor], samples: Sequence[Sample]) -> float:
-    """Mean |trainer - rollout| log-probability over all completion tokens, nats.
+    """Mean |trainer - rollout| log-probability over all tokens that the model drew, nats.
 
     trainer_logps: `Policy.score` of prompt + completion, each [S]. Raises ValueError where lengths differ.
     """
@@ -206,4 +221,5 @@ def rollout_logprob_error(trainer_logps: Sequence[Tensor], samples: Sequence[Sam
     pairs = zip(trainer_logps, samples, strict=True)
     trainer = torch.cat([logps[len(sample.prompt_ids) :] for logps, sample in pairs])
     rollout = torch.cat([sample.logprobs for sample in samples])
-    return float((trainer.double() - rollout.double()).abs().mean())
+    drawn = torch.cat([sample.sampled_mask for sample in samples]).to(trainer.device)
+    return float((trainer.double() - rollout.double())[drawn].abs().mean())

@@ -1,6 +1,6 @@
 """What one rank meets, all learn: so that none waits for another that has stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lora.errors import UserError
+from megatron_lora.runtime.world import World
 
 
 @contextmanager
@@ -41,3 +42,18 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     box = torch.tensor(float(flag), device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box)
+
+
+def from_first_rank(world: World, action: Callable[[], Any]) -> Any:
+    """What `action` gives on rank 0, on all ranks; a UserError, RuntimeError or OSError that ends it there is a
+    UserError on all. Collective."""
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box[0] = action()
+        except (UserError, RuntimeError, OSError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, device=world.device if world.device.type == "cuda" else None)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]

@@ -14,8 +14,10 @@ from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty
 from megatron_lora.rollout import vllm_engine
+from megatron_lora.rollout.environments import load_environment
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
 from megatron_lora.runtime.world import World
+from megatron_lora.trainers.rollout_turns import environment_spec
 
 
 def check_grpo(recipe: Recipe, world: World) -> None:
@@ -32,6 +34,7 @@ def check_grpo(recipe: Recipe, world: World) -> None:
         )
     RewardRunner(reward_specs(recipe), recipe.env.math.num_workers).close()
     _check_shaping(recipe)
+    _check_environment(recipe, grpo)
     if generation.temperature == 0:
         raise UserError(
             "policy.generation.temperature=0 draws the same answer every time, so no group has an advantage; set it "
@@ -63,6 +66,8 @@ def reward_specs(recipe: Recipe) -> list[RewardSpec]:
 def check_reward_columns(recipe: Recipe, sets: Sequence[Sequence[Prompt]]) -> None:
     """Raises UserError where a reward function needs an argument that no row has as a column."""
     columns = {name for prompts in sets for prompt in prompts for name in prompt.extra}
+    if recipe.env.environment is not None:
+        columns |= {"final_turn", "num_turns"}
     # Only functions of the user's read columns; importing theirs again costs what it costs.
     with RewardRunner(reward_specs(recipe)) as runner:
         runner.check_columns(columns)
@@ -113,6 +118,28 @@ def _check_shaping(recipe: Recipe) -> None:
         soft_overlong_penalty(
             nothing, shaping.max_response_length, shaping.overlong_buffer_length, shaping.overlong_buffer_penalty
         )
+
+
+def _check_environment(recipe: Recipe, grpo: GrpoConfig) -> None:
+    """Answers of several turns."""
+    if recipe.env.environment is None:
+        if grpo.max_rollout_turns > 1:
+            raise UserError(
+                f"grpo.max_rollout_turns={grpo.max_rollout_turns} needs something that answers between the model's "
+                "turns: set env.environment.path to a class of yours, or grpo.max_rollout_turns=1"
+            )
+        return
+    if grpo.max_rollout_turns == 1:
+        raise UserError(
+            "env.environment answers between the model's turns, but grpo.max_rollout_turns=1: set it to 2 or more, or "
+            "env.environment=null"
+        )
+    if grpo.async_grpo.enabled:
+        raise UserError(
+            "grpo.async_grpo.enabled=true asks for whole answers ahead, and env.environment answers between their "
+            "turns: set one of them to false or null"
+        )
+    load_environment(environment_spec(recipe))
 
 
 def _check_place(generation: GenerationConfig) -> None:

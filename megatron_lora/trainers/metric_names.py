@@ -9,7 +9,8 @@ from megatron_lora.errors import UserError
 COUNTS = ("num_target_tokens", "step_time_seconds", "tokens_per_second")
 TRAIN = ("loss", "grad_norm", "lr", "num_tokens", "peak_memory_gib", *COUNTS)
 DPO = ("preference_loss", "sft_loss", "accuracy", "rewards_chosen", "rewards_rejected", "reward_margin")
-ANSWERS = ("reward", "reward_std", "reward_errors", "unrewarded", "response_length", "truncated_share", "num_samples")
+ANSWERS = ("reward", "reward_std", "reward_errors", "unrewarded", "response_length", "truncated_share", "num_samples",
+           "num_turns", "environment_errors", "environment_tokens")  # fmt: skip
 GENERATION = ("adapter_version", "generation_seconds", "generation_tokens_per_second")
 GRPO_VALIDATION = ("accuracy", "pass_k", "num_tokens", "step_time_seconds", "tokens_per_second", *ANSWERS, *GENERATION)
 # Some of these are logged under some settings only.
@@ -19,7 +20,8 @@ GRPO_TRAIN = (
     "rollout_logprob_error", "token_mult_prob_error", "gen_kl_error", "policy_kl_error", "approx_entropy",
     "sampling_importance_ratio", "is_oob_ratio", "max_seq_prob_error", "masked_by_logprob_error", "reward_seconds",
     "sleep_seconds", "scoring_seconds", "training_seconds", "refit_seconds", "refit_bytes", "refit_proof_seconds",
-    "refit_probe_error", "refit_probe_tolerance", "refit_wait_seconds", "rollout_wait_seconds", "stale_samples",
+    "scoring_model_tokens", "training_model_tokens", "refit_probe_error", "refit_probe_tolerance",
+    "refit_wait_seconds", "rollout_wait_seconds", "stale_samples",
     "staleness_mean", "staleness_max",
 )  # fmt: skip
 

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.data.dataset import Prompt
-from megatron_lora.errors import UserError
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty, stop_properly_penalty
 from megatron_lora.rollout.generator import Sample
 from megatron_lora.rollout.rewards import RewardOutcome, RewardRunner, RewardSample
+from megatron_lora.runtime.agreement import from_first_rank
 from megatron_lora.runtime.world import World
 
 
@@ -38,17 +37,11 @@ def reward_answers(
 ) -> list[Group]:
     """Score every answer. One rank does, because a user's reward may be slow or draw random numbers. Collective: what
     keeps it from scoring is raised on every rank, as a UserError."""
-    box: list[Any] = [None, None]
-    if world.is_main:
-        pairs = zip(prompts, answers, strict=True)
-        try:
-            box[0] = runner([_reward_sample(prompt, sample) for prompt, samples in pairs for sample in samples])
-        except (UserError, RuntimeError, OSError) as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0, device=world.device if world.device.type == "cuda" else None)
-    if box[1] is not None:
-        raise UserError(box[1])
-    outcomes = iter(box[0])
+    pairs = zip(prompts, answers, strict=True)
+    found = from_first_rank(
+        world, lambda: runner([_reward_sample(prompt, sample) for prompt, samples in pairs for sample in samples])
+    )
+    outcomes = iter(found)
     return [
         Group(prompt, samples, [next(outcomes) for _ in samples])
         for prompt, samples in zip(prompts, answers, strict=True)
@@ -57,6 +50,8 @@ def reward_answers(
 
 def _reward_sample(prompt: Prompt, sample: Sample) -> RewardSample:
     extra = prompt.extra | {"num_tokens": len(sample.completion_ids)}
+    if sample.sampled is not None:
+        extra |= {"final_turn": sample.final_turn, "num_turns": sample.num_turns}
     return RewardSample(prompt.text, sample.text, prompt.answer, extra)
 
 
@@ -87,7 +82,7 @@ def is_truncated(sample: Sample) -> bool:
 
 
 def build_rows(groups: Sequence[Group], advantages: Tensor) -> list[Row]:
-    """A row an answer, group by group: loss on the answer's tokens, with the token fields "advantages" and
+    """A row an answer, group by group: loss on the tokens that the model drew, with the token fields "advantages" and
     "rollout_logps" and the row field "reward". advantages: [groups, generations]."""
     rows = []
     for group, values in zip(groups, advantages.tolist(), strict=True):
@@ -97,7 +92,7 @@ def build_rows(groups: Sequence[Group], advantages: Tensor) -> list[Row]:
             rows.append(
                 Row(
                     input_ids=torch.tensor(sample.prompt_ids + sample.completion_ids),
-                    target_mask=torch.arange(length) >= prompt_length,
+                    target_mask=torch.cat([torch.zeros(prompt_length, dtype=torch.bool), sample.sampled_mask]),
                     index=group.prompt.index,
                     token_fields={
                         "advantages": torch.full((length,), advantage),
@@ -122,6 +117,12 @@ def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
         "response_length": sum(len(sample.completion_ids) for sample in samples) / len(samples),
         "truncated_share": sum(map(is_truncated, samples)) / len(samples),
     }
+    if samples[0].sampled is not None:
+        values |= {
+            "num_turns": sum(sample.num_turns for sample in samples) / len(samples),
+            "environment_errors": sum(bool(sample.environment_error) for sample in samples),
+            "environment_tokens": sum(int((~sample.sampled_mask).sum()) for sample in samples) / len(samples),
+        }
     for name in outcomes[0].values:
         numbers = [value for outcome in outcomes if (value := outcome.values[name]) is not None]
         if numbers:
@@ -130,8 +131,8 @@ def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def num_generated(groups: Sequence[Group]) -> int:
-    """Tokens of all answers."""
-    return sum(len(sample.completion_ids) for group in groups for sample in group.samples)
+    """Tokens that the model drew."""
+    return sum(int(sample.sampled_mask.sum()) for group in groups for sample in group.samples)
 
 
 def sample_table(groups: Sequence[Group], count: int) -> list[tuple[Any, ...]]:

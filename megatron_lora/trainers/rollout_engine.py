@@ -17,6 +17,7 @@ from megatron_lora.rollout.generator import Generator, RolloutError, Sample, Sam
 from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
 from megatron_lora.runtime.activity import hold
 from megatron_lora.runtime.spans import span
+from megatron_lora.trainers.rollout_turns import Turns
 from megatron_lora.trainers.session import Session
 
 REFIT_MODE = "refit_mode"
@@ -37,6 +38,15 @@ class RolloutEngine:
         self.eos_token_ids = end_tokens(self.policy_config.model_name, session.tokenizer)
         self.generator = self._build()
         self._refitter: Refitter | None = None
+        self._turns: Turns | None = None
+        if session.recipe.env.environment is not None:
+            longest = self.policy_config.generation.vllm_cfg.max_model_len
+            self._turns = Turns(
+                session.recipe,
+                session.world,
+                lambda text: session.tokenizer.encode(text, add_special_tokens=False),
+                longest or self.policy_config.max_total_sequence_length,
+            )
 
     def _build(self) -> Generator:
         session, config = self.session, self.policy_config
@@ -138,11 +148,16 @@ class RolloutEngine:
             ids = [prompt.input_ids.tolist() for prompt in prompts]
             with span("generation"):
                 samples = self.generator.generate(ids, num_samples, options)
+                if self._turns is not None:
+                    samples = self._turns.play(prompts, samples, self._continue, options)
         seconds = time.perf_counter() - start
         stale = {sample.adapter_version for sample in samples} - {self.session.step}
         if stale:
             raise RolloutError(f"answers come from weights of version {sorted(stale)}, wanted {self.session.step}")
         return [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)], seconds
+
+    def _continue(self, contexts: Sequence[Sequence[int]], options: SamplingOptions) -> list[Sample]:
+        return self.generator.generate(contexts, 1, options)
 
     def _wake(self) -> None:
         if self.session.world.device.type == "cuda":
@@ -179,6 +194,8 @@ class RolloutEngine:
         self.generator.sleep()
 
     def close(self) -> None:
+        if self._turns is not None:
+            self._turns.close()
         self.generator.close()
 
 

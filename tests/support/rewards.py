@@ -10,6 +10,12 @@ def digit_share(prompt: str, completion: str, answer: str, extra: dict) -> float
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
 
 
+def ascii_share_of_final_turn(final_turn: str, num_turns: int) -> float:
+    """Of an answer of several turns: what stands before is the environment's, or a call."""
+    assert num_turns > 0
+    return sum(map(str.isascii, final_turn)) / max(1, len(final_turn))
+
+
 def letters_where_judged(completion: str, judged: bool) -> float:
     """Another number for each text in rows whose column says so, equal for all answers elsewhere."""
     return sum(map(ord, completion)) / 1000 if judged else 1.0

@@ -29,6 +29,7 @@ CALLED = {
     "RewardScalingConfig": {"scaling"},
     "LossFnConfig": {"loss", "config", "self"},
     "RewardFunctionConfig": {"entry", "spec", "self"},
+    "EnvironmentConfig": {"config", "spec"},
     "SequencePackingConfig": {"packing", "section"},
     "DynamicBatchingConfig": {"packing", "section", "dynamic"},
     "MegatronConfig": {"megatron", "config", "section", "policy"},

@@ -273,6 +273,10 @@ SHOWN = {
     "grpo.skip_reference_policy_logprobs_calculation policy.generation.colocated.enabled policy.generation.backend",
     "end_to_end/test_grpo.py": "grpo.overlong_filtering grpo.seq_logprob_error_threshold "
     "grpo.dynamic_sampling_max_gen_batches policy.generation.refit logger.num_val_samples_to_print",
+    "unit/test_rollout_ahead.py": "grpo.async_grpo.enabled grpo.async_grpo.max_trajectory_age_steps "
+    "grpo.async_grpo.in_flight_weight_updates",
+    "unit/test_environments.py": "env.environment.path env.environment.kwargs env.environment.timeout_seconds "
+    "env.environment.max_result_tokens grpo.max_rollout_turns",
     "end_to_end/test_dpo.py": "dpo.precompute_reference_logprobs",
     "unit/test_rewards_runner.py": "env.math.num_workers",
     "unit/test_rewards_calling.py": "env.math.math_verify_impl",

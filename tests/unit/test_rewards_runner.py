@@ -59,7 +59,7 @@ def test_cheap_rewards_need_no_process():
     outcomes = runner(batch)
     assert [outcome.total for outcome in outcomes] == [1 + 0.5 * -0.5, 0.0]
     assert outcomes[0].values == {"exact": 1.0, "length": -0.5}
-    assert not runner._workers
+    assert not runner.pool.workers
     # A missing field fails that reward, not the other.
     (outcome,) = runner([RewardSample("", "4", "4")])
     assert outcome.total == 1.0 and "num_tokens" in outcome.errors["length"]
@@ -94,14 +94,14 @@ def test_failures_cost_their_sample_a_logged_zero(user_spec, caplog):
 def test_many_samples_keep_their_order_and_processes(user_spec):
     with RewardRunner([user_spec], num_workers=2) as runner:
         runner(samples("a"))
-        pids = {worker.process.pid for worker in runner._workers}
+        pids = {worker.process.pid for worker in runner.pool.workers}
         batch = [RewardSample("", "y" * (n % 7), "", {"bonus": 100.0 * n}) for n in range(300)]
         batch.append(RewardSample("", "z" * 300_000, ""))  # larger than a pipe's buffer
         start = time.monotonic()
         totals = [outcome.total for outcome in runner(batch)]
         assert totals == [n % 7 + 100.0 * n for n in range(300)] + [300_000.0]
         assert time.monotonic() - start < 5
-        assert pids <= {worker.process.pid for worker in runner._workers}
+        assert pids <= {worker.process.pid for worker in runner.pool.workers}
 
 
 def test_math_in_workers():
@@ -137,10 +137,10 @@ def test_killing_a_hung_reward_kills_what_it_started(user_spec, tmp_path):
 def test_a_worker_that_died_between_batches_is_replaced(user_spec):
     with RewardRunner([user_spec], num_workers=1) as runner:
         runner(samples("a"))
-        runner._workers[0].process.kill()
-        runner._workers[0].process.wait()
+        runner.pool.workers[0].process.kill()
+        runner.pool.workers[0].process.wait()
         assert [outcome.total for outcome in runner(samples("abc"))] == [3.0]
-    assert not runner._workers
+    assert not runner.pool.workers
 
 
 def test_extra_that_cannot_travel(user_spec):
@@ -181,7 +181,7 @@ def test_workers_do_not_import_torch_and_end_with_their_parent(user_spec, tmp_pa
         "runner = RewardRunner([spec], num_workers=1)\n"
         "runner([RewardSample('', 'a', '')])\n"
         "assert 'torch' not in sys.modules\n"
-        "print(runner._workers[0].process.pid, flush=True)\n"
+        "print(runner.pool.workers[0].process.pid, flush=True)\n"
         "runner([RewardSample('', 'spin', '')])\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)

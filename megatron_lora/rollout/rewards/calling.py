@@ -1,7 +1,6 @@
 """A user's function as a reward: its arguments by their names, one answer or a whole batch a call, plain or `async`."""
 
 import asyncio
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 from megatron_lora.errors import UserError
 from megatron_lora.rollout.rewards.functions import Reward
+from megatron_lora.rollout.user_code import hint
 
 # (prompt, completion, answer, extra) of one sample.
 Arguments = tuple[str, str, str, dict]
@@ -227,12 +227,6 @@ def as_list(found: Any, count: int) -> list[Any]:
     if len(values) != count:
         raise ValueError(f"{wanted}; got {len(values)}")
     return values
-
-
-def hint(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" where a known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _parameters(function: Callable[..., Any], path: str) -> dict[str, inspect.Parameter]:

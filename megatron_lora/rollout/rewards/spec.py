@@ -1,17 +1,12 @@
 """What a recipe says about one reward, and how that becomes a callable."""
 
-import importlib
-import importlib.util
-import pkgutil
 import re
-import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron_lora.errors import UserError
-from megatron_lora.rollout.rewards.calling import UserReward, hint
+from megatron_lora.rollout.rewards.calling import Arguments, UserReward, score_samples
 from megatron_lora.rollout.rewards.dapo_math import dapo_math_match
 from megatron_lora.rollout.rewards.functions import (
     Reward,
@@ -21,6 +16,7 @@ from megatron_lora.rollout.rewards.functions import (
     length_penalty,
     load_math_match,
 )
+from megatron_lora.rollout.user_code import absolute_path, hint, import_object
 
 KINDS = ("exact", "math", "dapo_math_verify", "gsm8k", "format", "length", "python")
 BOUNDED_KINDS = frozenset({"exact", "dapo_math_verify", "gsm8k", "length"})
@@ -52,10 +48,7 @@ class RewardSpec:
 
     def resolved(self) -> "RewardSpec":
         """With a name and with absolute paths, so that it means the same in a process started elsewhere."""
-        function = self.function
-        if function is not None and function.rpartition(":")[0].endswith(".py"):
-            path, _, attribute = function.rpartition(":")
-            function = f"{Path(path).absolute()}:{attribute}"
+        function = None if self.function is None else absolute_path(self.function)
         return replace(self, name=self.name or self.kind, function=function)
 
 
@@ -86,62 +79,19 @@ def build_reward(spec: RewardSpec) -> Reward:
     )
 
 
+def build_scorer(specs: Sequence[RewardSpec]) -> Callable[[tuple[int, list[Arguments]]], Any]:
+    """For a worker process: scores the samples of (a reward's number, samples)."""
+    rewards = [build_reward(spec) for spec in specs]
+    return lambda call: score_samples(rewards[call[0]], call[1])
+
+
 def import_reward(path: str, kwargs: dict[str, Any], timeout_seconds: float) -> UserReward:
     """A user's function from `package.module:function` or `path/to/file.py:function`, with kwargs bound.
 
     Raises UserError, with the nearest names, where it cannot be imported or cannot be called as a reward.
     """
-    target, _, attribute = path.rpartition(":")
-    if not target or not attribute:
-        raise UserError(f"reward function {path!r}: want 'package.module:function' or 'path/to/file.py:function'")
-    module = _load_file(Path(target), path) if target.endswith(".py") else _load_module(target, path)
-    function: Any = getattr(module, attribute, None)
-    if not callable(function):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("__")]
-        what = "has no function" if function is None else "has something else than a function under"
-        raise UserError(f"reward function {path!r}: {target} {what} {attribute!r}{hint(attribute, names)}")
+    function = import_object(path, "reward function")
     return UserReward(function, path, kwargs, timeout_seconds)
-
-
-def _load_file(file: Path, path: str) -> ModuleType:
-    if not file.is_file():
-        folder = file.parent
-        near = [str(folder / entry.name) for entry in folder.glob("*.py")] if folder.is_dir() else []
-        raise UserError(f"reward function {path!r}: there is no file {file}{hint(str(file), near)}")
-    if str(file.parent.absolute()) not in sys.path:
-        sys.path.append(str(file.parent.absolute()))  # modules beside the file
-    module_spec = importlib.util.spec_from_file_location(f"user_reward_{file.stem}", file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise _failed_import(path, error) from error
-    return module
-
-
-def _load_module(name: str, path: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _failed_import(path, error) from error  # the module exists, something that it imports does not
-        parent, _, last = error.name.rpartition(".")
-        folders = sys.modules[parent].__path__ if parent else None
-        near = [info.name for info in pkgutil.iter_modules(folders)]
-        raise UserError(
-            f"reward function {path!r}: there is no module {error.name!r} on the Python path{hint(last, near)}; "
-            "install it, start from its folder, or give 'path/to/file.py:function'"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise _failed_import(path, error) from error
-
-
-def _failed_import(path: str, error: BaseException) -> UserError:
-    return UserError(
-        f"reward function {path!r}: importing it failed with {type(error).__name__}: {error}; mend the module"
-    )
 
 
 def _needed(spec: RewardSpec, key: str) -> Any:

@@ -1,10 +1,12 @@
-"""A reward worker: reads calls from standard input, writes their results to standard output.
+"""A worker for the user's code (rewards, environments): reads calls from standard input, writes their results to
+standard output.
 
-Started by `runner.py` as a script in a fresh interpreter (never a fork: the parent has threads, process groups and
+Started by `worker_pool.py` as a script in a fresh interpreter (never a fork: the parent has threads, process groups and
 maybe a GPU). Frames in: 4 bytes of length, then a pickle. Out: JSON, a line a reply.
 """
 
 import faulthandler
+import importlib
 import json
 import os
 import pickle
@@ -31,11 +33,12 @@ def read_frame(stream: BinaryIO) -> bytes | None:
 
 
 def main() -> None:
-    """Build the rewards that the first frame names, say so, then answer one call a frame until the input ends.
+    """Build what the first frame names, say so, then answer one call a frame until the input ends.
 
-    A call is a reward's number and the samples it is to score."""
-    # What a reward prints goes to standard error, what it reads is empty, and a signal meant for the trainer does not
-    # end it; with a handler rather than SIG_IGN, which programs that the reward starts would inherit.
+    First frame: (search path, import path of a factory, its pickled argument); the factory gives a function of one
+    payload. Later ones: (payload, seconds that it may take)."""
+    # What the user's code prints goes to standard error, what it reads is empty, and a signal meant for the trainer
+    # does not end it; with a handler rather than SIG_IGN, which programs that it starts would inherit.
     requests, replies = os.fdopen(os.dup(0), "rb"), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -50,14 +53,11 @@ def main() -> None:
     start = read_frame(requests)
     if start is None:
         return
-    search_path, spec_payload = pickle.loads(start)
+    search_path, factory, argument = pickle.loads(start)
     sys.path[:] = search_path
     try:
-        from megatron_lora.rollout.rewards.calling import score_samples
-        from megatron_lora.rollout.rewards.spec import build_reward
-
-        specs = pickle.loads(spec_payload)
-        rewards = [build_reward(spec) for spec in specs]
+        module, _, name = factory.partition(":")
+        answer = getattr(importlib.import_module(module), name)(pickle.loads(argument))
     except (Exception, SystemExit) as error:
         reply({"error": f"{type(error).__name__}: {error}"})
         return
@@ -65,12 +65,10 @@ def main() -> None:
 
     with open(os.devnull, "w") as nowhere:
         while (frame := read_frame(requests)) is not None:
-            number, samples = pickle.loads(frame)
+            payload, seconds = pickle.loads(frame)
             # The parent kills a hung worker; should the parent be gone, this thread, which needs no GIL, does.
-            faulthandler.dump_traceback_later(
-                specs[number].timeout_seconds + LATE_EXIT_SECONDS, exit=True, file=nowhere
-            )
-            results = score_samples(rewards[number], samples)
+            faulthandler.dump_traceback_later(seconds + LATE_EXIT_SECONDS, exit=True, file=nowhere)
+            results = answer(payload)
             faulthandler.cancel_dump_traceback_later()
             try:
                 reply({"results": results})
