@@ -23,7 +23,7 @@ from megatron_lora.lora.packed_experts import is_on_experts
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.principal import check_ranks, principal_start, residual_reader
 from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
-from megatron_lora.policy.expert_adapters import check_dropout, check_expert_adapters, expert_ranks
+from megatron_lora.policy.expert_adapters import check_dropout, check_expert_adapters, expert_ranks, misread_by_peft
 from megatron_lora.policy.weights_check import local_fingerprint, read_base
 
 
@@ -89,7 +89,7 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_n
                 f"{config.init_adapter} trains modules_to_save={found} whole, and {_section(config)}.modules_to_save="
                 f"{config.modules_to_save}; set it to {found}"
             )
-        return StartingAdapter(spec, fused, _unused_settings(config, spec, shapes))
+        return StartingAdapter(spec, fused, [*_unused_settings(config, spec, shapes), *misread_by_peft(spec)])
     chosen = _select(config, shapes)
     modules = _modules_of_keys(config, chosen, shapes)
     adapted = [linear.name for linear in chosen.linears]
@@ -99,7 +99,7 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_n
     if config.init_lora_weights is not None:
         spec.residual = True
         check_ranks(spec, f"{_section(config)}.init_lora_weights={config.init_lora_weights}")
-    return StartingAdapter(spec, None, chosen.notices, config.init_lora_weights)
+    return StartingAdapter(spec, None, [*chosen.notices, *misread_by_peft(spec)], config.init_lora_weights)
 
 
 def draw_start(

@@ -66,3 +66,21 @@ def check_expert_adapters(config: PeftConfig | LoraConfig, spec: AdapterSpec, se
                 f"{section}: the experts of {name} have adapters of different rank or alpha, and PEFT has one for a "
                 "tensor of all of them; give all experts of a layer the same in rank_pattern and alpha_pattern"
             )
+
+
+def misread_by_peft(spec: AdapterSpec) -> list[str]:
+    """A notice where peft 0.21 does not load the written adapter into transformers' model as it was trained: in a model
+    with experts it takes `gate_proj`, `up_proj` and `down_proj` for the experts', whatever stands before them
+    (`peft.utils.transformers_weight_conversion`), so its files cannot name those of dense layers and shared experts."""
+    names = [
+        module.kind
+        for module in spec.modules
+        if spec.shapes.num_experts and not is_on_experts(module, spec.shapes) and module.kind.endswith(("fc1", "fc2"))
+    ]
+    if not names:
+        return []
+    return [
+        f"adapters on {', '.join(sorted(set(names)))} of a {spec.shapes.model_type} model: peft 0.21 takes their names "
+        "in adapter_config.json for the experts' and would compute something else from hf_adapter/; give transformers "
+        "and rollout engines the merged model"
+    ]

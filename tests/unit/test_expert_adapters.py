@@ -118,6 +118,31 @@ def test_merged_is_what_peft_computes(saved):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "targets", [["*.shared_experts.*"], ["linear_proj", "experts.linear_fc1", "experts.linear_fc2"]], ids=str
+)
+def test_a_notice_says_where_peft_misreads_the_files(targets, tmp_path):
+    """The judge is peft: it takes shared experts' names for the routed ones'."""
+
+    def base() -> Any:
+        return random_model(family_config("glm4_moe"))
+
+    shapes = describe_config(base().config.to_dict())
+    start = starting_adapter(PeftConfig(target_modules=targets, dim=2), shapes, "base")
+    torch.manual_seed(0)
+    fused = {name: torch.randn(shape) * 0.2 for name, shape in start.spec.factor_shapes().items()}
+    merged = base()
+    modules, experts = dict(merged.named_modules()), expert_views(merged, shapes)
+    for name, target in merge_targets(start.spec).items():
+        weight = experts[name] if name in experts else modules[name].weight.data
+        weight += target.weight_update(fused).of_rows(weight)
+    write_peft_folder(tmp_path / "out", *to_hf(start.spec, fused, experts="packed"))
+    difference = logits(PeftModel.from_pretrained(base(), str(tmp_path / "out"))) - logits(merged)
+    misread = any("peft 0.21" in notice for notice in start.notices)
+    assert misread == ("*.shared_experts.*" in targets), start.notices
+    assert misread == bool(difference.abs().max() > 1e-3), difference.abs().max()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_adapter_for_all_experts_is_written_for_each_and_found_again(layout):
     config = PeftConfig(target_modules=["linear_fc1", "linear_fc2"], dim=2, share_expert_adapters=True)
