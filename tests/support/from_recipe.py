@@ -167,10 +167,11 @@ def configured(folder: Path, keys: Keys) -> Any:
     from megatron_lora.policy.megatron import model
 
     policy = recipe(folder, {f"{MEGATRON}.enabled": True, "policy.precision": "bfloat16", **keys}).policy
-    provider: Any = SimpleNamespace(finalize=list, activation_func=nn.functional.silu, window_size=None)
+    model_fields = {"activation_func": nn.functional.silu, "window_size": None, "num_moe_experts": None}
+    provider: Any = SimpleNamespace(finalize=list, **model_fields)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "have_transformer_engine", lambda: True)
-        model._configure(provider, policy, on_gpu(4), shared=False, adapts_experts=False)
+        model._configure(provider, policy, on_gpu(4), shared=False)
     return {name: value for name, value in vars(provider).items() if name != "finalize"}
 
 
