@@ -63,6 +63,7 @@ class RunReporter:
         self._file: MetricsFile | None = None
         self._trackers: list[Tracker] = []
         self.failure: OSError | None = None
+        self.result: Path | None = None  # the run's adapter or weights, named in the last line
         if enabled:
             self._console = RunConsole(
                 title, total_steps, resume_step, console, val_period=val_period, val_at_end=val_at_end
@@ -154,7 +155,9 @@ class RunReporter:
                 self._console.curve(records, "reward" if self._title == "grpo" else "loss")
             drawn = draw_pictures(records, self.run_dir, self._title)
             if drawn:
-                self._console.print("wrote " + ", ".join(str(path) for path in [self._file.path, *drawn]), style="dim")
+                results = [self.result] if self.result is not None else []
+                paths = ", ".join(str(path) for path in [self._file.path, *drawn, *results])
+                self._console.print(f"wrote {paths}", style="dim")
 
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:

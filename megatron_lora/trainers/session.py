@@ -174,5 +174,8 @@ class Session:
         """Save what is not saved yet and wait for it. Collective."""
         self.save_if_due(force=True)
         self.writer.poll(blocking=True)
+        if self._saved_step > 0:
+            what = "hf_adapter" if self.recipe.policy.adapter.enabled else "policy/weights"
+            self.reporter.result = self.folder.path / f"step_{self._saved_step}" / what
         if self._largest_peak:
             self.reporter.message(self._describe_memory())

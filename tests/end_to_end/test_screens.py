@@ -79,6 +79,7 @@ def test_a_good_run(job: Job, tmp_path: Path):
     log = tmp_path / "run/log.txt"
     assert str(log) in screen and log.read_text().count("--- rank") == 2
     assert f"wrote {tmp_path / 'run/metrics.jsonl'}" in screen and "peak memory of a process: " in screen
+    assert screen.endswith(str(tmp_path / "run/step_3/hf_adapter")), screen  # the last thing is where the adapter is
     # At the end: an answer beside the one in the data, and the course of the loss.
     assert re.search(r"the model's answer after step 3\n.*\n.* prompt .* answer .* in the data", screen), screen
     assert re.search(r"^loss, steps 1 to 3: [\d.]+ to [\d.]+$", screen, re.MULTILINE), screen

@@ -302,6 +302,7 @@ def session_of(found: Recipe, **parts: Any) -> Session:
         "loader": SimpleNamespace(state_dict=dict),
         "reporter": SimpleNamespace(failure=None, message=lambda text: None, log=lambda *values: None),
         "interrupt": SimpleNamespace(agreed=lambda world: False),
+        "folder": SimpleNamespace(path=Path("run")),
         "identity": World.alone(),  # any dataclass
         "writer": SimpleNamespace(poll=lambda blocking: None, save=lambda step, info: None),
     }
