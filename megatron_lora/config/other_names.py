@@ -136,6 +136,7 @@ _NAMES = {
     "clip_ratio_c": "loss_fn.ratio_clip_c",
     "eps_clip": "loss_fn.ratio_clip_max",
     "epsilon_high": "loss_fn.ratio_clip_max",
+    "max_head_offpolicyness": "grpo.async_grpo.max_trajectory_age_steps",
     "kl_ctl": "loss_fn.reference_policy_kl_penalty",
     "kl_coeff": "loss_fn.reference_policy_kl_penalty",
     "loss_agg_mode": "loss_fn.token_level_loss",
@@ -172,7 +173,6 @@ _ELSEWHERE = {
     "hub_private_repo": _UPLOAD,
     "push_to_hub_model_id": _UPLOAD,
     "assistant_only_loss": "always so: only the answers' tokens carry loss (sft.only_unmask_final: only the last's)",
-    "max_head_offpolicyness": "there is none: every answer comes from the weights that it trains",
     "merge_lora": "`megatron-lora merge --adapter-ckpt STEP_DIR --hf-ckpt-path OUT` merges a step's adapter",
 }
 
