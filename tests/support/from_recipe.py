@@ -184,7 +184,7 @@ def engine(folder: Path, keys: Keys) -> Any:
     urls = {"policy.generation.servers.urls": ["http://a:1"]}
     policy = recipe(folder, {**urls, **keys}, "grpo").policy
     generator = ServerGenerator(policy, World.alone(), None, folder)
-    served = [generator.folder, generator.at_once, [(c.url, c.timeout) for c in generator.clients]]
+    served = [generator.folder, generator.requests.at_once, [(c.url, c.timeout) for c in generator.clients]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
         arguments = engine_arguments(policy, on_gpu(4), 8, ["q_proj"], base_config(policy))
