@@ -45,8 +45,8 @@ class Case:
     """name: unique among all tests. ranks: processes. check: a function of `worker`. family: the base.
     adapter: an adapter folder of `conftest.room`, "drawn" for one that the policy starts, None for full fine-tuning.
     megatron, dtensor, policy: keys set in policy.megatron_cfg, policy.dtensor_cfg and policy; a case with `dtensor` is
-    one of that backend. options: what the check itself wants to know. needs: a case of fewer ranks whose files this one
-    reads."""
+    one of that backend. options: what the check itself wants to know. needs: a case of as many ranks or fewer that this
+    one is compared with, or whose files it reads (of fewer)."""
 
     name: str
     ranks: int

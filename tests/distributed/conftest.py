@@ -109,7 +109,7 @@ class Workers:
         group = _group(case)
         if group not in self.failures:
             for other in self.cases[group].values():
-                if other.needs is not None:
+                if other.needs is not None and _group(other.needs) != group:
                     self.found(other.needs)
             self._run(group)
         paths = [self.folder / f"{case.name}.{rank}.pt" for rank in range(case.ranks)]

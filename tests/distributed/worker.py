@@ -26,6 +26,7 @@ CHECKS = {
         "megatron_cost_checks",
         "megatron_failure_checks",
         "megatron_fault_checks",
+        "native_checks",
     ),
     "dtensor": ("policy_checks", "dtensor_checks", "dtensor_fault_checks"),
 }

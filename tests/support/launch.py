@@ -3,20 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 LINES_SHOWN = 80
-
-
-def chosen(request: pytest.FixtureRequest, cases: Iterable[str]) -> set[str]:
-    """Those of the cases that a test of the fixture's file is parametrized with in this session (`-k`, `-m`)."""
-    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    values = {value for item in items for value in item.callspec.params.values() if isinstance(value, str)}
-    return values & set(cases)
 
 
 class RanksFailed(AssertionError):

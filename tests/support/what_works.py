@@ -134,7 +134,7 @@ TABLE: dict[str, dict[str, Shown]] = {
             "yes",
             "tests/distributed/test_rollout_native.py",
             "test_after_a_step_the_new_adapter_answers_and_a_stale_one_is_noticed",
-            '"dora": {"family": "qwen3_dora"',
+            'case("dora", 1, DORA',
         ),
         "GRPO, vLLM": Shown("merged", RUNS, "train", '"dora, vLLM": ('),
         **_resumed('case("dora_lora_plus", 2'),

@@ -1,14 +1,8 @@
-"""Under torchrun: generate with the Megatron policy in several layouts and save what came out.
+"""What a worker can be asked about answers of a Megatron policy's own model."""
 
-Arguments: a JSON file (see `test_rollout_native.py`) with `cases`, and the folder for the results.
-"""
-
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,15 +10,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.lanes import LaneStep, whole_reads
 from megatron_lora.policy.megatron.lanes import MegatronLanes
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions
-from megatron_lora.runtime.world import init_megatron_world
-from tests.distributed.megatron_build import forget_kernels, leave_groups
+from megatron_lora.rollout.native import NativeGenerator
+from tests.distributed.megatron_build import build_policy
 
 LENGTHS = (1, 5, 17, 2, 30)
 
@@ -39,24 +32,6 @@ def tokenizer(vocab_size: int = 101) -> Any:
     inner = Tokenizer(models.WordLevel({f"<{index}>": index for index in range(vocab_size)}, unk_token="<0>"))
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=inner)
-
-
-def policy_config(case: dict[str, Any]) -> PolicyConfig:
-    return PolicyConfig.model_validate(
-        {
-            "model_name": case["model"],
-            "precision": "float32",
-            "train_global_batch_size": 4,
-            "train_micro_batch_size": 2,
-            "max_total_sequence_length": 64,
-            "generation_batch_size": case.get("batch", 3),
-            "megatron_cfg": {
-                "enabled": True,
-                "peft": {"enabled": True, "init_adapter": case["adapter"], "dropout": 0.3, **case.get("peft", {})},
-                **case["layout"],
-            },
-        }
-    )
 
 
 def rows_of(samples: list[Sample]) -> list[Row]:
@@ -105,17 +80,12 @@ def cache_bytes(generator: Any, prompt: list[int]) -> tuple[int, int]:
         return sum(tensor.nbytes for tensor in caches), 2 * model.num_lanes * generator.policy.row_bytes(42)
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    config = policy_config(case)
-    forget_kernels()
-    leave_groups()
-    world = init_megatron_world(config, 0)
-    from megatron_lora.policy.megatron.policy import MegatronPolicy
-    from megatron_lora.rollout.native import NativeGenerator
-
-    policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=4)
+def answers(case: dict[str, Any]) -> dict[str, Any]:
+    """Drawn in every way. options: `burst`: tokens drawn at once; `stops`, `trains`, `refuses`: what else is done."""
+    options = case["options"]
+    policy = build_policy(case)
     generator = NativeGenerator(policy, tokenizer())
-    generator.burst = case.get("burst", generator.burst)
+    generator.burst = options.get("burst", generator.burst)
     generator.start()
     handover = generator.load_adapter(policy.adapter(), 3)
     before = state_of(policy)
@@ -141,7 +111,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "cache_bytes": cache_bytes(generator, prompts()[-1]),
         "prompt_tokens": sum(read),
     }
-    if case.get("stops"):
+    if options.get("stops"):
         result["stopped"] = plain(generator.generate(prompts(), 1, stop_options(greedy)))
         with policy.adapters_disabled():
             result["base"] = plain(
@@ -149,9 +119,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             )
         merged = generator.load_weights(policy.hf_weights(), 4)
         result["merged"] = [merged.num_bytes, merged.fingerprint, generator.held_fingerprint(), generator.version]
-    if case.get("refuses"):
+    if options.get("refuses"):
         result["refused"] = refusals(policy, generator)
-    if case.get("trains"):
+    if options.get("trains"):
         stale = policy.adapter()
         policy.train_step([[row] for row in rows_of(sampled)[:4]], SFTObjective())
         result["stale"] = [generator.load_adapter(stale, 4).fingerprint, generator.held_fingerprint()]
@@ -164,8 +134,6 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def refusals(policy: Any, generator: Any) -> dict[str, str]:
-    from megatron_lora.rollout.native import NativeGenerator
-
     options = SamplingOptions(max_new_tokens=4)
     silent = NativeGenerator(policy, None)
     messages = {
@@ -205,12 +173,4 @@ def stop_options(greedy: list[Sample]) -> SamplingOptions:
     )
 
 
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    for name, case in cases.items():
-        result = run_case(case)
-        torch.save(result, Path(sys.argv[2]) / f"{name}.{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main()
+CHECKS = {"answers": answers}
