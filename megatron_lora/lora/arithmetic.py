@@ -108,10 +108,11 @@ def _project_down(x: Tensor, lora_a: Tensor, scale: float | Tensor, input_mask: 
     """h = s A x, in x's dtype: [T, R]."""
     if input_mask is not None:
         x = x * input_mask
-    return _scaled(x @ lora_a.to(x.dtype).t(), scale)
+    return scaled(x @ lora_a.to(x.dtype).t(), scale)
 
 
-def _scaled(h: Tensor, scale: float | Tensor) -> Tensor:
+def scaled(h: Tensor, scale: float | Tensor) -> Tensor:
+    """h times scale, in place."""
     return h.mul_(scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
 
 
@@ -170,7 +171,7 @@ class _ColumnParallel(torch.autograd.Function):
                 dx = _add_input_grad(dx, dh, lora_a, mask)
             return dx, None, None, da, db, None
         # Partial over TP: dx is summed by the base's own all-reduce, A's gradient once a step.
-        dh = _scaled(dz @ lora_b.to(dy.dtype), call.scale)
+        dh = scaled(dz @ lora_b.to(dy.dtype), call.scale)
         dx, handle = None, None
         if ctx.needs_input_grad[0]:
             dx = _add_input_grad(weight.input_gradient(dy), dh, lora_a, call.input_mask)
@@ -195,7 +196,7 @@ def _column_backward_sequence(
     reduced, handle = call.parallel.reduce_scatter(both, async_op=True)
     db = _grad_b(dz, h, lora_b, call.b_mask)
     handle.wait()
-    dh = _scaled(reduced[:, width:].contiguous(), call.scale)
+    dh = scaled(reduced[:, width:].contiguous(), call.scale)
     return (reduced[:, :width] if needs_dx else None), dh, db
 
 
@@ -238,7 +239,7 @@ class _RowParallel(torch.autograd.Function):
             dz = dy[:, parallel.rank * width : (parallel.rank + 1) * width]
         if call.output_mask is not None:
             dz = dz * call.output_mask
-        dh = _scaled(dz @ lora_b.to(dy.dtype), call.scale)
+        dh = scaled(dz @ lora_b.to(dy.dtype), call.scale)
         handle = parallel.all_reduce(dh, async_op=True) if call.all_to_all else None
         db = _grad_b(dz, h, lora_b, call.b_mask)
         dx = weight.input_gradient(dy) if ctx.needs_input_grad[0] else None

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from megatron_lora.lora.arithmetic import scaled
+
 ALIGNMENT_BYTES = 16
 
 
@@ -100,10 +102,6 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _scaled(h: Tensor, scale: float | Tensor) -> Tensor:
-    return h.mul_(scale.to(h.dtype) if isinstance(scale, Tensor) else scale)
-
-
 def _accumulate(total: Tensor, rows: Tensor, matrices: Tensor, mask: Tensor | None, ends: Tensor) -> Tensor:
     """total + (rows through matrices) * mask, in place."""
     if matrices.dim() == 2 and mask is None:
@@ -118,7 +116,7 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: GroupedCall
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        h = _scaled(times(_masked(x, call.input_mask), _transposed(a), call.ends), call.scale)
+        h = scaled(times(_masked(x, call.input_mask), _transposed(a), call.ends), call.scale)
         y = times(x, _transposed(weight), call.ends)
         _accumulate(y, h, _transposed(b), call.output_mask, call.ends)
         ctx.save_for_backward(x, lora_a, lora_b, h)
@@ -132,7 +130,7 @@ class _Adapted(torch.autograd.Function):
         ends, shared = call.ends, lora_a.dim() == 2
         a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
         dz = _masked(dy, call.output_mask)
-        dh = _scaled(times(dz, b, ends), call.scale)
+        dh = scaled(times(dz, b, ends), call.scale)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _accumulate(times(dy, ctx.weight, ends), dh, a, call.input_mask, ends)
