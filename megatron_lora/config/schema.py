@@ -55,6 +55,7 @@ class Recipe(Section):
                     f"grpo.reward_shaping.max_response_length={shaping.max_response_length}; lower it"
                 )
             self._check_rollout_batch(self.grpo)
+            self._leave_room_for_the_engine()
             if self.grpo.adv_estimator.name == "dr_grpo" and self.loss_fn.length_normalization:
                 raise ValueError(
                     "grpo.adv_estimator.name=dr_grpo is one half of Dr. GRPO, the other is a loss that is not divided "
@@ -62,6 +63,12 @@ class Recipe(Section):
                     "with normalize_rewards=false and use_leave_one_out_baseline=false)"
                 )
         return self
+
+    def _leave_room_for_the_engine(self) -> None:
+        """CUDA graphs keep the memory of a micro-batch's activations, which an engine that wakes wants back."""
+        generation, megatron = self.policy.generation, self.policy.megatron_cfg
+        if generation.backend == "vllm" and generation.colocated.enabled:
+            megatron.cuda_graph_impl = megatron.cuda_graph_impl or "none"
 
     def _check_rollout_batch(self, grpo: GrpoConfig) -> None:
         samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt

@@ -113,7 +113,8 @@ class MegatronConfig(Section):
     cuda_graph_impl: Literal["none", "local"] | None = Field(
         default=None,
         description="`local`: on a GPU a micro-batch's forward and backward pass are one CUDA graph each, so that "
-        "small kernels do not wait for the host; null: where the layout and the adapter allow it.",
+        "small kernels do not wait for the host; null: where the layout and the adapter allow it and no vLLM shares "
+        "the GPU.",
     )
     use_fused_linear_logprobs: bool = Field(
         default=False, description="Log-probabilities straight from hidden states, in chunks; full logits never exist."

@@ -182,3 +182,14 @@ def test_graphs_that_cannot_be_are_refused_only_where_they_were_asked_for(keys: 
         check_layout(policy(**head | keys | {"cuda_graph_impl": allowed}), LLAMA_8B, 2)
     check_layout(policy(**head | {"cuda_graph_impl": "local"}), LLAMA_8B, 1)
     assert "expert" in refusal(policy(**head | {"cuda_graph_impl": "local"}), MIXTURE, 1)
+
+
+def test_graphs_leave_room_for_an_engine_on_the_same_gpu() -> None:
+    def impl(recipe: str, *overrides: str) -> str | None:
+        return load_recipe(ROOT / "recipes" / recipe, overrides).recipe.policy.megatron_cfg.cuda_graph_impl
+
+    grpo, key = "grpo-gsm8k-smollm2-135m-megatron.yaml", "policy.megatron_cfg.cuda_graph_impl"
+    assert impl("sft-gsm8k-smollm2-135m-megatron.yaml") is None
+    assert impl(grpo) == "none" and impl(grpo, f"{key}=local") == "local"
+    assert impl(grpo, "policy.generation.backend=megatron") is None
+    assert impl(grpo, "policy.generation.colocated.enabled=false") is None

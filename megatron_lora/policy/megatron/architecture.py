@@ -17,6 +17,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_lora.conversion.hf_model import HFModel, activation
 from megatron_lora.lora.expert_linear import ExpertColumnLinear, ExpertRowLinear
@@ -171,7 +172,9 @@ def _change_layers(provider: Any, model: HFModel) -> None:
 
 def _change_layer(layer: Any, model: HFModel) -> None:
     attention = layer.submodules.self_attention
-    within = layer.submodules.mlp.keywords["submodules"]
+    mlp = layer.submodules.mlp
+    # bridge's own specifications (Gemma 3's) are older than Megatron-Core's.
+    within: Any = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
     if hasattr(within, "experts"):
         # Frozen, so without the `backward_dw` of Megatron-Core's own.
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)

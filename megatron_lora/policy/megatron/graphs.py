@@ -9,6 +9,7 @@ Recorded are addresses: those of the weights, of the factors and of their gradie
 are and change in place.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,6 +26,8 @@ from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.megatron.packed import RotaryPositions
 from megatron_lora.runtime.memory import hold_graph_pool
 
+logger = logging.getLogger(__name__)
+
 # Beyond so many, further shapes run without: each graph keeps some megabytes for its thousands of kernels.
 MOST_GRAPHS = 32
 # (shape, head, whether gradients are wanted, whether adapters are on)
@@ -36,7 +39,8 @@ class GraphedPasses:
     """Log-probabilities of micro-batches, differentiable, by graphs where they can be.
 
     forward: (model, micro-batch on the device) -> log-probabilities of its targets. linears: the adapted ones, whose
-    factors are all that trains.
+    factors are all that trains. insists: a micro-batch that cannot be recorded is an error; else the run goes on
+    without graphs.
     """
 
     def __init__(
@@ -46,9 +50,12 @@ class GraphedPasses:
         linears: Sequence[Adapted],
         rotary: RotaryPositions,
         pad_token_id: int,
+        *,
+        insists: bool,
     ):
         self.chunk, self.forward, self.linears, self.rotary = chunk, forward, linears, rotary
-        self.pad_token_id = pad_token_id
+        self.pad_token_id, self.insists = pad_token_id, insists
+        self._given_up = False
         names = {parameter: name for name, parameter in chunk.named_parameters()}
         factors = dict.fromkeys(held.parameter for linear in linears for held in linear.held_factors)
         self.factors = {names[parameter]: parameter for parameter in factors}
@@ -63,7 +70,7 @@ class GraphedPasses:
         """Those of the micro-batch's targets [N], fp32. A graph's backward pass has to come before its next forward
         pass: it reads what that one kept."""
         enabled = {linear.enabled for linear in self.linears}
-        if len(enabled) > 1:
+        if len(enabled) > 1 or self._given_up:
             return self.forward(self.chunk, batch)
         key = (fixed_shape(batch), head, torch.is_grad_enabled(), enabled == {True})
         batch, num_targets = stretched(batch, key[0], self.pad_token_id), batch.targets.numel()
@@ -71,13 +78,28 @@ class GraphedPasses:
         if key not in self._graphs:
             if self._met[key] == 1 or len(self._graphs) == MOST_GRAPHS:
                 return self.forward(self.chunk, batch)[:num_targets]
-            self._graphs[key] = self._record(batch, wants_gradient=key[2])
+            graph = self._record(batch, wants_gradient=key[2])
+            if graph is None:
+                return self.forward(self.chunk, batch)[:num_targets]
+            self._graphs[key] = graph
         return _Replay.apply(self._anchor, self._graphs[key], batch, num_targets)  # type: ignore[return-value]
 
-    def _record(self, batch: MicroBatch, *, wants_gradient: bool) -> "_Graph":
+    def _record(self, batch: MicroBatch, *, wants_gradient: bool) -> "_Graph | None":
+        """None, from then on always, where the model does something that no graph can hold or memory is short."""
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph = _Graph(self, batch, wants_gradient=wants_gradient)
+        before, stream = torch.cuda.memory_reserved(), torch.cuda.current_stream()
+        try:
+            graph = _Graph(self, batch, wants_gradient=wants_gradient)
+        except RuntimeError as error:
+            if self.insists:
+                raise
+            # A recording that fails does not always go back to the stream it left.
+            torch.cuda.set_stream(stream)
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("no CUDA graphs from here on (policy.megatron_cfg.cuda_graph_impl=none): %s", reason)
+            self._given_up = True
+            self._graphs.clear()
+            return None
         torch.cuda.empty_cache()
         hold_graph_pool(torch.cuda.memory_reserved() - before)
         return graph

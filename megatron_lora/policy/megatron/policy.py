@@ -94,9 +94,13 @@ class MegatronPolicy(LanePolicy):
         self.replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_group = parallel_state.get_model_parallel_group()
         if world.device.type == "cuda" and self._can_be_graphed():
-            forward = partial(schedule.forward, self.engine)
             self.engine.graphs = GraphedPasses(
-                self.base.chunks[0], forward, self.adapted, self.engine.rotary, self.pad_token_id
+                self.base.chunks[0],
+                partial(schedule.forward, self.engine),
+                self.adapted,
+                self.engine.rotary,
+                self.pad_token_id,
+                insists=policy.megatron_cfg.cuda_graph_impl == "local",
             )
         return self.base.weights
 
