@@ -11,6 +11,7 @@ TOGETHER = {
     "test_megatron_": "Megatron's ranks",
     "test_dtensor": "DTensor's ranks",
     "test_config_sweep": "Megatron's ranks",
+    "test_rollout_native": "Megatron's ranks",
     "test_sft_": "SFT's run",
 }
 # Besides the unit tests: a case of two ranks of each kind of path.
