@@ -20,6 +20,8 @@ from megatron_lora.objectives.grpo import GRPOObjective
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from tests.support.models import family_config
 
+pytestmark = pytest.mark.slow
+
 
 def trl_grpo_loss(rows, loss_type="dapo", level="token", beta=0.0, delta=None, weights=False, constant=0):
     """`GRPOTrainer._compute_loss` with stand-ins for what it reads of model, accelerator and configuration. Returns

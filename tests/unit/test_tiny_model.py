@@ -25,6 +25,9 @@ from tools.tiny_model import (
 STEPS = 30
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_base(tmp_path_factory.mktemp("tiny") / "base", seed=3, steps=STEPS)
