@@ -112,12 +112,10 @@ class ExpertAdapter(nn.Module):
         self.enabled = True
         for factor in method.factors:
             self.register_parameter(factor.name, nn.Parameter(factors[factor.key]))
-        device = factors["A"].device
-        scales = layouts[0].scales()
-        uniform = bool((scales == scales[0]).all())
-        self.scale: float | None = layouts[0].blocks[0].scale if uniform else None
+        self.scale = layouts[0].scale
+        scales = layouts[0].scales().to(factors["A"].device) if self.scale is None else None
         self.register_buffer("b_mask", b_mask, persistent=False)
-        self.register_buffer("scales", None if uniform else scales.to(device), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
         for held in self.held(None if self.shared else 0):
             mark(held, self._groups(held), of_experts=True, copied=self._is_copy)
 

@@ -150,6 +150,12 @@ class ModuleLayout:
         """[R] fp32: the scale of each rank row of A."""
         return torch.cat([torch.full((block.rank,), block.scale, dtype=torch.float32) for block in self.blocks])
 
+    @property
+    def scale(self) -> float | None:
+        """The scale of all blocks, None where they differ."""
+        scales = {block.scale for block in self.blocks}
+        return scales.pop() if len(scales) == 1 else None
+
     def factor_shape(self, factor: Factor, shapes: ModelSpec) -> tuple[int, ...]:
         """The shape of the whole factor (TP=1, no vocabulary padding)."""
         sizes = {"rank": self.rank, "in": self.in_features(shapes), "out": self.out_features(shapes)}

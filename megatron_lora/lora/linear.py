@@ -65,10 +65,9 @@ class LoRALinear(FrozenLinear):
         self.keeps_derived = True
         self._derived: Any = None
         self.register_buffer("b_mask", b_mask, persistent=False)
-        scales = layout.scales()
-        uniform = bool((scales == scales[0]).all())
-        self.scale: float | None = layout.blocks[0].scale if uniform else None
-        self.register_buffer("scales", None if uniform else scales.to(self._values()["A"].device), persistent=False)
+        self.scale = layout.scale
+        scales = layout.scales().to(factors["A"].device) if self.scale is None else None
+        self.register_buffer("scales", scales, persistent=False)
         for held in self.held_factors:
             # With all-to-all every rank of B and A already holds its whole gradient.
             partial = held.axis is None and method.gradient_is_partial(held.factor, self.parallel_kind, tp)
