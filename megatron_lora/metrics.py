@@ -46,6 +46,7 @@ class RunReporter:
         config: Mapping[str, Any] | None = None,
         resume_step: int = 0,
         title: str = "train",
+        curve: str = "loss",
         val_period: int = 0,
         val_at_end: bool = False,
         enabled: bool = True,
@@ -53,11 +54,11 @@ class RunReporter:
     ):
         """run_dir: `checkpointing.checkpoint_dir`. total_steps: of the whole run, for the bar. logger: the recipe's
         section (None: no trackers). config: the resolved recipe, shown in W&B. resume_step: the checkpoint's step;
-        records after it are dropped. title: names the bar and the pictures. val_period, val_at_end: as in the recipe,
-        for the time that is left. Writes nothing before `start`."""
+        records after it are dropped. title: names the bar and the pictures. curve: the metric shown at the end.
+        val_period, val_at_end: as in the recipe, for the time that is left. Writes nothing before `start`."""
         self.run_dir = Path(run_dir)
         self.enabled = enabled
-        self._title = title
+        self._title, self._curve = title, curve
         self._closed = not enabled
         self._logger, self._config, self._resume_step = logger, config or {}, resume_step
         self._file: MetricsFile | None = None
@@ -152,7 +153,7 @@ class RunReporter:
         with self._telling("the pictures"):
             records = read_metrics(self._file.path)
             if succeeded:
-                self._console.curve(records, "reward" if self._title == "grpo" else "loss")
+                self._console.curve(records, self._curve)
             drawn = draw_pictures(records, self.run_dir, self._title)
             if drawn:
                 results = [self.result] if self.result is not None else []

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lora.config.loader import load_recipe
+from megatron_lora.config.schema import ALGORITHMS
 from megatron_lora.config.yaml_reader import read_yaml
 from megatron_lora.errors import UserError
 
 # Other modalities and other algorithms, by the words of the file's name and folders.
 LEFT_OUT = frozenset("vlm audio avlm omni asr distillation xtoken rm reward gym ppo gdpo genrm".split())
-ALGORITHMS = ("sft", "dpo", "grpo")
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,9 @@ def serve(arguments: Sequence[str]) -> int:
     loaded = load_or_print(options)
     if loaded is None:
         return 0
-    if loaded.recipe.grpo is None:
-        raise UserError(f"{options.recipe} is a recipe of {loaded.recipe.algorithm}; only GRPO draws answers")
-    asynchronous = loaded.recipe.grpo.async_grpo
-    in_flight = asynchronous.enabled and asynchronous.in_flight_weight_updates
-    command, environment = server_command(
-        loaded.recipe.policy, num_versions=1 + (asynchronous.max_trajectory_age_steps if in_flight else 0)
-    )
+    if not loaded.recipe.draws_answers:
+        raise UserError(f"{options.recipe} is a recipe of {loaded.recipe.algorithm}, which draws no answers")
+    command, environment = server_command(loaded.recipe.policy, num_versions=loaded.recipe.rollouts.num_versions)
     command += ["--host", found.host, "--port", str(found.port)]
     if options.dry_run:
         print(" ".join([*(f"{k}={v}" for k, v in environment.items()), shlex.join(command)]), flush=True)

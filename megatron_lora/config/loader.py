@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from megatron_lora.config.interpolation import resolve
 from megatron_lora.config.messages import describe_errors, one_message
+from megatron_lora.config.other_names import is_read
 from megatron_lora.config.overrides import apply_override, merge
-from megatron_lora.config.schema import Recipe
-from megatron_lora.config.schema_algorithms import AdvantageConfig
+from megatron_lora.config.schema import ALGORITHMS, Recipe
 from megatron_lora.config.schema_data import as_one_block
 from megatron_lora.config.schema_tree import walk_fields
 from megatron_lora.config.show import show
@@ -60,7 +60,7 @@ def check_recipe(resolved: dict[str, Any], written: dict[str, Any] | None = None
         raise one_message(mistakes)
     found.paths += _unread(recipe, resolved)
     notices = [notice(found.paths)] if found.paths else []
-    notices += _runs_otherwise(resolved)
+    notices += recipe.section.notices(resolved)
     return LoadedRecipe(recipe, to_dict(recipe), notices)
 
 
@@ -72,26 +72,11 @@ def _with_lists_of_data(resolved: dict[str, Any]) -> dict[str, Any]:
     return resolved | {"data": data | parts}
 
 
-def _runs_otherwise(resolved: dict[str, Any]) -> list[str]:
-    """Of the keys without effect those that ask for another run than the user gets."""
-    controller, grpo = resolved.get("async_rl"), resolved.get("grpo")
-    if not isinstance(grpo, dict) or not isinstance(controller, dict):
-        return []
-    if controller.get("enabled") is not True and not controller.get("sampler"):
-        return []
-    if (grpo.get("async_grpo") or {}).get("enabled") is True:
-        return []
-    return [
-        "async_rl has no effect: rollouts and training alternate, every answer comes from the newest weights (age 0), "
-        "and a step takes the time of both; set grpo.async_grpo.enabled=true in its place"
-    ]
-
-
 def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
     """Keys that the recipe has and that no run of its algorithm looks at, outside the sections of other algorithms and
     of the other backend; they are back at their defaults afterwards."""
     unread = []
-    if recipe.grpo is None and resolved["data"].get("max_input_seq_length") is not None:
+    if recipe.section.rows != "prompts" and resolved["data"].get("max_input_seq_length") is not None:
         unread.append("data.max_input_seq_length")
     if recipe.data.validation is not None:
         written = resolved["data"]["validation"]
@@ -103,34 +88,23 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
             if keys.get("seed") and block.max_samples is None:
                 unread.append("data.validation.seed")
                 block.seed = None
-            if recipe.grpo is None and block.repeat > 1:
+            if not recipe.draws_answers and block.repeat > 1:
                 unread.append("data.validation.repeat")  # a mean over rows stays the same
                 block.repeat = 1
-    if recipe.grpo is not None:
-        unread += _unread_of_estimator(recipe.grpo.adv_estimator, resolved["grpo"].get("adv_estimator") or {})
+    unread += recipe.section.unread(recipe.algorithm, resolved)
     if recipe.policy.scheduler is not None and recipe.policy.optimizer is None:
         unread.append("policy.scheduler")  # only where Megatron trains: the other backend refuses it
         recipe.policy.scheduler = None
     return unread
 
 
-def _unread_of_estimator(estimator: AdvantageConfig, written: dict[str, Any]) -> list[str]:
-    """Keys of `grpo.adv_estimator` that say something else than the estimator's name."""
-    return [
-        f"grpo.adv_estimator.{name}"
-        for name in ("normalize_rewards", "use_leave_one_out_baseline")
-        if written.get(name) not in (None, getattr(estimator, name))
-    ]
-
-
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dicts of plain values, without the sections that its algorithm does not read."""
     content = recipe.model_dump()
-    for name in ("sft", "dpo", "grpo"):
-        if content[name] is None:
-            del content[name]
-    if recipe.algorithm != "grpo":
-        del content["loss_fn"], content["env"], content["policy"]["generation"]
+    for path in {part for name, section in ALGORITHMS.items() for part in (name, *section.own_sections)}:
+        if not is_read(path, recipe.algorithm):
+            parent, _, name = path.rpartition(".")
+            del (content[parent] if parent else content)[name]
     return content
 
 

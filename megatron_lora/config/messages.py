@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_lora.config.interpolation import referred
-from megatron_lora.config.other_names import algorithm_of, elsewhere, key_here
+from megatron_lora.config.other_names import algorithm_of, elsewhere, is_read, key_here
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import section_at, walk_fields
 from megatron_lora.config.show import show
@@ -32,7 +32,6 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
 }
 MOST_LISTED = 20
-_ALGORITHMS_OWN = {"sft": ("sft",), "dpo": ("dpo",), "grpo": ("grpo", "loss_fn", "env", "policy.generation")}
 
 
 def describe_errors(error: ValidationError, recipe: dict[str, Any], written: dict[str, Any]) -> list[str]:
@@ -107,8 +106,7 @@ def unknown_key(path: str, siblings: Sequence[str], recipe: dict[str, Any]) -> s
 def _is_read(key: str, recipe: dict[str, Any]) -> bool:
     """Whether a run of the recipe's algorithm reads the key; all keys where the recipe does not say which it runs."""
     algorithm = algorithm_of(recipe)
-    others = [part for name, parts in _ALGORITHMS_OWN.items() if name != algorithm for part in parts]
-    return algorithm is None or not any(key == part or key.startswith(f"{part}.") for part in others)
+    return algorithm is None or is_read(key, algorithm)
 
 
 def _switch_of(section: str) -> str | None:

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from megatron_lora.config.schema import ALGORITHMS
+from megatron_lora.config.schema_algorithms import DpoConfig
+
 # Name there -> key here. {backend}, {adapter}: the backend's section and that of its adapters; {algorithm}: sft, ...
 _NAMES = {
     "r": "{adapter}.dim",
@@ -183,8 +186,8 @@ def elsewhere(path: str) -> str | None:
 
 
 def algorithm_of(recipe: dict[str, Any]) -> str | None:
-    """`sft`, `dpo` or `grpo`: the section that an unchecked recipe has, None where it has none or several."""
-    present = [name for name in ("sft", "dpo", "grpo") if recipe.get(name) is not None]
+    """The algorithm whose section an unchecked recipe has, None where it has none or several."""
+    present = [name for name in ALGORITHMS if recipe.get(name) is not None]
     return present[0] if len(present) == 1 else None
 
 
@@ -194,9 +197,7 @@ def key_here(path: str, recipe: dict[str, Any]) -> str | None:
     name = path.rpartition(".")[2]
     key = _NAMES.get(name.replace("-", "_"))
     algorithm = algorithm_of(recipe) or "sft"
-    if key is None or (
-        key.startswith(("dpo.", "grpo.", "loss_fn.", "env.", "policy.generation.")) and not _read(key, algorithm)
-    ):
+    if key is None or not is_read(key, algorithm):
         return None
     is_megatron = _value(recipe, "policy", "megatron_cfg", "enabled") is True or path.startswith("policy.megatron_cfg.")
     is_megatron = is_megatron and not path.startswith("policy.dtensor_cfg.")
@@ -206,13 +207,15 @@ def key_here(path: str, recipe: dict[str, Any]) -> str | None:
         backend=backend,
         adapter=f"{backend}.peft" if is_megatron else f"{backend}.lora_cfg",
         tensor_parallel=f"{backend}.tensor_model_parallel_size" if is_megatron else f"{backend}.tensor_parallel_size",
-        beta="loss_fn.reference_policy_kl_penalty" if algorithm == "grpo" else "dpo.reference_policy_kl_penalty",
+        beta=ALGORITHMS[algorithm].beta_key or DpoConfig.beta_key,
     )
 
 
-def _read(key: str, algorithm: str) -> bool:
-    """Whether a run of this algorithm reads the key."""
-    return algorithm == ("dpo" if key.startswith("dpo.") else "grpo")
+def is_read(key: str, algorithm: str) -> bool:
+    """Whether a run of this algorithm reads the key: not where it stands in a section that only others have."""
+    mine = {algorithm, *ALGORITHMS[algorithm].own_sections}
+    others = {part for name, section in ALGORITHMS.items() for part in (name, *section.own_sections)} - mine
+    return not any(key == part or key.startswith(f"{part}.") for part in others)
 
 
 def _value(recipe: Any, *path: str) -> Any:

@@ -1,9 +1,11 @@
 """The algorithms: `sft`, `dpo`, `grpo` with its `loss_fn`."""
 
-from typing import Any, Literal, Self
+import math
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from megatron_lora.config.algorithm_section import RolloutSection, SupervisedSection
 from megatron_lora.config.schema_base import (
     Float,
     Int,
@@ -14,29 +16,27 @@ from megatron_lora.config.schema_base import (
     Section,
 )
 
-
-class _Algorithm(Section):
-    max_num_epochs: PositiveInt = Field(default=1, description="Passes over the training rows, at most.")
-    max_num_steps: PositiveInt = Field(default=60, description="Optimizer steps (GRPO: rollout steps), at most.")
-    seed: Int = Field(default=42, description="Seed of data order, adapters, dropout and sampling.")
-    val_period: Period = Field(default=10, description="Steps between validations; 0 or -1: none.")
-    val_at_start: bool = Field(default=False, description="Validate before the first step.")
-    val_at_end: bool = Field(default=False, description="Validate after the last step.")
+if TYPE_CHECKING:
+    from megatron_lora.config.schema import Recipe
 
 
-class _SupervisedAlgorithm(_Algorithm):
-    val_batches: Int = Field(default=8, description="Global batches a validation; -1 or 0: all.")
-    val_global_batch_size: PositiveInt = Field(default=32, description="Rows (DPO: pairs) a validation batch.")
-
-
-class SftConfig(_SupervisedAlgorithm):
+class SftConfig(SupervisedSection):
     """`sft`: supervised fine-tuning."""
+
+    rows = "conversations"
 
     only_unmask_final: bool = Field(default=False, description="Only the last answer of a conversation carries loss.")
 
+    @property
+    def final_answer_only(self) -> bool:
+        return self.only_unmask_final
 
-class DpoConfig(_SupervisedAlgorithm):
+
+class DpoConfig(SupervisedSection):
     """`dpo`: direct preference optimization (Rafailov et al. 2023)."""
+
+    rows = "pairs"
+    beta_key = "dpo.reference_policy_kl_penalty"
 
     max_num_steps: PositiveInt = Field(default=150, description="Optimizer steps, at most.")
     val_period: Period = Field(default=25, description="Steps between validations; 0 or -1: none.")
@@ -69,6 +69,13 @@ class DpoConfig(_SupervisedAlgorithm):
         if not self.preference_loss_weight and not self.sft_loss_weight:
             raise ValueError("preference_loss_weight and sft_loss_weight are both 0; nothing would be trained")
         return self
+
+    def has_reference(self, recipe: "Recipe") -> bool:
+        return True
+
+    @property
+    def scores_reference_ahead(self) -> bool:
+        return self.precompute_reference_logprobs
 
 
 # Estimator -> (normalize_rewards, use_leave_one_out_baseline), where its name says them.
@@ -164,12 +171,11 @@ class AsyncGrpoConfig(Section):
     )
 
 
-class GrpoConfig(_Algorithm):
+class GrpoConfig(RolloutSection):
     """`grpo`: group relative policy optimization (Shao et al. 2024) and its descendants."""
 
-    max_num_steps: PositiveInt = Field(default=1000000, description="Rollout steps, at most.")
-    num_prompts_per_step: PositiveInt = Field(default=32, description="Prompts a rollout step.")
-    num_generations_per_prompt: PositiveInt = Field(default=16, description="Answers a prompt: the group.")
+    beta_key = "loss_fn.reference_policy_kl_penalty"
+
     normalize_rewards: bool = Field(default=True, description="Divide advantages by the group's standard deviation.")
     use_leave_one_out_baseline: bool = Field(
         default=True, description="Each answer's baseline is the mean reward of the group's others; off: of all."
@@ -186,9 +192,6 @@ class GrpoConfig(_Algorithm):
     )
     dynamic_sampling_max_gen_batches: PositiveInt = Field(
         default=10, description="Dynamic sampling: generation batches a step, at most."
-    )
-    max_rollout_turns: PositiveInt = Field(
-        default=1, description="Turns that the model has in an answer, at most; `env.environment` answers between them."
     )
     overlong_filtering: bool = Field(default=False, description="Answers cut off by the length limit carry no loss.")
     reward_shaping: RewardShapingConfig = Field(
@@ -207,19 +210,6 @@ class GrpoConfig(_Algorithm):
     async_grpo: AsyncGrpoConfig = Field(
         default_factory=AsyncGrpoConfig, description="Generation that runs ahead of training."
     )
-    max_val_samples: PositiveInt = Field(default=256, description="Prompts a validation, at most.")
-    val_batch_size: PositiveInt = Field(default=256, description="Prompts generated at once at validation.")
-    val_num_generations_per_prompt: PositiveInt = Field(
-        default=1,
-        description="Answers a prompt at validation; above 1 it logs `pass_k`, the share of prompts with a right one.",
-    )
-    val_start_at: Int = Field(default=-1, description="First step at which `val_period` applies; -1: from the first.")
-    stop_at_validation_metric: str | None = Field(
-        default=None, description="Metric of validation, such as `accuracy`, that ends the run; null: none does."
-    )
-    stop_at_validation_threshold: Float | None = Field(
-        default=None, description="It ends where the metric is at least this."
-    )
     skip_reference_policy_logprobs_calculation: bool = Field(
         default=False,
         description="On: refuse a KL penalty, which needs the reference's log-probabilities; without one they are "
@@ -237,14 +227,6 @@ class GrpoConfig(_Algorithm):
         low, high = self.advantage_clip_low, self.advantage_clip_high
         if low is not None and high is not None and low > high:
             raise ValueError(f"advantage_clip_low={low} is above advantage_clip_high={high}; swap them")
-        if (self.stop_at_validation_metric is None) != (self.stop_at_validation_threshold is None):
-            raise ValueError(
-                "stop_at_validation_metric and stop_at_validation_threshold belong together; set both or neither"
-            )
-        if self.stop_at_validation_metric == "pass_k" and self.val_num_generations_per_prompt == 1:
-            raise ValueError(
-                "stop_at_validation_metric=pass_k needs several answers a prompt; set val_num_generations_per_prompt"
-            )
         self.adv_estimator.fill(self.normalize_rewards, self.use_leave_one_out_baseline)
         if self.num_generations_per_prompt == 1 and self.adv_estimator.use_leave_one_out_baseline:
             raise ValueError(
@@ -257,6 +239,66 @@ class GrpoConfig(_Algorithm):
                 "looks for; use at least 2 generations, or set it to false"
             )
         return self
+
+    @property
+    def prompts_a_batch(self) -> int:
+        multiplier = self.batch_multiplier if self.use_dynamic_sampling else 1
+        return math.ceil(self.num_prompts_per_step * multiplier)
+
+    @property
+    def in_flight(self) -> bool:
+        return self.async_grpo.enabled and self.async_grpo.in_flight_weight_updates
+
+    @property
+    def oldest_answer(self) -> int:
+        return self.async_grpo.max_trajectory_age_steps if self.async_grpo.enabled else -1
+
+    def complete(self, recipe: "Recipe") -> None:
+        super().complete(recipe)
+        shaping, loss_fn = self.reward_shaping, recipe.loss_fn
+        shaping.max_response_length = shaping.max_response_length or recipe.policy.max_total_sequence_length
+        if shaping.enabled and shaping.overlong_buffer_length > shaping.max_response_length:
+            raise ValueError(
+                f"grpo.reward_shaping.overlong_buffer_length={shaping.overlong_buffer_length} is above "
+                f"grpo.reward_shaping.max_response_length={shaping.max_response_length}; lower it"
+            )
+        batch = recipe.policy.train_global_batch_size
+        updates = self.num_samples // batch
+        if updates > 1 and loss_fn.force_on_policy_ratio:
+            raise ValueError(
+                "loss_fn.force_on_policy_ratio=true takes every update as the first, but "
+                f"policy.train_global_batch_size={batch} makes {updates} of a step's {self.num_samples} samples; use "
+                f"{self.num_samples}, or set it to false"
+            )
+        if self.adv_estimator.name == "dr_grpo" and loss_fn.length_normalization:
+            raise ValueError(
+                "grpo.adv_estimator.name=dr_grpo is one half of Dr. GRPO, the other is a loss that is not divided "
+                "by answers' lengths: set loss_fn.length_normalization=false (the advantage alone is name=grpo "
+                "with normalize_rewards=false and use_leave_one_out_baseline=false)"
+            )
+
+    def unread(self, name: str, resolved: dict[str, Any]) -> list[str]:
+        """What says something else than the estimator's name."""
+        written = resolved[name].get("adv_estimator") or {}
+        return [
+            f"{name}.adv_estimator.{key}"
+            for key in ("normalize_rewards", "use_leave_one_out_baseline")
+            if written.get(key) not in (None, getattr(self.adv_estimator, key))
+        ]
+
+    def notices(self, resolved: dict[str, Any]) -> list[str]:
+        controller = resolved.get("async_rl")
+        if self.async_grpo.enabled or not isinstance(controller, dict):
+            return []
+        if controller.get("enabled") is not True and not controller.get("sampler"):
+            return []
+        return [
+            "async_rl has no effect: rollouts and training alternate, every answer comes from the newest weights (age "
+            "0), and a step takes the time of both; set grpo.async_grpo.enabled=true in its place"
+        ]
+
+    def has_reference(self, recipe: "Recipe") -> bool:
+        return recipe.loss_fn.reference_policy_kl_penalty > 0
 
 
 class LossFnConfig(Section):

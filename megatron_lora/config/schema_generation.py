@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from megatron_lora.config.rollout_engines import BACKENDS, EngineFacts
 from megatron_lora.config.schema_base import (
     Environment,
     Float,
@@ -101,3 +102,14 @@ class GenerationConfig(Section):
         if value is not None and "" in value:
             raise ValueError('an empty text ends every answer before its first token; take "" out of the list')
         return value
+
+    @property
+    def engine(self) -> EngineFacts:
+        """Who answers; where `colocated.enabled` is false and `backend` cannot, who would without it."""
+        inside, outside = BACKENDS[self.backend]
+        return inside if self.colocated.enabled or outside is None else outside
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """The engine's own limit of prompt and answer, in tokens; None: `policy.max_total_sequence_length` alone."""
+        return self.vllm_cfg.max_model_len if self.engine.own_length else None

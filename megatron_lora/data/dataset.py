@@ -118,7 +118,7 @@ def join(parts: Sequence[tuple[Any, int]]) -> Any:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a data set is prepared; the same for the three algorithms.
+    """How a data set is prepared; the same for all algorithms.
 
     max_length: limit in tokens. num_workers: processes that tokenize (used where there are rows enough).
     show_progress: a progress bar, on one rank.

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_lora.config.algorithm_section import RowKind
+from megatron_lora.config.schema import ALGORITHMS
 from megatron_lora.data.values import Fields, RowError
-
-Algorithm = Literal["sft", "dpo", "grpo"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,14 @@ class Form:
             return "plain text, no template; a conversation where a column holds messages"
         return f"a user message{answers}" if self.answer is None else "a user and an assistant message"
 
-    def doc_row(self, algorithm: str) -> str:
+    def doc_row(self, kind: RowKind) -> str:
         """The form's row in docs/data.md."""
         columns = ", ".join(f"`{column}`" for column in self.columns)
         optional = ", ".join(f"`{column}`" for column in self.optional)
-        return f"| {algorithm} | `{self.name}` | {self.origin} | {columns} | {optional} | {self.becomes} |"
+        return f"| {algorithms_of(kind)} | `{self.name}` | {self.origin} | {columns} | {optional} | {self.becomes} |"
 
 
-SFT_FORMS = (
+CONVERSATION_FORMS = (
     Form("messages", "OpenAI, TRL", conversation="messages"),
     Form("conversations", "ShareGPT", conversation="conversations"),
     Form("conversation", "ShareGPT", conversation="conversation"),
@@ -74,7 +73,7 @@ SFT_FORMS = (
     Form("prompt-response", "OpenRLHF", question=("prompt",), answer="response"),
     Form("text", "TRL, language modelling", answer="text", plain=True),
 )
-DPO_FORMS = (
+PAIR_FORMS = (
     Form("prompt-chosen-rejected", "TRL", question=("prompt",), chosen="chosen", rejected="rejected", plain=True),
     Form("question-chosen-rejected", "Orca", question=("question",), chosen="chosen", rejected="rejected"),
     Form(
@@ -104,7 +103,7 @@ DPO_FORMS = (
     Form("context-completions", "NeMo RL", conversation="context", rank="completions", final_only=True),
     Form("chosen-rejected", "TRL, implicit prompt", chosen="chosen", rejected="rejected", plain=True),
 )
-GRPO_FORMS = (
+PROMPT_FORMS = (
     Form("prompt", "TRL, verl", question=("prompt",), plain=True),
     Form("messages", "OpenAI", conversation="messages"),
     Form("conversations", "ShareGPT", conversation="conversations"),
@@ -114,7 +113,18 @@ GRPO_FORMS = (
     Form("input", "NeMo RL", question=("input",)),
     Form("query", "ms-swift", question=("query",)),
 )
-FORMS: dict[Algorithm, tuple[Form, ...]] = {"sft": SFT_FORMS, "dpo": DPO_FORMS, "grpo": GRPO_FORMS}
+FORMS: dict[RowKind, tuple[Form, ...]] = {
+    "conversations": CONVERSATION_FORMS,
+    "pairs": PAIR_FORMS,
+    "prompts": PROMPT_FORMS,
+}
+
+
+def algorithms_of(kind: RowKind) -> str:
+    """The names of the algorithms that train on rows of this kind."""
+    return ", ".join(name for name, section in ALGORITHMS.items() if section.rows == kind)
+
+
 # What a row of any form that goes through the chat template may have besides.
 SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
@@ -141,19 +151,19 @@ class Keys:
         return any(value is not None for value in named)
 
 
-def choose_form(fields: Fields, keys: Keys, algorithm: Algorithm) -> Form:
+def choose_form(fields: Fields, keys: Keys, kind: RowKind) -> Form:
     """The one form that the row has: what the recipe names, else the known one whose columns hold something.
 
     A form whose columns all belong to another that is complete is no form of its own (Alpaca's `input` and `output`).
     Raises RowError where there is none, with what is missing, and where there are two.
     """
-    named = named_form(keys, algorithm) or _nemo_rl_form(fields, keys, algorithm)
+    named = named_form(keys, kind) or _nemo_rl_form(fields, keys, kind)
     if named is not None:
         for column in named.columns:
             if not fields.has(column):
                 raise RowError(fields.why_absent(column))
         return named
-    forms = FORMS[algorithm]
+    forms = FORMS[kind]
     complete = [form for form in forms if all(map(fields.has, form.columns))]
     kept = [form for form in complete if not any(_covers(other, form) for other in complete)]
     if len(kept) == 1:
@@ -167,17 +177,17 @@ def choose_form(fields: Fields, keys: Keys, algorithm: Algorithm) -> Form:
     )
 
 
-def named_form(keys: Keys, algorithm: Algorithm) -> Form | None:
+def named_form(keys: Keys, kind: RowKind) -> Form | None:
     """The form that the recipe's keys make; None where they name no column. Raises RowError for an unknown name."""
     if keys.form is not None:
-        known = {form.name: form for form in FORMS[algorithm]}
+        known = {form.name: form for form in FORMS[kind]}
         if keys.form not in known:
-            raise RowError(f"form={keys.form} is none of {algorithm}'s: {', '.join(known)}")
+            raise RowError(f"form={keys.form} is none of {algorithms_of(kind)}'s: {', '.join(known)}")
         return known[keys.form]
     if not keys.names_columns:
         return None
     plain = keys.reader is None
-    if algorithm == "dpo":
+    if kind == "pairs":
         names = (keys.input_key or "prompt", keys.chosen_key or "chosen", keys.rejected_key or "rejected")
         if keys.chat_key is not None:
             return Form("named", "", keys.chat_key, chosen=names[1], rejected=names[2])
@@ -185,7 +195,7 @@ def named_form(keys: Keys, algorithm: Algorithm) -> Form | None:
         return Form("named", "", None, names[:1], None, *names[1:], plain=plain)
     if keys.chat_key is not None:
         return Form("named", "", keys.chat_key)
-    if algorithm == "grpo":
+    if kind == "prompts":
         return _named_prompt(keys, plain)
     names = (keys.input_key or "input", keys.output_key or "output")
     return Form("named", "", None, names[:1], names[1], plain=plain and names == ("prompt", "completion"))
@@ -197,17 +207,17 @@ def _named_prompt(keys: Keys, plain: bool) -> Form | None:
     return Form("named", "", None, (keys.input_key,), plain=plain and keys.input_key == "prompt")
 
 
-def _nemo_rl_form(fields: Fields, keys: Keys, algorithm: Algorithm) -> Form | None:
+def _nemo_rl_form(fields: Fields, keys: Keys, kind: RowKind) -> Form | None:
     """What NeMo RL's data set classes read where the recipe names no column: always messages for the template."""
-    if keys.reader == "ResponseDataset" and algorithm != "dpo":
+    if keys.reader == "ResponseDataset" and kind != "pairs":
         if "messages" in fields:
             return Form("messages", "", "messages")
-        return Form("ResponseDataset", "", None, ("input",), "output" if algorithm == "sft" else None)
-    if keys.reader == "BinaryPreferenceDataset" and algorithm == "dpo":
+        return Form("ResponseDataset", "", None, ("input",), "output" if kind == "conversations" else None)
+    if keys.reader == "BinaryPreferenceDataset" and kind == "pairs":
         return Form("BinaryPreferenceDataset", "", None, ("prompt",), None, "chosen", "rejected", final_only=True)
-    if keys.reader == "PreferenceDataset" and algorithm == "dpo":
-        return next(form for form in DPO_FORMS if form.rank is not None)
-    if keys.reader == "openai_format" and algorithm != "dpo":
+    if keys.reader == "PreferenceDataset" and kind == "pairs":
+        return next(form for form in PAIR_FORMS if form.rank is not None)
+    if keys.reader == "openai_format" and kind != "pairs":
         return Form("messages", "", "messages")
     return None
 

@@ -41,7 +41,7 @@ class RowReader:
     def read_sft(self, row: Any) -> Example:
         """One training row. Raises RowError."""
         fields = Fields(row)
-        form = choose_form(fields, self.keys, "sft")
+        form = choose_form(fields, self.keys, "conversations")
         if not form.question and form.answer and is_conversation(decode_messages(fields.take(form.answer))):
             form = replace(form, conversation=form.answer, answer=None)
         if form.plain and not any(is_conversation(decode_messages(fields.take(column))) for column in form.columns):
@@ -54,7 +54,7 @@ class RowReader:
     def read_preference(self, row: Any) -> tuple[Example, Example]:
         """One preference row: the chosen and the rejected example. Raises RowError."""
         fields = Fields(_opened(row))
-        form = choose_form(fields, self.keys, "dpo")
+        form = choose_form(fields, self.keys, "pairs")
         if row_switches(fields, None) is False:
             raise RowError("the row's own weight is 0, but every pair counts in DPO; take the row out of the file")
         columns = [column for column in (form.chosen, form.rejected) if column]
@@ -67,9 +67,9 @@ class RowReader:
         return pair
 
     def read_prompt(self, row: Any) -> PromptExample:
-        """One GRPO prompt and its reference answer ("" where the row has none). Raises RowError."""
+        """One prompt and its reference answer ("" where the row has none). Raises RowError."""
         fields = Fields(row)
-        form = choose_form(fields, self.keys, "grpo")
+        form = choose_form(fields, self.keys, "prompts")
         written = ""
         question = self._question(fields, form)
         if isinstance(question, Turns) and form.conversation and question.last_role == "assistant":

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_lora.config.algorithm_section import RowKind
 from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_data import DatasetConfig
 from megatron_lora.data.dataset import (
@@ -25,7 +26,11 @@ from megatron_lora.data.tokenizer import end_tokens, load_tokenizer
 from megatron_lora.data.values import RowError
 from megatron_lora.errors import UserError
 
-BUILDERS: dict[str, Any] = {"sft": build_sft_dataset, "dpo": build_preference_dataset, "grpo": build_prompt_dataset}
+BUILDERS: dict[RowKind, Any] = {
+    "conversations": build_sft_dataset,
+    "pairs": build_preference_dataset,
+    "prompts": build_prompt_dataset,
+}
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,11 @@ def prepare_data(recipe: Recipe, show_progress: bool = False) -> PreparedData:
     """Load the tokenizer and the rows, and tokenize them. Raises UserError."""
     chosen = recipe.policy.tokenizer
     tokenizer = load_tokenizer(chosen.name or recipe.policy.model_name, chosen.chat_template)
-    build = BUILDERS[recipe.algorithm]
+    build = BUILDERS[recipe.section.rows]
     options = encoding_options(recipe, tokenizer)
     parts = load_parts(recipe)
     built = [build(part.source, tokenizer, preparation(recipe, part.section, options, show_progress)) for part in parts]
-    if recipe.grpo is not None:
+    if recipe.section.rows == "prompts":
         for part, prompts in zip(parts, built, strict=True):
             _check_references(recipe, part.source, prompts)
     joined = {
@@ -115,7 +120,7 @@ def _blocks(where: str, first: DatasetConfig) -> list[tuple[str, DatasetConfig]]
 def _load(recipe: Recipe, section: DatasetConfig, where: str) -> Source:
     spec = _source_spec(section)
     try:
-        named_form(spec.keys, recipe.algorithm)
+        named_form(spec.keys, recipe.section.rows)
     except RowError as error:
         raise UserError(f"{where}.{error}") from error
     source = load_source(spec, where)
@@ -136,7 +141,7 @@ def encoding_options(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Enco
         add_bos=recipe.data.add_bos,
         add_eos=recipe.data.add_eos,
         end_token_ids=tuple(end_tokens(recipe.policy.model_name, tokenizer)),
-        only_unmask_final=bool(recipe.sft and recipe.sft.only_unmask_final),
+        only_unmask_final=recipe.section.final_answer_only,
         chat_template_kwargs=dict(recipe.policy.tokenizer.chat_template_kwargs or {}),
     )
 
@@ -144,7 +149,7 @@ def encoding_options(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Enco
 def preparation(recipe: Recipe, section: DatasetConfig, options: EncodingOptions, show_progress: bool) -> Preparation:
     """How the rows of one block become tokens. Raises UserError."""
     return Preparation(
-        max_length=longest_prompt(recipe) if recipe.grpo is not None else recipe.policy.max_total_sequence_length,
+        max_length=longest_prompt(recipe) if recipe.draws_answers else recipe.policy.max_total_sequence_length,
         options=options,
         instructions=load_instructions(section.prompt_file, section.system_prompt_file),
         num_workers=recipe.data.num_workers,
@@ -153,11 +158,11 @@ def preparation(recipe: Recipe, section: DatasetConfig, options: EncodingOptions
 
 
 def longest_prompt(recipe: Recipe) -> int:
-    """Tokens of the longest prompt that GRPO keeps: one token of an answer must fit behind it."""
+    """Tokens of the longest prompt that is kept: one token of an answer must fit behind it."""
     policy = recipe.policy
     limits = [policy.max_total_sequence_length - 1]
     if recipe.data.max_input_seq_length is not None:
         limits.append(recipe.data.max_input_seq_length)
-    if policy.generation.backend == "vllm" and policy.generation.vllm_cfg.max_model_len is not None:
-        limits.append(policy.generation.vllm_cfg.max_model_len - 1)
+    if policy.generation.longest_sequence is not None:
+        limits.append(policy.generation.longest_sequence - 1)
     return min(limits)

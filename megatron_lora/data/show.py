@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megatron_lora.config.algorithm_section import RowKind
 from megatron_lora.config.command_line import build_recipe_parser, parse_recipe
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
@@ -20,7 +21,11 @@ from megatron_lora.errors import UserError
 
 USER_ERROR_STATUS = 2
 DEFAULT_ROWS = 3
-PARTS = {"sft": ("row",), "dpo": ("chosen", "rejected"), "grpo": ("prompt",)}
+PARTS: dict[RowKind, tuple[str, ...]] = {
+    "conversations": ("row",),
+    "pairs": ("chosen", "rejected"),
+    "prompts": ("prompt",),
+}
 _COLOUR, _PLAIN = "\x1b[30;42m", "\x1b[0m"
 
 
@@ -56,7 +61,7 @@ def _show(recipe: Recipe, num_rows: int, as_json: bool) -> int:
     for line in data.lines():
         print(line, file=sys.stderr)
     for name, source, dataset in data.sets:
-        for shown in show_rows(recipe.algorithm, name, source, dataset, data.tokenizer, num_rows):
+        for shown in show_rows(recipe.section.rows, name, source, dataset, data.tokenizer, num_rows):
             # In ASCII: some characters of a text end a line for those who read these lines.
             text = json.dumps(shown) if as_json else _readable(shown, data.tokenizer)
             print(text, flush=True)
@@ -64,17 +69,17 @@ def _show(recipe: Recipe, num_rows: int, as_json: bool) -> int:
 
 
 def show_rows(
-    algorithm: str, name: str, source: Any, dataset: Any, tokenizer: Any, num_rows: int
+    kind: RowKind, name: str, source: Any, dataset: Any, tokenizer: Any, num_rows: int
 ) -> Iterator[dict[str, Any]]:
     """The first `num_rows` rows of a set in the file's order, one object for each part of a row."""
-    parts = PARTS[algorithm]
+    parts = PARTS[kind]
     position = 0
     for number in (source[place][0] for place in range(min(num_rows, len(source)))):
         head = {"set": name, "row": number}
         if number in dataset.stats.drops:
             yield {**head, "part": parts[0], "dropped": dataset.stats.drops[number]}
             continue
-        if algorithm == "grpo":
+        if kind == "prompts":
             prompt = dataset[position]
             ids = prompt.input_ids.tolist()
             tokens = [(ids, [0] * len(ids))]

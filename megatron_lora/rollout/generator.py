@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -189,6 +190,36 @@ class Generator(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the engine and free its memory."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Answers that were asked for ahead. seconds: from the first prompt sent to the last answer. num_stale: answers
+    that were dropped as too old, and drawn again."""
+
+    samples: list[Sample]
+    seconds: float
+    num_stale: int
+
+
+class AheadGenerator(Generator):
+    """One that answers beside training, on devices of its own."""
+
+    @abstractmethod
+    def ask_ahead(
+        self, number: int, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions
+    ) -> None:
+        """Ask for answers that `collect` gives later, under a number. Collective. Raises as `generate` does."""
+
+    @abstractmethod
+    def collect(self, number: int, oldest: int) -> Collected:
+        """The answers that were asked for under a number, once they are all in. Those of weights before version
+        `oldest` are dropped, and their prompts asked again. Collective. Raises RolloutError as `generate` does."""
+
+    @abstractmethod
+    def new_weights(self, *, in_flight: bool) -> AbstractContextManager[None]:
+        """Within it weights are handed over and proven: prompts asked ahead wait. in_flight: those that are being
+        answered go on with the adapter that they began with; otherwise they are waited for first. Collective."""
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_length: int, key: str) -> None:

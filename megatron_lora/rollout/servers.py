@@ -10,7 +10,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.rollout.adapter_factors import factors_fingerprint, scaled_factors
 from megatron_lora.rollout.generator import (
+    AheadGenerator,
+    Collected,
     Decoder,
-    Generator,
     Handover,
     RolloutError,
     Sample,
@@ -44,17 +44,7 @@ SHARD_BYTES = 2 << 30
 BLOCK = 128
 
 
-@dataclass(frozen=True)
-class Collected:
-    """Answers that were asked for ahead. seconds: from the first prompt sent to the last answer. num_stale: answers
-    that were dropped as too old, and drawn again."""
-
-    samples: list[Sample]
-    seconds: float
-    num_stale: int
-
-
-class ServerGenerator(Generator):
+class ServerGenerator(AheadGenerator):
     """The servers of `policy.generation.servers.urls`. Each answers whole prompts, dealt out in turn.
 
     say: told when a server is left out or taken back. Raises UserError where none answers, or one serves sequences that
@@ -211,7 +201,6 @@ class ServerGenerator(Generator):
     def ask_ahead(
         self, number: int, prompts: Sequence[Sequence[int]], num_samples: int, options: SamplingOptions
     ) -> None:
-        """Ask for answers that `collect` gives later, under a number. Collective. Raises as `generate` does."""
         check_lengths(prompts, self.max_length, "policy.generation.vllm_cfg.max_model_len")
 
         def ask() -> None:
@@ -221,8 +210,6 @@ class ServerGenerator(Generator):
         self._on_first(ask)
 
     def collect(self, number: int, oldest: int) -> Collected:
-        """The answers that were asked for under a number, once they are all in. Those of weights before version
-        `oldest` are dropped, and their prompts asked again. Collective. Raises RolloutError as `generate` does."""
         return self._on_first(lambda: self._collect(number, oldest))
 
     def _collect(self, number: int, oldest: int) -> Collected:
@@ -240,8 +227,6 @@ class ServerGenerator(Generator):
 
     @contextmanager
     def new_weights(self, *, in_flight: bool) -> Iterator[None]:
-        """Within it weights are handed over and proven: prompts asked ahead wait. in_flight: those that servers are
-        answering go on with the adapter that they began with; otherwise they are waited for first. Collective."""
         if self.world.rank == 0:
             self.requests.hold_back(until_answered=not in_flight)
         yield

@@ -122,7 +122,7 @@ def remedies(recipe: Recipe, *, in_engine: bool = False) -> list[str]:
         found.append("policy.megatron_cfg.use_fused_linear_logprobs=true (now false)")
     if not section.activation_checkpointing:
         found.append(f"{backend}.activation_checkpointing=true (now false)")
-    if recipe.grpo is not None and policy.generation.backend == "vllm":
+    if recipe.draws_answers and policy.generation.engine.wants_memory:
         part = policy.generation.vllm_cfg.gpu_memory_utilization
         less = f"policy.generation.vllm_cfg.gpu_memory_utilization={max(0.1, part - 0.1):.2g} (now {part:g})"
         found.insert(0 if in_engine else len(found), less)

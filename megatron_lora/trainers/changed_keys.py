@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.loader import load_recipe, to_dict
-from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema import ALGORITHMS, Recipe
 from megatron_lora.errors import UserError
 
 LONGEST_VALUE = 60
@@ -16,7 +16,7 @@ LONGEST_VALUE = 60
 HARMLESS = (
     r"logger\..*",
     r"checkpointing\..*",
-    r"(sft|dpo|grpo)\.(val_.*|max_val_samples)",
+    rf"({'|'.join(ALGORITHMS)})\.(val_.*|max_val_samples)",
     r"data\.(num_workers|validation.*)",
     r"env\.math\.num_workers",
     r"policy\.(train_micro_batch_size|logprob_batch_size|generation_batch_size|make_sequence_length_divisible_by)",

@@ -15,19 +15,16 @@ from megatron_lora.data.loader import GroupLoader, Indexed
 from megatron_lora.metrics import RunReporter
 from megatron_lora.objectives.dpo import DPOConfig, DPOObjective
 from megatron_lora.policy.interface import Policy
+from megatron_lora.runtime.world import World
+from megatron_lora.trainers.algorithm import Loader
 from megatron_lora.trainers.last_answer import show_last_answer
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.session import Session
+from megatron_lora.trainers.supervised import Supervised
 from megatron_lora.trainers.validation import evaluate_groups
 
 REFERENCE = "reference_logps"
 Pairs = list[list[Row]]
-
-
-def check_dpo(recipe: Recipe) -> None:
-    """Raise UserError for what cannot be run, before any weight is loaded."""
-    assert recipe.dpo is not None
-    DPOConfig.from_config(recipe.dpo)
 
 
 def train_dpo(session: Session, loader: GroupLoader[list[Row]], validation: GroupLoader[list[Row]] | None) -> None:
@@ -107,3 +104,23 @@ def precompute_reference(
             scored += [logps[position : position + 2] for position in range(0, len(logps), 2)]
             advance(len(chunk))
     loader.dataset = ScoredPairs(pairs, scored)
+
+
+class DPO(Supervised):
+    unit = "pairs"
+    rows_a_group = 2
+    metrics = ("preference_loss", "sft_loss", "accuracy", "rewards_chosen", "rewards_rejected", "reward_margin")
+    shares_prompts = True
+
+    def check(self, recipe: Recipe, world: World) -> None:
+        assert recipe.dpo is not None
+        DPOConfig.from_config(recipe.dpo)
+
+    def before_resume(self, recipe: Recipe, policy: Policy, reporter: RunReporter, loaders: Sequence[Loader]) -> None:
+        assert recipe.dpo is not None
+        if recipe.dpo.precompute_reference_logprobs:
+            for loader in loaders:
+                precompute_reference(policy, loader, reporter, full_fine_tuning=not recipe.policy.adapter.enabled)
+
+    def train(self, session: Session, loader: Loader, validation: Loader | None) -> None:
+        train_dpo(session, loader, validation)

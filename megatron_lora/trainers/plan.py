@@ -7,6 +7,7 @@ from megatron_lora.data.loader import GroupLoader
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.weights_check import read_base
+from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.setup import count_steps, count_updates
 
 GIB = 2**30
@@ -53,17 +54,7 @@ def _layout(recipe: Recipe, num_ranks: int) -> str:
 
 def _steps(recipe: Recipe, loader: GroupLoader) -> str:
     steps = count_steps(recipe, len(loader))
-    batch = recipe.policy.train_global_batch_size
-    if recipe.grpo is not None:
-        grpo = recipe.grpo
-        samples = grpo.num_prompts_per_step * grpo.num_generations_per_prompt
-        return (
-            f"steps: {steps} of {samples} answers ({grpo.num_prompts_per_step} prompts x "
-            f"{grpo.num_generations_per_prompt}), {count_updates(recipe, steps)} optimizer steps"
-        )
-    what = "pairs" if recipe.dpo is not None else "rows"
-    longest = batch * recipe.policy.max_total_sequence_length * (2 if recipe.dpo is not None else 1)
-    return f"steps: {steps} of {batch} {what}, {len(loader)} an epoch; at most {longest:,} tokens a step"
+    return algorithm_of(recipe).describe_steps(recipe, loader, steps, count_updates(recipe, steps))
 
 
 def _full(recipe: Recipe, parameters: int, num_ranks: int) -> list[str]:

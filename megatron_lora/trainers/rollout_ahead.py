@@ -10,11 +10,10 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 
-from megatron_lora.config.schema_algorithms import GrpoConfig
+from megatron_lora.config.algorithm_section import RolloutSection
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
-from megatron_lora.rollout.generator import Sample
-from megatron_lora.rollout.servers import ServerGenerator
+from megatron_lora.rollout.generator import AheadGenerator, Sample
 from megatron_lora.trainers.rollout_engine import TRAINING, RolloutEngine
 
 
@@ -24,11 +23,11 @@ class RolloutsAhead:
     loader: of the run, at the data of its next step; it is not moved. total_steps: of the run.
     """
 
-    def __init__(self, engine: RolloutEngine, loader: GroupLoader[Prompt], options: GrpoConfig, total_steps: int):
-        assert isinstance(engine.generator, ServerGenerator)
+    def __init__(self, engine: RolloutEngine, loader: GroupLoader[Prompt], options: RolloutSection, total_steps: int):
+        assert isinstance(engine.generator, AheadGenerator)
         self.engine, self.servers = engine, engine.generator
         self.options, self.total_steps = options, total_steps
-        self.max_age = options.async_grpo.max_trajectory_age_steps
+        self.max_age = options.oldest_answer
         self._prompts: Iterator[list[Prompt]] = copy.copy(loader).forever()
         self._asked: dict[int, list[Prompt]] = {}
         self._next_step = engine.version
@@ -68,7 +67,7 @@ class RolloutsAhead:
     def refit(self, version: int) -> dict[str, float]:
         """`RolloutEngine.refit`, with prompts held back until the new weights are proven; then further steps are asked
         for. Only an adapter can be handed over while answers are drawn: merged weights would change under them."""
-        in_flight = self.options.async_grpo.in_flight_weight_updates and self.engine.refits_by_adapter
+        in_flight = self.options.in_flight and self.engine.refits_by_adapter
         start = time.perf_counter()
         with self.servers.new_weights(in_flight=in_flight):
             waited = time.perf_counter() - start

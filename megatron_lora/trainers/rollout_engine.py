@@ -12,7 +12,7 @@ import torch
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import Indexed
 from megatron_lora.data.tokenizer import end_tokens
-from megatron_lora.rollout import vllm_engine
+from megatron_lora.rollout.engines import Trainer, engine_of
 from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
 from megatron_lora.runtime.activity import hold
@@ -35,12 +35,13 @@ class RolloutEngine:
         """prompts: of the run's data; the proof of a refit continues some of them."""
         self.session, self.prompts = session, prompts
         self.policy_config = session.recipe.policy
+        self.kind = engine_of(self.policy_config.generation)
         self.eos_token_ids = end_tokens(self.policy_config.model_name, session.tokenizer)
         self.generator = self._build()
         self._refitter: Refitter | None = None
         self._turns: Turns | None = None
         if session.recipe.env.environment is not None:
-            longest = self.policy_config.generation.vllm_cfg.max_model_len
+            longest = self.policy_config.generation.longest_sequence
             self._turns = Turns(
                 session.recipe,
                 session.world,
@@ -49,20 +50,12 @@ class RolloutEngine:
             )
 
     def _build(self) -> Generator:
-        session, config = self.session, self.policy_config
-        if config.generation.backend == "megatron":
-            from megatron_lora.rollout.native import NativeGenerator
-
-            return NativeGenerator(session.policy, session.tokenizer)
-        if not config.generation.colocated.enabled:
-            from megatron_lora.rollout.servers import ServerGenerator
-
-            folder = Path(session.recipe.checkpointing.checkpoint_dir)
-            return ServerGenerator(config, session.world, session.tokenizer, folder, session.reporter.message)
-        from megatron_lora.rollout.vllm import VllmGenerator
-
-        adapter = session.policy.adapter() if vllm_engine.hands_over_adapter(config, session.world) else None
-        return VllmGenerator(config, session.world, session.tokenizer, adapter)
+        session = self.session
+        folder = Path(session.recipe.checkpointing.checkpoint_dir)
+        say = session.reporter.message
+        return self.kind.build(
+            Trainer(session.policy, self.policy_config, session.world, session.tokenizer, folder, say)
+        )
 
     @property
     def version(self) -> int:
@@ -80,21 +73,19 @@ class RolloutEngine:
         self.generator.start()
         if device.type == "cuda":
             hold("the rollout engine while it answers", max(0, torch.cuda.memory_allocated(device) - before))
-        if generation.backend == "megatron":
+        if not self.kind.refits:
             self.generator.version = session.step
             return
-        grpo = session.recipe.grpo
-        assert grpo is not None and generation.vllm_cfg.max_model_len is not None
         assert generation.max_new_tokens is not None
         self._refitter = choose_refitter(
             session.policy,
             self.generator,
             session.state.get(REFIT_MODE, generation.refit),
             prompts=self._probe_prompts(),
-            max_length=generation.vllm_cfg.max_model_len,
-            tokens_per_step=grpo.num_prompts_per_step * grpo.num_generations_per_prompt * generation.max_new_tokens,
+            max_length=generation.longest_sequence or self.policy_config.max_total_sequence_length,
+            tokens_per_step=session.recipe.rollouts.num_samples * generation.max_new_tokens,
             has_adapter=self.policy_config.adapter.enabled,
-            merge_only=vllm_engine.merge_only_reason(self.policy_config, session.world),
+            merge_only=self.kind.merge_only_reason(self.policy_config, session.world),
             version=session.step,
             say=session.reporter.message,
         )

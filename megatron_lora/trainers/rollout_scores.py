@@ -12,21 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_lora.config.schema import Recipe
 from megatron_lora.data.batch import Row
-from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.kl import KLType, kl_estimate
 from megatron_lora.policy.interface import Policy
 
 OLD, REFERENCE = "old_logps", "reference_logps"
-
-
-def scores_all_ahead(recipe: Recipe, loss: GRPOConfig) -> bool:
-    """Whether the old policy's log-probabilities of all answers must be known before the first update."""
-    assert recipe.grpo is not None
-    in_reward = loss.use_kl_in_reward and loss.reference_policy_kl_penalty > 0
-    dropout = recipe.policy.adapter.enabled and recipe.policy.adapter.dropout > 0
-    return in_reward or dropout or recipe.grpo.seq_logprob_error_threshold is not None
 
 
 def with_scores(policy: Policy, rows: Sequence[Row], *, old_from: int, reference: bool) -> list[Row]:

@@ -46,11 +46,10 @@ class Turns:
     """
 
     def __init__(self, recipe: Recipe, world: World, encode: Callable[[str], list[int]], max_length: int):
-        assert recipe.grpo is not None
         self.spec = environment_spec(recipe)
         self.environments = Environments(self.spec, recipe.env.math.num_workers)
         self.world, self.encode, self.max_length = world, encode, max_length
-        self.max_turns = recipe.grpo.max_rollout_turns
+        self.max_turns = recipe.rollouts.max_rollout_turns
         self._failed_batches = 0
 
     def play(

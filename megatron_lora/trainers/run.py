@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from megatron_lora.runtime.failure import tell
 from megatron_lora.runtime.out_of_memory import is_out_of_memory
 from megatron_lora.runtime.watch import watched
 from megatron_lora.runtime.world import World, environment_world
+from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.checkpoint_writer import CheckpointWriter, expected_bytes
 from megatron_lora.trainers.interrupt import Interrupt
 from megatron_lora.trainers.plan import describe_plan
@@ -76,7 +76,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     world = build_world(recipe)
     start = find_start(prepared, folder, loader, world)
     total_steps = count_steps(recipe, len(loader), start.number, start.batches_left(recipe, loader))
-    options = getattr(recipe, recipe.algorithm)
+    options, algorithm = recipe.section, algorithm_of(recipe)
     reporter = RunReporter(
         folder.path,
         total_steps,
@@ -84,6 +84,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         config=to_dict(recipe),
         resume_step=start.number,
         title=recipe.algorithm,
+        curve=algorithm.curve,
         val_period=options.val_period if validation is not None else 0,
         val_at_end=options.val_at_end and validation is not None,
         enabled=world.is_main,
@@ -97,10 +98,10 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         if world.device.type == "cuda":
             hold("weights, adapters and optimizer", torch.cuda.memory_allocated(world.device))
         num_trainable = _describe_policy(reporter, policy)
-        if recipe.sft is None and recipe.policy.shared_prefix == "auto" and policy.unshared_reason is not None:
+        shares = algorithm.shares_prompts and recipe.policy.shared_prefix == "auto"
+        if shares and policy.unshared_reason is not None:
             reporter.message(f"each row sends its own copy of its prompt through the model: {policy.unshared_reason}")
-        if recipe.dpo is not None and recipe.dpo.precompute_reference_logprobs:
-            _precompute(recipe, policy, reporter, loader, validation)
+        algorithm.before_resume(recipe, policy, reporter, [one for one in (loader, validation) if one is not None])
         needed = expected_bytes(recipe, num_trainable)
         session = Session(
             recipe=recipe,
@@ -122,7 +123,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
             if world.is_main:
                 _open_for_writing(recipe, folder, lock, reporter, needed)
         _keep_log(folder.path, reporter)
-        return _train(session, lambda: _loop(session, loader, validation))
+        return _train(session, lambda: algorithm.train(session, loader, validation))
 
 
 def _keep_log(folder: Path, reporter: RunReporter) -> None:
@@ -157,24 +158,6 @@ def _tell(reporter: RunReporter, notices: Sequence[str], warnings: Sequence[str]
         reporter.warning(warning)
     for notice in notices:
         reporter.message(notice)
-
-
-def _precompute(recipe: Recipe, policy: Policy, reporter: RunReporter, *loaders: Any) -> None:
-    from megatron_lora.trainers.dpo import precompute_reference
-
-    for loader in loaders:
-        if loader is not None:
-            precompute_reference(policy, loader, reporter, full_fine_tuning=not recipe.policy.adapter.enabled)
-
-
-def _loop(session: Session, loader: Any, validation: Any) -> None:
-    if session.recipe.algorithm == "sft":
-        from megatron_lora.trainers.sft import train_sft as train
-    elif session.recipe.algorithm == "dpo":
-        from megatron_lora.trainers.dpo import train_dpo as train
-    else:
-        from megatron_lora.trainers.grpo import train_grpo as train
-    train(session, loader, validation)
 
 
 def _train(session: Session, loop: Callable[[], None]) -> int:

@@ -6,7 +6,6 @@ from typing import Any
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import prepare_data
-from megatron_lora.errors import UserError
 from megatron_lora.metrics import check_trackers
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
@@ -14,13 +13,7 @@ from megatron_lora.policy.layout_checks import check_layout
 from megatron_lora.policy.quantization import check_quantization
 from megatron_lora.policy.weights_check import check_base, check_token_ids, read_base
 from megatron_lora.runtime.world import World, init_distributed
-from megatron_lora.trainers.dpo import check_dpo
-from megatron_lora.trainers.grpo_setup import (
-    build_prompt_loaders,
-    check_grpo,
-    check_reward_columns,
-    fewest_batches,
-)
+from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric
 
 
@@ -49,14 +42,11 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     validates = recipe.data.has_validation
     notices += check_metric_name(recipe, has_validation=validates)
     check_stop_metric(recipe, has_validation=validates)
-    if recipe.algorithm == "dpo":
-        check_dpo(recipe)
-    elif recipe.algorithm == "grpo":
-        check_grpo(recipe, world)
+    algorithm = algorithm_of(recipe)
+    algorithm.check(recipe, world)
     data = prepare_data(recipe, show_progress=world.is_main)
     notices += check_token_ids(model, data.tokenizer, [(source.name, rows) for _, source, rows in data.sets])
-    if recipe.algorithm == "grpo":
-        check_reward_columns(recipe, [prompts for _, _, prompts in data.sets])
+    algorithm.check_data(recipe, [rows for _, _, rows in data.sets])
     return Prepared(
         recipe=recipe,
         tokenizer=data.tokenizer,
@@ -68,50 +58,23 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
 
 
 def build_loaders(prepared: Prepared) -> tuple[GroupLoader, GroupLoader | None]:
-    """The training loader, and the validation's. GRPO's hand out prompts, the others groups of rows."""
-    recipe = prepared.recipe
-    if recipe.grpo is not None:
-        return build_prompt_loaders(recipe, prepared.train, prepared.validation)
-    section = recipe.sft or recipe.dpo
-    assert section is not None
-    size = recipe.policy.train_global_batch_size
-    untrained = prepared.train.stats.untrained
-    if untrained >= size:
-        raise UserError(
-            f"{untrained} training rows carry no loss, as they say themselves (their weights are 0): a whole batch of "
-            f"policy.train_global_batch_size={size} could be of them, which has no mean loss; take them out of the file"
-        )
-    train = GroupLoader(
-        prepared.train, recipe.policy.train_global_batch_size, seed=recipe.seed, shuffle=recipe.data.shuffle
-    )
-    if prepared.validation is None:
-        return train, None
-    held_out = prepared.validation.with_targets()
-    size = min(section.val_global_batch_size, len(held_out))
-    validation = GroupLoader(
-        held_out, size, shuffle=False, drop_last=False, size_key=f"{recipe.algorithm}.val_global_batch_size"
-    )
-    return train, validation
+    """The training loader, and the validation's, as the algorithm has them."""
+    return algorithm_of(prepared.recipe).build_loaders(prepared.recipe, prepared.train, prepared.validation)
 
 
 def count_steps(recipe: Recipe, batches_an_epoch: int, steps_done: int = 0, batches_left: int | None = None) -> int:
     """The run's length: whichever of max_num_steps and max_num_epochs ends first. With dynamic sampling, which may take
     any number of batches a step, the most that it can be. batches_left: to the end of the epochs after `steps_done`,
     where those were of another size than `batches_an_epoch` are."""
-    section = recipe.sft or recipe.dpo or recipe.grpo
-    assert section is not None
+    section, fewest = recipe.section, algorithm_of(recipe).batches_a_step(recipe)
     batches = section.max_num_epochs * batches_an_epoch if batches_left is None else batches_left
-    if recipe.grpo is not None:
-        batches = max(1, batches // fewest_batches(recipe.grpo))
+    batches = max(1, batches // fewest) if fewest > 1 else batches
     return min(section.max_num_steps, batches if batches_left is None else steps_done + batches)
 
 
 def count_updates(recipe: Recipe, num_steps: int) -> int:
-    """Optimizer steps of the run: GRPO takes several a rollout where the batch is a part of its samples."""
-    if recipe.grpo is None:
-        return num_steps
-    samples = recipe.grpo.num_prompts_per_step * recipe.grpo.num_generations_per_prompt
-    return num_steps * (samples // recipe.policy.train_global_batch_size)
+    """Optimizer steps of the run."""
+    return num_steps * algorithm_of(recipe).updates_a_step(recipe)
 
 
 def build_world(recipe: Recipe) -> World:

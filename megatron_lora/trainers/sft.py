@@ -5,9 +5,11 @@ import time
 from megatron_lora.data.batch import Row
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.objectives.sft import SFTObjective
+from megatron_lora.trainers.algorithm import Loader
 from megatron_lora.trainers.last_answer import show_last_answer
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.session import Session
+from megatron_lora.trainers.supervised import Supervised
 from megatron_lora.trainers.validation import evaluate_groups
 
 
@@ -30,3 +32,10 @@ def train_sft(session: Session, loader: GroupLoader[list[Row]], validation: Grou
 
     run_steps(session, options, step, validate)
     show_last_answer(session, loader if validation is None else validation)
+
+
+class SFT(Supervised):
+    unit = "rows"
+
+    def train(self, session: Session, loader: Loader, validation: Loader | None) -> None:
+        train_sft(session, loader, validation)

@@ -36,9 +36,7 @@ class Start:
         """Up to the end of the epochs, where another batch size is used from here on; None where all are alike."""
         if self.step is None or not loader.has_another_batch_size(self.step.info["loader"]):
             return None
-        section = recipe.sft or recipe.dpo or recipe.grpo
-        assert section is not None
-        return loader.batches_left(self.step.info["loader"], section.max_num_epochs)
+        return loader.batches_left(self.step.info["loader"], recipe.section.max_num_epochs)
 
 
 def open_folder(recipe: Recipe) -> RunFolder:

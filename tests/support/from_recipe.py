@@ -31,10 +31,10 @@ from megatron_lora.runtime.world import World
 from megatron_lora.trainers.checkpoint_writer import CheckpointWriter, expected_bytes
 from megatron_lora.trainers.dpo import train_dpo
 from megatron_lora.trainers.grpo import GRPOTrainer
-from megatron_lora.trainers.grpo_setup import build_prompt_loaders
-from megatron_lora.trainers.grpo_validation import validate_answers
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.plan import _layout
+from megatron_lora.trainers.rollout_setup import build_prompt_loaders
+from megatron_lora.trainers.rollout_validation import validate_answers
 from megatron_lora.trainers.run_folder import RunFolder
 from megatron_lora.trainers.session import Session
 from megatron_lora.trainers.setup import Prepared, build_loaders, count_steps, count_updates

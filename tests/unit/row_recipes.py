@@ -9,19 +9,14 @@ from typing import Any
 
 from data_tokenizers import build_tokenizer, family_template
 
+from megatron_lora.config.schema import ALGORITHMS
 from megatron_lora.data import show
-from megatron_lora.data.dataset import (
-    Preparation,
-    build_preference_dataset,
-    build_prompt_dataset,
-    build_sft_dataset,
-)
+from megatron_lora.data.dataset import Preparation
 from megatron_lora.data.forms import Keys
+from megatron_lora.data.prepare import BUILDERS
 from megatron_lora.data.sources import Source
 from megatron_lora.data.tokenize import EncodingOptions
 from megatron_lora.errors import UserError
-
-BUILDERS: dict[str, Any] = {"sft": build_sft_dataset, "dpo": build_preference_dataset, "grpo": build_prompt_dataset}
 
 
 def user(text: Any, **more: Any) -> dict:
@@ -83,10 +78,10 @@ def encode_rows(
     source = Source("data.jsonl", rows, sft_keys=Keys(**keys), prompt_keys=Keys(**keys), strict=True)
     preparation = Preparation(2048, EncodingOptions(end_token_ids=end_token_ids))
     try:
-        dataset = BUILDERS[algorithm](source, tokenizer, preparation)
+        dataset = BUILDERS[ALGORITHMS[algorithm].rows](source, tokenizer, preparation)
     except UserError as error:
         return Shown(2, str(error))
-    shown = list(show.show_rows(algorithm, "train", source, dataset, tokenizer, len(rows)))
+    shown = list(show.show_rows(ALGORITHMS[algorithm].rows, "train", source, dataset, tokenizer, len(rows)))
     return Shown(0, "\n".join(dataset.stats.lines()), shown, tokenizer)
 
 

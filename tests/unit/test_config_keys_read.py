@@ -75,12 +75,18 @@ def _receiver(node: ast.expr) -> str:
 def _reads() -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name == "config" and path.stem.startswith("schema"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                found[node.attr].add(_receiver(node.value))
+        tree = ast.parse(path.read_text())
+        in_schema = path.parent.name == "config" and path.stem.startswith("schema")
+        # What a section's property reads is read by whoever reads the property: it has a name of its own there.
+        for part in filter(_is_property, ast.walk(tree)) if in_schema else [tree]:
+            for node in ast.walk(part):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    found[node.attr].add(_receiver(node.value))
     return found
+
+
+def _is_property(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "property" for one in node.decorator_list)
 
 
 READS = _reads()

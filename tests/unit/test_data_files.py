@@ -14,7 +14,7 @@ from pyarrow import parquet
 from row_recipes import assistant, calling, run_show, user
 
 from megatron_lora.data.files import read_rows
-from megatron_lora.data.forms import FORMS
+from megatron_lora.data.forms import FORMS, algorithms_of
 from megatron_lora.data.sources import SourceSpec, load_source
 
 ROWS = [{"prompt": "P", "completion": "A"}, {"prompt": "P2\u2028", "completion": "A2"}]
@@ -142,9 +142,9 @@ def test_reference_answers(tmp_path: Path, row: dict, answer: str) -> None:
 
 def test_the_table_in_the_docs_is_the_codes() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    for algorithm, forms in FORMS.items():
-        rows = [line for line in page.splitlines() if line.startswith(f"| {algorithm} | ")]
-        assert rows == [form.doc_row(algorithm) for form in forms], f"the rows of {algorithm} differ from forms.py"
+    for kind, forms in FORMS.items():
+        rows = [line for line in page.splitlines() if line.startswith(f"| {algorithms_of(kind)} | ")]
+        assert rows == [form.doc_row(kind) for form in forms], f"the rows of {kind} differ from forms.py"
 
 
 def test_each_json_object_is_one_line_whatever_its_text_holds(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_lora.rollout.generator import Sample, SamplingOptions, rollout_log
 from megatron_lora.rollout.rewards import RewardOutcome
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers import rollout_turns
-from megatron_lora.trainers.grpo_setup import check_grpo
+from megatron_lora.trainers.grpo import GRPO
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, num_generated
 from megatron_lora.trainers.rollout_turns import Turns
 from tests.support.models import save_model
@@ -203,7 +203,7 @@ def test_refused_before_weights_load(base: Path, given: Any, message: str) -> No
     values: Any = (*given, *("", 3, "{}")[len(given) :])
     path, turns, kwargs, *overrides = values
     with pytest.raises(UserError) as error:
-        check_grpo(recipe(path, turns, kwargs, *overrides, f"policy.model_name={base}"), replace(ALONE, size=2))
+        GRPO().check(recipe(path, turns, kwargs, *overrides, f"policy.model_name={base}"), replace(ALONE, size=2))
     assert message in str(error.value)
 
 

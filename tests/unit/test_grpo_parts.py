@@ -22,13 +22,14 @@ from megatron_lora.policy.interface import StepResult
 from megatron_lora.rollout.generator import Sample
 from megatron_lora.rollout.rewards import RewardOutcome, RewardSpec
 from megatron_lora.runtime.world import World
-from megatron_lora.trainers.grpo import mean_result
-from megatron_lora.trainers.grpo_setup import build_prompt_loaders, check_grpo
-from megatron_lora.trainers.grpo_validation import accuracy, pass_k, show_answer, stop_reason
+from megatron_lora.trainers.grpo import GRPO
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.metric_names import check_stop_metric
 from megatron_lora.trainers.rollout_batch import Group, build_rows, describe_groups, sample_table, shaped_rewards
 from megatron_lora.trainers.rollout_engine import derive_seed
+from megatron_lora.trainers.rollout_loop import mean_result
+from megatron_lora.trainers.rollout_setup import build_prompt_loaders
+from megatron_lora.trainers.rollout_validation import accuracy, pass_k, show_answer, stop_reason
 from megatron_lora.trainers.session import Session
 from tests.support.models import save_model
 
@@ -193,7 +194,7 @@ def test_refused_before_weights_load(name: str, base: Path) -> None:
     overrides, text = REFUSALS[name]
     world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(UserError) as error:
-        check_grpo(recipe(base, *overrides), world)
+        GRPO().check(recipe(base, *overrides), world)
     assert text in str(error.value)
 
 
@@ -206,7 +207,7 @@ def test_refused_before_weights_load(name: str, base: Path) -> None:
     ],
 )
 def test_answers_asked_ahead_are_accepted_with_a_correction(base: Path, overrides: list[str]) -> None:
-    check_grpo(recipe(base, *SERVERS, *overrides), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+    GRPO().check(recipe(base, *SERVERS, *overrides), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
 
 
 def test_an_age_below_zero_is_refused(base: Path) -> None:
@@ -215,7 +216,7 @@ def test_an_age_below_zero_is_refused(base: Path) -> None:
 
 
 def test_the_recipe_itself_is_accepted(base: Path) -> None:
-    check_grpo(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+    GRPO().check(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
 
 
 def test_servers_have_a_vllm_and_a_size_of_their_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +225,7 @@ def test_servers_have_a_vllm_and_a_size_of_their_own(base: Path, monkeypatch: py
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     world = World(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
-    check_grpo(recipe(base, *SERVERS, "policy.generation.vllm_cfg.tensor_parallel_size=4"), world)
+    GRPO().check(recipe(base, *SERVERS, "policy.generation.vllm_cfg.tensor_parallel_size=4"), world)
 
 
 def test_vllm_missing_names_the_command(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,7 @@ def test_vllm_missing_names_the_command(base: Path, monkeypatch: pytest.MonkeyPa
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
     with pytest.raises(UserError, match="make install EXTRAS=rollout-cpu"):
-        check_grpo(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+        GRPO().check(recipe(base), World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("overrides", "limit"), [([], 63), (["data.max_input_seq_length=20"], 20)])
@@ -272,18 +273,21 @@ STOPS = ["grpo.stop_at_validation_metric=accuracy", "grpo.stop_at_validation_thr
 
 
 def test_a_validation_that_is_good_enough_ends_the_run(base: Path) -> None:
-    options: Any = recipe(base, *STOPS).grpo
-    session: Any = SimpleNamespace(metrics={}, state={})
-    assert stop_reason(session, options) == ""
+    stops = recipe(base, *STOPS)
+    session: Any = SimpleNamespace(metrics={}, state={}, recipe=stops)
+    assert stop_reason(session) == ""
     session.metrics = {("validation", "accuracy"): 0.4, ("train", "accuracy"): 1.0}
-    assert stop_reason(session, options) == ""
+    assert stop_reason(session) == ""
     session.metrics = {("validation", "accuracy"): 0.5}
-    assert "accuracy is 0.5, at least grpo.stop_at_validation_threshold=0.5" in stop_reason(session, options)
+    assert "accuracy is 0.5, at least grpo.stop_at_validation_threshold=0.5" in stop_reason(session)
     # The run that goes on from its checkpoint has validated nothing yet.
-    resumed: Any = SimpleNamespace(metrics={}, state=dict(session.state))
-    assert stop_reason(resumed, options) and not stop_reason(resumed, recipe(base).grpo)  # type: ignore[arg-type]
-    options.stop_at_validation_threshold = 0.9
-    assert stop_reason(resumed, options) == ""
+    resumed: Any = SimpleNamespace(metrics={}, state=dict(session.state), recipe=stops)
+    assert stop_reason(resumed)
+    resumed.recipe = recipe(base)
+    assert not stop_reason(resumed)
+    resumed.recipe = stops
+    stops.rollouts.stop_at_validation_threshold = 0.9
+    assert stop_reason(resumed) == ""
 
 
 def test_the_loop_validates_from_its_first_step_on_and_ends_early() -> None:

@@ -1,9 +1,8 @@
-"""Validation of GRPO: answers to held-out prompts, their accuracy, and some of them to look at."""
+"""Validation by answers: answers to held-out prompts, their accuracy, and some of them to look at."""
 
 import time
 from collections.abc import Sequence
 
-from megatron_lora.config.schema_algorithms import GrpoConfig
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.rollout.rewards import RewardRunner, RewardSpec
@@ -23,9 +22,8 @@ def validate_answers(
     session: Session, engine: RolloutEngine, runner: RewardRunner, loader: GroupLoader[Prompt]
 ) -> None:
     """Answers to each prompt, drawn with the `val_*` keys; logs accuracy and reward, shows answers. Collective."""
-    assert session.recipe.grpo is not None
     begin(f"generating and rewarding validation answers at step {session.step}", is_slow=True)
-    count = session.recipe.grpo.val_num_generations_per_prompt
+    count = session.recipe.rollouts.val_num_generations_per_prompt
     start = time.perf_counter()
     groups: list[Group] = []
     generation_seconds = 0.0
@@ -70,9 +68,10 @@ def _marks(group: Group, specs: Sequence[RewardSpec]) -> list[float | None]:
     return [outcome.total if name is None else outcome.values[name] for outcome in group.outcomes]
 
 
-def stop_reason(session: Session, options: GrpoConfig) -> str:
-    """Why the last validation ends the run (`grpo.stop_at_validation_*`); "" where it does not. What it found is kept
+def stop_reason(session: Session) -> str:
+    """Why the last validation ends the run (`stop_at_validation_*`); "" where it does not. What it found is kept
     with the checkpoint, so that the same command does not train on."""
+    options = session.recipe.rollouts
     name, threshold = options.stop_at_validation_metric, options.stop_at_validation_threshold
     if name is None or threshold is None:
         return ""
@@ -82,7 +81,8 @@ def stop_reason(session: Session, options: GrpoConfig) -> str:
         found[name] = value
     if found.get(name, float("-inf")) < threshold:
         return ""
-    return f"validation's {name} is {found[name]:.4g}, at least grpo.stop_at_validation_threshold={threshold:g}"
+    key = f"{session.recipe.algorithm}.stop_at_validation_threshold"
+    return f"validation's {name} is {found[name]:.4g}, at least {key}={threshold:g}"
 
 
 def show_samples(session: Session, groups: Sequence[Group], title: str) -> None:
