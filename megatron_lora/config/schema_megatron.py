@@ -116,6 +116,49 @@ class MegatronConfig(Section):
         "small kernels do not wait for the host; null: where the layout and the adapter allow it and no vLLM shares "
         "the GPU.",
     )
+    freeze_moe_router: bool | None = Field(
+        default=None,
+        description="Whether a router's own weights stay as they are. Beside adapters they do, like the rest of the "
+        "base, with any value; true: `peft` may not name it.",
+    )
+    moe_router_dtype: Literal["fp32", "fp64"] | None = Field(
+        default="fp32", description="In what a router computes; null: in `policy.precision`."
+    )
+    moe_router_load_balancing_type: Literal["none", "aux_loss"] = Field(
+        default="none",
+        description="`aux_loss`: the routers' auxiliary loss (Fedus et al. 2021) of each micro-batch is added to the "
+        "training loss.",
+    )
+    moe_aux_loss_coeff: NonNegativeFloat | None = Field(
+        default=None,
+        description="What the auxiliary loss is multiplied by; null: `router_aux_loss_coef` of config.json, else "
+        "0.001.",
+    )
+    moe_per_layer_logging: bool = Field(
+        default=False, description="The auxiliary loss of each layer among the metrics too."
+    )
+    moe_router_bias_update_rate: NonNegativeFloat = Field(
+        default=0.0,
+        description="How fast the bias by which some routers choose experts follows their load; such a model takes 0 "
+        "alone, since no adapter's file holds the bias.",
+    )
+    moe_router_enable_expert_bias: bool | None = Field(
+        default=None, description="Whether the model's router has such a bias; null: whatever it has."
+    )
+    moe_grouped_gemm: bool = Field(
+        default=True, description="Products of all of a rank's experts in one kernel; false: one after the other."
+    )
+    moe_permute_fusion: bool = Field(
+        default=True, description="Fused sorting of tokens by expert, on a GPU in bfloat16."
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = Field(
+        default="alltoall",
+        description="How tokens reach experts of other ranks: each where it is needed, or all everywhere. `flex` "
+        "(DeepEP, HybridEP) is not there: models with experts are refused with it.",
+    )
+    moe_shared_expert_overlap: bool = Field(
+        default=False, description="Compute shared experts while tokens travel to the others (`alltoall`)."
+    )
     use_fused_linear_logprobs: bool = Field(
         default=False, description="Log-probabilities straight from hidden states, in chunks; full logits never exist."
     )
@@ -146,6 +189,11 @@ class MegatronConfig(Section):
                 f"end_weight_decay={end}; make them equal or use linear or cosine"
             )
         return self
+
+    @property
+    def balances_experts(self) -> bool:
+        """Whether routers' auxiliary loss is added, where the model has experts."""
+        return self.moe_router_load_balancing_type == "aux_loss" and self.moe_aux_loss_coeff != 0
 
     @property
     def model_parallel_size(self) -> int:

@@ -3,11 +3,9 @@
 from megatron_lora.config.unimplemented_kinds import ANY, Group, SameAs, any_value
 
 _MEGATRON = "policy.megatron_cfg"
-_MOE = "the router of a mixture-of-experts model works as published; leave it at the default"
 
 TABLE: tuple[Group, ...] = (
     # Model and batches
-    Group("policy", "the router has no auxiliary loss here", any_value("hf_config_overrides.router_aux_loss_coef")),
     Group(
         "policy",
         "where memory is, not what is computed; policy.dtensor_cfg.cpu_offload keeps optimizer state in CPU memory",
@@ -177,27 +175,7 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         _MEGATRON,
-        _MOE,
-        {
-            "freeze_moe_router": (False, True),
-            "moe_router_bias_update_rate": (0.0, 1e-3),
-            "moe_router_dtype": (None, "fp32", "fp64"),
-            "moe_router_enable_expert_bias": (True,),
-            "moe_router_load_balancing_type": ("none", "aux_loss"),
-        },
-    ),
-    Group(
-        _MEGATRON,
-        "how tokens reach their experts, not what is computed",
-        any_value(
-            "moe_enable_deepep",
-            "moe_flex_dispatcher_backend",
-            "moe_grouped_gemm",
-            "moe_hybridep_num_sms",
-            "moe_per_layer_logging",
-            "moe_permute_fusion",
-            "moe_shared_expert_overlap",
-            "moe_token_dispatcher_type",
-        ),
+        "only read where moe_token_dispatcher_type is flex",
+        any_value("moe_enable_deepep", "moe_flex_dispatcher_backend", "moe_hybridep_num_sms"),
     ),
 )

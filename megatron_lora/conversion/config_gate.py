@@ -75,7 +75,7 @@ WITHOUT_EFFECT = frozenset(
         "pretraining_tp",
         "problem_type",
         "return_dict",
-        "router_aux_loss_coef",  # counts with output_router_logits alone
+        "router_aux_loss_coef",  # policy.megatron_cfg.moe_aux_loss_coeff's default
         "router_jitter_noise",  # of transformers' own training
         "transformers_version",
         "use_cache",
@@ -84,7 +84,10 @@ WITHOUT_EFFECT = frozenset(
 # Field -> the values that are taken, and why no other is.
 MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((None, False), "attention is causal here"),
-    "output_router_logits": ((False, None), "the router's auxiliary loss is no part of the loss here"),
+    "output_router_logits": (
+        (False, None),
+        "policy.megatron_cfg.moe_router_load_balancing_type adds an auxiliary loss",
+    ),
     "clip_qkv": ((None,), "queries, keys and values are not clipped here"),
     "rope_interleave": ((True, None), "latent attention turns features in pairs here"),
     "is_encoder_decoder": ((False, None), "the model is a decoder"),

@@ -38,6 +38,8 @@ PARTIAL_ROTARY = ("glm4_moe",)
 _SOFTCAPPED = ("gemma2", "gemma3_text")
 # What an override may name although no class declares it: older spellings of `rope_parameters`.
 ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+# Of the coefficient of routers' auxiliary loss: transformers' name, and the one in DeepSeek's files.
+BALANCING = ("router_aux_loss_coef", "aux_loss_alpha")
 _ACTIVATION_FIELDS = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
 
 
@@ -148,6 +150,13 @@ class HFModel:
             chosen_groups=(config.topk_group or 1) if grouped else 1,
         )
 
+    @property
+    def balancing_coefficient(self) -> float:
+        """Of the router's auxiliary loss, where a recipe that has it names none: config.json's, and megatron-bridge's
+        where that has none."""
+        found = [getattr(self.config, name) for name in BALANCING if getattr(self.config, name, None) is not None]
+        return float(found[0]) if found else 0.001
+
     @cached_property
     def rotary(self) -> dict[str, tuple[Tensor, float]]:
         """Layer type ("" where all layers have the same) -> (rotary frequencies [head_dim / 2] fp32, the factor on
@@ -206,7 +215,7 @@ def read_hf_model(source: str | Path, what: str | None = None, overrides: Mappin
 
 
 def _check_overrides(overrides: Mapping[str, Any], content: Mapping[str, Any], family: Any) -> None:
-    known = {entry.name for entry in fields(family)} | set(ROPE_NAMES)
+    known = {entry.name for entry in fields(family)} | {*ROPE_NAMES, *BALANCING}
     for name in overrides:
         if name == "model_type" and overrides[name] != content["model_type"]:
             raise UserError(

@@ -63,9 +63,9 @@ class ExpertLinear(nn.Module):
         ends = row_ends(rows_per_expert, x.device)
         bias = None if self.skip_bias_add else self.bias
         if self.adapter is not None and self.adapter.enabled:
-            out = self.adapter.product(x, self.weight, bias, ends)
+            out = self.adapter.product(x, self.weight, bias, ends, one_by_one=not self.config.moe_grouped_gemm)
         else:
-            out = grouped_linear(x, self.weight, bias, ends)
+            out = grouped_linear(x, self.weight, bias, ends, one_by_one=not self.config.moe_grouped_gemm)
         return out, self.bias if self.skip_bias_add else None
 
 
@@ -139,7 +139,9 @@ class ExpertAdapter(nn.Module):
         """Ranks with other experts hold a shared factor too; the gradient norm counts it once."""
         return self.shared and parallel_state.get_expert_model_parallel_rank() > 0
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, *, one_by_one: bool = False
+    ) -> Tensor:
         """`grouped.adapted_grouped_linear` with these adapters."""
         a, b = (getattr(self, factor.name) for factor in self.method.factors)
         input_mask = output_mask = None
@@ -149,8 +151,8 @@ class ExpertAdapter(nn.Module):
             else:
                 output_mask = self._mask(x.shape[0], weight.shape[1], x)
         scale: Any = self.scale if self.scale is not None else self.scales
-        mask: Any = self.b_mask
-        return adapted_grouped_linear(x, weight, bias, a, b, GroupedCall(ends, scale, mask, input_mask, output_mask))
+        call = GroupedCall(ends, scale, self.b_mask, input_mask, output_mask, one_by_one)  # type: ignore[arg-type]
+        return adapted_grouped_linear(x, weight, bias, a, b, call)
 
     def _mask(self, rows: int, columns: int, like: Tensor) -> Tensor:
         keep = 1.0 - self.dropout

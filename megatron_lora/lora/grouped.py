@@ -27,6 +27,7 @@ class GroupedCall:
 
     ends: where each expert's rows end. scale: a number, or [R] where blocks differ. b_mask: [out, R], which entries of
     each expert's B train, or None for all. input_mask, output_mask: dropout masks as in `arithmetic.AdapterCall`.
+    one_by_one: each expert's product is a kernel of its own.
     """
 
     ends: Tensor
@@ -34,15 +35,16 @@ class GroupedCall:
     b_mask: Tensor | None = None
     input_mask: Tensor | None = None
     output_mask: Tensor | None = None
+    one_by_one: bool = False
 
 
 def row_ends(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(rows_per_expert)), dtype=torch.int32, device=device)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, *, one_by_one: bool = False) -> Tensor:
     """x [t, in], frozen weight [experts, out, in], bias [experts, out] -> [t, out]."""
-    return _Frozen.apply(x, weight, bias, ends)  # type: ignore[return-value]
+    return _Frozen.apply(x, weight, bias, ends, one_by_one)  # type: ignore[return-value]
 
 
 def adapted_grouped_linear(
@@ -53,26 +55,35 @@ def adapted_grouped_linear(
     return _Adapted.apply(x, weight, bias, lora_a, lora_b, call)  # type: ignore[return-value]
 
 
-def times(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+def times(rows: Tensor, matrices: Tensor, ends: Tensor, one_by_one: bool = False) -> Tensor:
     """rows [t, k], matrices [experts, k, n] (or [k, n], all experts') -> [t, n]."""
     if matrices.dim() == 2:
         return rows @ matrices
     if rows.shape[0] == 0:
         return rows.new_zeros(0, matrices.shape[-1])
+    if one_by_one:
+        return torch.cat([own @ matrix for own, matrix in zip(_by_expert(rows, ends), matrices, strict=True)])
     return grouped_mm(_aligned(rows), _aligned(matrices), offs=ends)
 
 
-def outer_sums(left: Tensor, right: Tensor, ends: Tensor, *, shared: bool) -> Tensor:
+def outer_sums(left: Tensor, right: Tensor, ends: Tensor, *, shared: bool, one_by_one: bool = False) -> Tensor:
     """left [t, m], right [t, n] -> [experts, m, n]: each expert's left^T right, zero where it has no rows; over all
     rows [m, n] where `shared`."""
     if shared:
         return left.t() @ right
     if left.shape[0] == 0:
         return left.new_zeros(ends.numel(), left.shape[1], right.shape[1])
+    if one_by_one:
+        pairs = zip(_by_expert(left, ends), _by_expert(right, ends), strict=True)
+        return torch.stack([own.t() @ others for own, others in pairs])
     sums = grouped_mm(_aligned(left).t(), _aligned(right), offs=ends)
     # What a kernel leaves in the place of an empty sum is not said anywhere.
     empty = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
     return sums.masked_fill_(empty[:, None, None], 0)
+
+
+def _by_expert(rows: Tensor, ends: Tensor) -> Sequence[Tensor]:
+    return rows.split(torch.diff(ends, prepend=ends.new_zeros(1)).tolist())
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -102,11 +113,11 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _accumulate(total: Tensor, rows: Tensor, matrices: Tensor, mask: Tensor | None, ends: Tensor) -> Tensor:
+def _accumulate(total: Tensor, rows: Tensor, matrices: Tensor, mask: Tensor | None, call: GroupedCall) -> Tensor:
     """total + (rows through matrices) * mask, in place."""
     if matrices.dim() == 2 and mask is None:
         return total.addmm_(rows, matrices)
-    update = times(rows, matrices, ends)
+    update = times(rows, matrices, call.ends, call.one_by_one)
     return total.add_(update if mask is None else update.mul_(mask))
 
 
@@ -116,9 +127,9 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: GroupedCall
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        h = scaled(times(_masked(x, call.input_mask), _transposed(a), call.ends), call.scale)
-        y = times(x, _transposed(weight), call.ends)
-        _accumulate(y, h, _transposed(b), call.output_mask, call.ends)
+        h = scaled(times(_masked(x, call.input_mask), _transposed(a), call.ends, call.one_by_one), call.scale)
+        y = times(x, _transposed(weight), call.ends, call.one_by_one)
+        _accumulate(y, h, _transposed(b), call.output_mask, call)
         ctx.save_for_backward(x, lora_a, lora_b, h)
         ctx.weight, ctx.call = weight, call
         return _add_bias(y, bias, call.ends)
@@ -127,24 +138,26 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, lora_a, lora_b, h = ctx.saved_tensors
         call: GroupedCall = ctx.call
-        ends, shared = call.ends, lora_a.dim() == 2
+        ends, shared, one_by_one = call.ends, lora_a.dim() == 2, call.one_by_one
         a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
         dz = _masked(dy, call.output_mask)
-        dh = scaled(times(dz, b, ends), call.scale)
+        dh = scaled(times(dz, b, ends, one_by_one), call.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _accumulate(times(dy, ctx.weight, ends), dh, a, call.input_mask, ends)
-        da = outer_sums(dh, _masked(x, call.input_mask), ends, shared=shared).to(lora_a.dtype)
-        db = outer_sums(dz, h, ends, shared=shared).to(lora_b.dtype)
+            dx = _accumulate(times(dy, ctx.weight, ends, one_by_one), dh, a, call.input_mask, call)
+        da = outer_sums(dh, _masked(x, call.input_mask), ends, shared=shared, one_by_one=one_by_one).to(lora_a.dtype)
+        db = outer_sums(dz, h, ends, shared=shared, one_by_one=one_by_one).to(lora_b.dtype)
         return dx, None, None, da, db if call.b_mask is None else db.mul_(call.b_mask), None
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.weight, ctx.ends = weight, ends
-        return _add_bias(times(x, _transposed(weight), ends), bias, ends)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, one_by_one: bool
+    ) -> Tensor:
+        ctx.weight, ctx.ends, ctx.one_by_one = weight, ends, one_by_one
+        return _add_bias(times(x, _transposed(weight), ends, one_by_one), bias, ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return times(dy, ctx.weight, ctx.ends), None, None, None
+        return times(dy, ctx.weight, ctx.ends, ctx.one_by_one), None, None, None, None

@@ -22,7 +22,7 @@ TOKENS_WITHOUT_GRADIENTS, MOST_TOKENS_WITHOUT_GRADIENTS = 4, 16384
 class BatchingOptions:
     """How a layout wants its micro-batches. row_multiple, total_multiple: tokens that a row, a micro-batch is padded
     to a multiple of. micro_batch_multiple: of how many micro-batches a rank's number must be a multiple. equal_totals:
-    pad a rank's micro-batches to the same total (stages that exchange both ways with one peer mix up unlike shapes).
+    pad all micro-batches to the same total (stages that exchange both ways with one peer mix up unlike shapes).
     bounded_logits: whole logits never exist. num_stages: of the pipeline, which few large micro-batches leave idle.
     shares_prefixes: rows that begin alike send what they share through the model once."""
 
@@ -84,7 +84,8 @@ def divide(
     )
     mine = [[families[number] for number in members] for members in family_plan[dp_rank]]
     plan = [[[p for n in members for p in families[n].groups] for members in rank] for rank in family_plan]
-    fixed_total = _largest_total(mine, options) if options.equal_totals else None
+    all_families = [[families[number] for number in members] for rank in family_plan for members in rank]
+    fixed_total = _largest_total(all_families, options) if options.equal_totals else None
     return Share(
         batches=[_collate(members, groups, options, fixed_total) for members in mine],
         groups=plan[dp_rank],

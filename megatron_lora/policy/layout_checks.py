@@ -7,6 +7,7 @@ from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.cuda_graphs import ungraphed_reason
+from megatron_lora.policy.router_checks import check_router
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
 
@@ -148,6 +149,7 @@ def _check_experts(megatron: MegatronConfig, shape: ModelSpec, world_size: int) 
             if size > 1:
                 raise UserError(f"{_MEGATRON}.{name}={size}, but the model ({shape.model_type}) has no experts; use 1")
         return
+    check_router(megatron, shape)
     _check_divides(f"{_MEGATRON}.expert_model_parallel_size", experts, shape.num_experts, "experts of the model")
     _check_divides(
         f"{_MEGATRON}.expert_tensor_parallel_size", tensor, shape.moe_ffn_hidden_size, "features of an expert"

@@ -5,12 +5,18 @@ from megatron_lora.errors import UserError
 from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM
 
 
-def unshared_reason(policy: PolicyConfig, *, model_type: str, head_dim: int, on_gpu: bool) -> str | None:
+def unshared_reason(
+    policy: PolicyConfig, *, model_type: str, head_dim: int, num_experts: int, on_gpu: bool
+) -> str | None:
     """Why prefixes are not shared: None where they are. Raises UserError where the recipe asks for it and the layout or
     the model does not allow it."""
     if policy.shared_prefix is False:
         return "policy.shared_prefix=false"
     reason = _reason_against(policy, model_type=model_type, head_dim=head_dim, on_gpu=on_gpu)
+    if num_experts and policy.backend == "megatron" and policy.megatron_cfg.balances_experts:
+        reason = (
+            "policy.megatron_cfg.moe_router_load_balancing_type=aux_loss counts each row's tokens, those it shares too"
+        )
     if reason and policy.shared_prefix is True:
         raise UserError(f"policy.shared_prefix=true, but {reason}; set it to auto, which leaves it off there")
     return reason

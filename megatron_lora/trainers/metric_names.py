@@ -10,7 +10,8 @@ from megatron_lora.trainers.algorithms import algorithm_of
 
 def metric_names(recipe: Recipe, kind: str) -> list[str]:
     """Names of the numbers in a recipe's lines of this kind ("train", "validation")."""
-    return sorted(algorithm_of(recipe).metric_names(recipe, kind))
+    balancing = ("load_balancing_loss",) if kind == "train" and recipe.policy.megatron_cfg.balances_experts else ()
+    return sorted((*algorithm_of(recipe).metric_names(recipe, kind), *balancing))
 
 
 def check_metric_name(recipe: Recipe, *, has_validation: bool) -> list[str]:

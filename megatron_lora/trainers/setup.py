@@ -11,6 +11,7 @@ from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.layout_checks import check_layout
 from megatron_lora.policy.quantization import check_quantization
+from megatron_lora.policy.router_checks import router_notices
 from megatron_lora.policy.weights_check import check_base, check_token_ids, read_base
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
@@ -37,6 +38,8 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     model = read_base(recipe.policy)
     notices = check_base(recipe.policy, model)
     check_layout(recipe.policy, model.shapes, world.size)
+    if recipe.policy.backend == "megatron":
+        notices += router_notices(recipe.policy.megatron_cfg, model.shapes)
     notices += check_quantization(recipe.policy, model)
     planned_adapter(recipe.policy)
     validates = recipe.data.has_validation

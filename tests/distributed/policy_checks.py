@@ -25,13 +25,14 @@ from tests.support.fingerprints import fingerprints
 from tests.support.grouped import grouped_numbers
 
 
-def train_steps(policy: BackendPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[float]]:
-    """Loss, gradient norm and learning rate of each update."""
+def train_steps(policy: BackendPolicy, steps: Sequence[Sequence[Row]]) -> dict[str, list[Any]]:
+    """Loss, gradient norm, learning rate and metrics of each update."""
     results = [policy.train_step([[row] for row in rows], SFTObjective()) for rows in steps]
     return {
         "losses": [r.loss for r in results],
         "grad_norms": [r.grad_norm for r in results],
         "learning_rates": [r.learning_rate for r in results],
+        "metrics": [r.metrics for r in results],
     }
 
 

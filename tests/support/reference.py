@@ -143,6 +143,18 @@ def sum_of_target_logps(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor
     return (logps * mask[:, 1:]).sum()
 
 
+def balancing_loss(model: Any, rows: list[Row]) -> torch.Tensor:
+    """Load balancing (Fedus et al. 2021, eq. 4) of each row alone, summed over layers, the mean over tokens."""
+    chosen, total = model.config.num_experts_per_tok, sum(len(row) for row in rows)
+    loss = torch.zeros(())
+    for row in rows:
+        for logits in model(row.input_ids[None], output_router_logits=True).router_logits:
+            scores = logits.softmax(-1)
+            counts = torch.zeros_like(scores).scatter(1, scores.topk(chosen).indices, 1.0).sum(0)
+            loss = loss + len(row) / total * logits.shape[1] * (counts / counts.sum() * scores.mean(0)).sum()
+    return loss
+
+
 def train(
     model_folder: Path,
     adapter_folder: Path | None,
@@ -156,11 +168,13 @@ def train(
     eps: float = 1e-8,
     fresh: dict[str, Any] | None = None,
     share_experts: bool = False,
+    balancing: float = 0.0,
 ) -> Training:
     """AdamW over the steps' rows, mean over target tokens; full fine-tuning without an adapter folder.
 
     share_a: q, k, v train one A and gate, up another, as a fused adapter does; else each its own, as peft does.
     lora_plus_ratio: B's learning rate over lr. fresh: settings of peft for an adapter that it starts itself.
+    balancing: coefficient of the routers' auxiliary loss.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     if fresh is not None:
@@ -189,6 +203,8 @@ def train(
         optimizer.zero_grad()
         count = sum(row.num_targets for row in rows)
         loss = -sum_of_target_logps(model, rows) / count
+        if balancing:
+            loss = loss + balancing * balancing_loss(model, rows)
         loss.backward()
         losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))

@@ -184,6 +184,13 @@ CONFIGURED: Turns = {
     f"{MEGATRON}.activation_checkpointing": ({}, True),
     f"{MEGATRON}.recompute_granularity": (RECOMPUTED, "selective"),
     f"{MEGATRON}.recompute_modules": (RECOMPUTED | {f"{MEGATRON}.recompute_granularity": "selective"}, ["mlp"]),
+    f"{MEGATRON}.moe_router_dtype": ({}, "fp64"),
+    f"{MEGATRON}.moe_router_load_balancing_type": ({}, "aux_loss"),
+    f"{MEGATRON}.moe_aux_loss_coeff": ({}, 0.5),
+    f"{MEGATRON}.moe_grouped_gemm": ({}, False),
+    f"{MEGATRON}.moe_permute_fusion": ({}, False),
+    f"{MEGATRON}.moe_token_dispatcher_type": ({}, "allgather"),
+    f"{MEGATRON}.moe_shared_expert_overlap": ({}, True),
     f"{MEGATRON}.apply_rope_fusion": ({}, False),
     f"{MEGATRON}.bias_activation_fusion": ({}, False),
 }
@@ -292,6 +299,9 @@ SHOWN = {
     "policy.megatron_cfg.peft.lora_B_init_method",
     "distributed/policy_checks.py": "policy.megatron_cfg.peft.dora_cached_norms",
     "distributed/test_megatron_parity.py": "policy.megatron_cfg.optimizer.use_distributed_optimizer",
+    "unit/test_router_keys.py": "policy.megatron_cfg.freeze_moe_router "
+    "policy.megatron_cfg.moe_router_bias_update_rate policy.megatron_cfg.moe_router_enable_expert_bias",
+    "distributed/test_megatron_router.py": "policy.megatron_cfg.moe_per_layer_logging",
     "unit/test_four_bit.py": "policy.dtensor_cfg.lora_cfg.double_quantization policy.dtensor_cfg.lora_cfg.lora_dtype",
     "unit/test_tokenizer_files.py": "policy.tokenizer.name",
     "unit/test_run_folder.py": "checkpointing.checkpoint_dir checkpointing.resume",

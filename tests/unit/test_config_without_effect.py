@@ -97,7 +97,7 @@ def test_refusals_name_key_value_and_remedy(path: str, value: Any, wanted: str):
 
 
 def test_numbers_written_as_text_are_numbers():
-    assert check_recipe(recipe(policy__megatron_cfg__moe_router_bias_update_rate="1e-3")).notices
+    assert check_recipe(recipe(policy__megatron_cfg__optimizer__optimizer_offload_fraction="0.0")).notices
 
 
 def test_recipe_without_such_keys_has_no_notice():

@@ -14,13 +14,15 @@ SPLITS = {"even": [4, 4, 4], "gaps": [0, 7, 0, 0, 5, 0], "one": [9], "none": [0,
 
 @dataclass(frozen=True)
 class Variant:
-    """dropout: "" or "pre" or "post". blocks: two scales, and a B of which half trains."""
+    """dropout: "" or "pre" or "post". blocks: two scales, and a B of which half trains. one_by_one: without the
+    product of all experts at once."""
 
     shared: bool = False
     dropout: str = ""
     blocks: bool = False
     bias: bool = False
     rank: int = 6
+    one_by_one: bool = False
 
 
 VARIANTS = [
@@ -33,6 +35,8 @@ VARIANTS = [
     Variant(shared=True),
     Variant(shared=True, dropout="post", blocks=True),
     Variant(shared=True, dropout="pre", bias=True),
+    Variant(one_by_one=True, dropout="post", bias=True),
+    Variant(one_by_one=True, shared=True, dropout="pre"),
 ]
 
 
@@ -77,11 +81,12 @@ def draw(variant: Variant, splits: list[int], device: str = "cpu", dtype: torch.
             b_mask=trains if variant.blocks else None,
             input_mask=mask(rows, INPUTS) if variant.dropout == "pre" else None,
             output_mask=mask(rows, OUTPUTS) if variant.dropout == "post" else None,
+            one_by_one=variant.one_by_one,
         ),
     )
 
 
-def one_by_one(drawn: Drawn) -> list[Tensor]:
+def by_autograd(drawn: Drawn) -> list[Tensor]:
     """y and the gradients of x, A and B: each expert's rows through its own matrices, by autograd."""
     x, a, b = (tensor.clone().requires_grad_() for tensor in (drawn.x, drawn.a, drawn.b))
     call = drawn.call
@@ -115,18 +120,19 @@ def all_at_once(drawn: Drawn) -> list[Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_all_experts_at_once_equal_one_after_the_other(variant: Variant, splits: list[int]) -> None:
     drawn = draw(variant, splits)
-    for name, found, wanted in zip("y dx da db".split(), all_at_once(drawn), one_by_one(drawn), strict=True):
+    for name, found, wanted in zip("y dx da db".split(), all_at_once(drawn), by_autograd(drawn), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS)
-def test_the_frozen_product_is_the_one_of_zero_adapters(splits: list[int]) -> None:
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_the_frozen_product_is_the_one_of_zero_adapters(one_by_one: bool, splits: list[int]) -> None:
     drawn = draw(Variant(bias=True), splits)
     drawn.b.zero_()
     x = drawn.x.clone().requires_grad_()
-    y = grouped_linear(x, drawn.weight, drawn.bias, drawn.call.ends)
+    y = grouped_linear(x, drawn.weight, drawn.bias, drawn.call.ends, one_by_one=one_by_one)
     y.backward(drawn.dy)
-    wanted_y, wanted_dx, *_ = one_by_one(drawn)
+    wanted_y, wanted_dx, *_ = by_autograd(drawn)
     assert x.grad is not None
     torch.testing.assert_close(y.detach(), wanted_y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, wanted_dx, rtol=1e-5, atol=1e-5)
@@ -138,7 +144,7 @@ def test_the_frozen_product_is_the_one_of_zero_adapters(splits: list[int]) -> No
 def test_one_kernel_on_a_gpu_equals_experts_one_after_the_other(variant: Variant, splits: list[int]) -> None:
     """bf16 products of one kernel against fp32 ones, relative to the largest number."""
     found = all_at_once(draw(variant, splits, "cuda", torch.bfloat16))
-    wanted = one_by_one(draw(variant, splits, "cuda"))
+    wanted = by_autograd(draw(variant, splits, "cuda"))
     for name, ours, true in zip("y dx da db".split(), found, wanted, strict=True):
         assert bool(torch.isfinite(ours).all()), name
         if true.numel():

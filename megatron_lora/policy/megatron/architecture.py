@@ -28,6 +28,7 @@ from megatron_lora.policy.megatron.attention import (
     set_softmax_scale,
     whole_heads_norm,
 )
+from megatron_lora.policy.megatron.router import Router
 from megatron_lora.runtime.native_layers import NativeAttention
 
 GEMMA = "gemma3_text"
@@ -99,11 +100,9 @@ def _apply_experts(provider: Any, model: HFModel) -> None:
     dense = shapes.dense_layers
     provider.moe_layer_freq = [int(layer not in dense) for layer in range(shapes.num_layers)] if dense else 1
     provider.moe_shared_expert_intermediate_size = shapes.shared_ffn_hidden_size or None
-    provider.moe_shared_expert_gate = provider.moe_shared_expert_overlap = False
+    provider.moe_shared_expert_gate = False
     _apply_routing(provider, model)
-    # The loss is the objective's alone.
-    provider.moe_router_load_balancing_type = "none"
-    provider.moe_aux_loss_coeff, provider.moe_z_loss_coeff = 0.0, None
+    provider.moe_aux_loss_coeff, provider.moe_z_loss_coeff = model.balancing_coefficient, None
 
 
 def _apply_routing(provider: Any, model: HFModel) -> None:
@@ -118,7 +117,6 @@ def _apply_routing(provider: Any, model: HFModel) -> None:
     grouped = routing.groups > routing.chosen_groups
     provider.moe_router_num_groups = routing.groups if grouped else None
     provider.moe_router_group_topk = routing.chosen_groups if grouped else None
-    provider.moe_router_dtype = "fp32"
 
 
 def _activation(model: HFModel) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -179,6 +177,7 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         # Frozen, so without the `backward_dw` of Megatron-Core's own.
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
         within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
+        within.router = Router
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention

@@ -89,6 +89,7 @@ def build_base(
         policy,
         model_type=model.family,
         head_dim=shapes.head_dim,
+        num_experts=shapes.num_experts,
         on_gpu=world.device.type == "cuda" and have_transformer_engine(),
     )
     _configure(provider, policy, world, shared=unshared is None)
@@ -162,10 +163,7 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: boo
     provider.make_vocab_size_divisible_by = 1
     # Losses are sums divided once by the global count (docs/architecture.md, the loss contract).
     provider.calculate_per_token_loss = True
-    provider.moe_token_dispatcher_type = "alltoall"
-    fused = world.device.type == "cuda" and have_transformer_engine()
-    provider.moe_permute_fusion = fused and policy.precision == "bfloat16"
-    provider.moe_router_fusion = False
+    _configure_experts(provider, policy, world)
     provider.variable_seq_lengths = megatron.pipeline_model_parallel_size > 1
     provider.perform_initialization = False
     provider.hidden_dropout = provider.attention_dropout = 0.0
@@ -179,6 +177,20 @@ def _configure(provider: Any, policy: PolicyConfig, world: World, *, shared: boo
     else:
         provider.recompute_granularity = None
     provider.finalize()
+
+
+def _configure_experts(provider: Any, policy: PolicyConfig, world: World) -> None:
+    megatron = policy.megatron_cfg
+    provider.moe_token_dispatcher_type = megatron.moe_token_dispatcher_type
+    provider.moe_shared_expert_overlap = megatron.moe_shared_expert_overlap
+    provider.moe_grouped_gemm = megatron.moe_grouped_gemm
+    fused = world.device.type == "cuda" and have_transformer_engine() and policy.precision == "bfloat16"
+    provider.moe_permute_fusion = fused and megatron.moe_permute_fusion
+    provider.moe_router_fusion = False
+    provider.moe_router_dtype = megatron.moe_router_dtype
+    provider.moe_router_load_balancing_type = megatron.moe_router_load_balancing_type
+    if megatron.moe_aux_loss_coeff is not None:
+        provider.moe_aux_loss_coeff = megatron.moe_aux_loss_coeff
 
 
 def _configure_kernels(provider: Any, policy: PolicyConfig, world: World, *, shared: bool) -> None:

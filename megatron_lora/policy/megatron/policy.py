@@ -47,6 +47,7 @@ from megatron_lora.policy.megatron.kv_cache import cached_attention, row_bytes
 from megatron_lora.policy.megatron.lanes import MegatronLanes, generating
 from megatron_lora.policy.megatron.model import BaseModel, build_base
 from megatron_lora.policy.megatron.packed import RotaryPositions
+from megatron_lora.policy.megatron.router import METRIC, BalancingLoss
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.agreement import same_on_every_rank
 
@@ -90,6 +91,11 @@ class MegatronPolicy(LanePolicy):
             head=_head_options(policy, self.base),
             rotary=RotaryPositions(self.base.chunks),
         )
+        self.balancing: BalancingLoss | None = None
+        if self.base.shapes.num_experts and policy.megatron_cfg.balances_experts:
+            per_layer = policy.megatron_cfg.moe_per_layer_logging
+            self.balancing = BalancingLoss(self.base.chunks, self.base.config, per_layer=per_layer)
+            self.engine.names_padding = True
         self.shapes, self.num_lanes = self.base.shapes, world.pp
         self.replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_group = parallel_state.get_model_parallel_group()
@@ -121,7 +127,8 @@ class MegatronPolicy(LanePolicy):
             row_multiple=row_multiple,
             total_multiple=total,
             micro_batch_multiple=world.pp if stages > 1 else 1,
-            equal_totals=stages > 1,
+            # Ranks that gather each other's tokens have as many each.
+            equal_totals=stages > 1 or (world.ep > 1 and config.moe_token_dispatcher_type == "allgather"),
             bounded_logits=policy.megatron_cfg.use_fused_linear_logprobs,
             num_stages=world.pp,
             shares_prefixes=self.base.unshared_reason is None,
@@ -151,6 +158,9 @@ class MegatronPolicy(LanePolicy):
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         count = objective.count(rows)
+        num_tokens = sum(len(row) for row in rows)
+        if self.balancing is not None:
+            self.balancing.begin(num_tokens, self.world.device)
         outcome = schedule.run(self.engine, share.batches, objective, count, forward_only=False, keep_logps=keep_logps)
         if not self._gradients_checked:
             self._check_gradients()
@@ -162,13 +172,14 @@ class MegatronPolicy(LanePolicy):
             self._discard_gradients()
             raise NonFiniteLoss(float("nan"), sorted({row.index for row in rows}), what="gradient norm")
         self.scheduler.step(increment=1)
+        balancing = {} if self.balancing is None else self.balancing.metrics(self.world.device)
         return StepResult(
-            loss=outcome.loss,
-            metrics=outcome.metrics | self._lora_plus_rate(highest),
+            loss=outcome.loss + balancing.get(METRIC, 0.0),
+            metrics=outcome.metrics | balancing | self._lora_plus_rate(highest),
             grad_norm=norm,
             learning_rate=learning_rate,
             num_target_tokens=sum(row.num_targets for row in rows),
-            num_tokens=sum(len(row) for row in rows),
+            num_tokens=num_tokens,
             logps=self._collect([outcome.logps], share, groups)[0] if outcome.logps is not None else None,
         )
 

@@ -21,6 +21,7 @@ from megatron_lora.policy.interface import NonFiniteLoss
 from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
+from megatron_lora.policy.megatron.router import padding_mask
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.context_parallel import local_token_indices
 from megatron_lora.runtime.spans import span
@@ -30,7 +31,8 @@ from megatron_lora.runtime.world import World
 @dataclass
 class Engine:
     """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not.
-    rotary: of those stages. graphs: what runs a whole model's passes as CUDA graphs, where the recipe allows."""
+    rotary: of those stages. graphs: what runs a whole model's passes as CUDA graphs, where the recipe allows.
+    names_padding: the layers are told which tokens are padding."""
 
     chunks: Sequence[Any]
     config: Any
@@ -39,6 +41,7 @@ class Engine:
     head: HeadOptions
     rotary: RotaryPositions
     graphs: GraphedPasses | None = None
+    names_padding: bool = False
     metric_names: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -117,7 +120,7 @@ def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: Micr
     """One chunk's forward: a log-probability for each target on the last stage, hidden states elsewhere."""
     tokens, positions, targets = batch.tokens, batch.positions, batch.targets
     world = engine.world
-    indices = None
+    indices = mine = None
     if world.cp > 1:
         indices = [local_token_indices(batch.cu_seqlens, world.cp, rank) for rank in range(world.cp)]
         mine = indices[world.cp_rank]
@@ -129,12 +132,17 @@ def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: Micr
         )
         return logps if indices is None else _gather_over_cp(logps, indices, world.cp_rank)
 
+    padding = None
+    if engine.names_padding:
+        shared_by = engine.tp.size if engine.tp.sequence_parallel else 1
+        padding = padding_mask(batch, mine, model, tp_rank=engine.tp.rank, tp_size=shared_by)
     with engine.rotary.at(batch):
         return model(
             input_ids=tokens.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,
             packed_seq_params=packed_params(batch),
+            padding_mask=padding,
             output_processor=head,
         )
 

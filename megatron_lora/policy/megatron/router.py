@@ -1,0 +1,105 @@
+"""The router of a mixture-of-experts layer: Megatron-Core's, its auxiliary loss summed as every loss here is.
+
+Load balancing (Fedus et al. 2021, eq. 4, for several experts a token, as Megatron-Core computes it): a micro-batch of T
+tokens adds coefficient * E * sum over experts of f P in each layer, f being the part of its choices that an expert gets
+(they sum to 1) and P its mean probability. Micro-batches are weighted by their tokens, so that the step's loss is the
+mean over its tokens; padding counts in none of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    get_tokens_per_expert_and_token_count,
+    switch_load_balancing_loss_func,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_lora.data.batch import MicroBatch
+
+METRIC = "load_balancing_loss"
+
+
+class Router(TopKRouter):
+    """balancing: the sum over this rank's training passes of the auxiliary loss times the micro-batch's tokens, this
+    rank's share of it (its tokens of a sequence that ranks share)."""
+
+    balancing: Tensor | None = None
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+    ) -> Tensor:
+        coefficient = self.get_aux_loss_coeff("aux_loss")
+        if coefficient == 0:
+            return probs
+        assert with_padding_mask and self.balancing is not None
+        per_expert, _, tokens = get_tokens_per_expert_and_token_count(
+            routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=True
+        )
+        total: Any = tokens
+        loss = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=per_expert,
+            # A rank with nothing but padding has none.
+            total_num_tokens=total.clamp(min=1),
+            topk=self.topk,
+            num_experts=per_expert.numel(),
+            moe_aux_loss_coeff=coefficient,
+        )
+        weighted = loss * total
+        self.balancing += weighted.detach()
+        return MoEAuxLossAutoScaler.apply(probs, weighted)  # type: ignore[return-value]
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """The bias that experts are chosen by is the base's and stays: nothing is counted for it."""
+
+
+class BalancingLoss:
+    """The routers' auxiliary loss of a step, over all layers and ranks. per_layer: its metrics have each layer's."""
+
+    def __init__(self, chunks: Sequence[GPTModel], config: Any, *, per_layer: bool):
+        self.routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+        self.config = config
+        self.per_layer = per_layer
+        self.num_tokens = 1
+
+    def begin(self, num_tokens: int, device: torch.device) -> None:
+        """Before a step's first micro-batch. num_tokens: of the global batch, without padding."""
+        self.num_tokens = num_tokens
+        # Megatron's schedules ask for it; they would have gradients divided by the count of tokens afterwards. Of the
+        # shape that they give it elsewhere: it is copied into one tensor.
+        scale = torch.full((1,), 1.0 / num_tokens, device=device)
+        self.config.moe_grad_scale_func = lambda: scale
+        for router in self.routers:
+            router.balancing = torch.zeros((), dtype=torch.float64, device=device)
+
+    def metrics(self, device: torch.device) -> dict[str, float]:
+        """What the step's passes have added to the loss, on every rank."""
+        layers = torch.zeros(self.config.num_layers, dtype=torch.float64, device=device)
+        for router in self.routers:
+            number: Any = router.layer_number
+            layers[number - 1] += router.balancing
+        dist.all_reduce(layers)
+        values = (layers / self.num_tokens).tolist()
+        found = {METRIC: sum(values)}
+        if self.per_layer:
+            found |= {f"{METRIC}_layer_{number}": value for number, value in enumerate(values)}
+        return found
+
+
+def padding_mask(batch: MicroBatch, mine: Tensor | None, model: Any, *, tp_rank: int, tp_size: int) -> Tensor:
+    """[1, tokens] True where a token is padding, in the form in which a stage takes it. mine: the tokens of a
+    context-parallel rank. tp_size: of the ranks that share a sequence, 1 without sequence parallelism."""
+    lengths = torch.tensor(batch.row_lengths, device=batch.positions.device)
+    padding = batch.positions >= lengths[batch.row_of_token]
+    if mine is not None:
+        padding = padding[mine]
+    # The first stage divides it with the embeddings, the others take their part.
+    if tp_size > 1 and not getattr(model, "module", model).pre_process:
+        padding = padding.chunk(tp_size)[tp_rank]
+    return padding.unsqueeze(0)
