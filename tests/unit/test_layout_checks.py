@@ -10,6 +10,7 @@ from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe
 from megatron_lora.lora.model_spec import ModelSizes, ModelSpec
+from megatron_lora.policy.adapter_start import starting_adapter
 from megatron_lora.policy.layout_checks import check_layout, sequence_multiple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,25 @@ LLAMA_70B = describe(ModelSizes("llama", 8192, 28672, 80, 64, 8, 128, 128256, Fa
 MIXTURE = describe(
     ModelSizes("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, num_experts=8, moe_ffn_hidden_size=14336)
 )
+QWEN3_30B = describe(
+    ModelSizes(
+        "qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151936, False,
+        num_experts=128, num_experts_per_token=8, moe_ffn_hidden_size=768,
+    )
+)  # fmt: skip
+GPT_OSS_20B = describe(
+    ModelSizes(
+        "gpt_oss", 2880, 2880, 24, 64, 8, 64, 201088, False,
+        attention_bias=True, num_experts=32, num_experts_per_token=4, moe_ffn_hidden_size=2880,
+    )
+)  # fmt: skip
+DEEPSEEK_V3 = describe(
+    ModelSizes(
+        "deepseek_v3", 7168, 18432, 61, 128, 128, 192, 129280, False,
+        num_experts=256, num_experts_per_token=8, moe_ffn_hidden_size=2048, dense_layers=(0, 1, 2),
+        shared_ffn_hidden_size=2048, q_rank=1536, kv_rank=512, rope_head_dim=64, value_head_dim=128,
+    )
+)  # fmt: skip
 
 TP, PP, VPP, CP, EP = (
     "tensor_model_parallel_size",
@@ -98,6 +118,11 @@ def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelSpec, world_size
         ({TP: 2}, MIXTURE, 2, "needs policy.megatron_cfg.sequence_parallel=true: each token is routed once"),
         ({"peft": {"enabled": False}}, MIXTURE, 1, "has experts, which are not trained in full"),
         ({"expert_tensor_parallel_size": 3}, MIXTURE, 3, "=3 does not divide the 14336 features of an expert"),
+        ({"expert_tensor_parallel_size": 2}, GPT_OSS_20B, 2, "the experts of a gpt_oss model have biases"),
+        ({EP: 12}, GPT_OSS_20B, 12, "=12 does not divide the 32 experts of the model; use 1, 2, 4, 8, 16 or 32"),
+        ({TP: 2}, QWEN3_30B, 2, "needs policy.megatron_cfg.sequence_parallel=true"),
+        ({TP: 3, "sequence_parallel": True}, DEEPSEEK_V3, 3, "=3 does not divide the model's 128 attention heads"),
+        ({EP: 8, PP: 8}, DEEPSEEK_V3, 64, "or set num_layers_in_first_pipeline_stage"),
         ({EP: 8}, MIXTURE, 4, "expert_model_parallel_size=8 x expert_tensor_parallel_size=1"),
         (
             {TP: 2, "peft": {"enabled": True, "a2a_experimental": True}},
@@ -152,12 +177,18 @@ def test_shared_prefixes_and_context_parallelism():
         ("sft-llama3.1-8b-megatron.yaml", LLAMA_8B, 8),
         ("dpo-llama3.1-8b-megatron.yaml", LLAMA_8B, 8),
         ("sft-llama3.1-70b-megatron.yaml", LLAMA_70B, 64),
+        ("sft-qwen3-30ba3b-megatron.yaml", QWEN3_30B, 8),
+        ("grpo-gsm8k-qwen3-30ba3b-megatron.yaml", QWEN3_30B, 8),
+        ("sft-gpt-oss-20b-megatron.yaml", GPT_OSS_20B, 8),
+        ("sft-deepseek-v3-megatron.yaml", DEEPSEEK_V3, 64),
     ],
 )
 def test_recipes_fit_the_models_they_name(recipe: str, shape: ModelSpec, world_size: int):
     for enabled in ("true", "false"):
         loaded = load_recipe(ROOT / "recipes" / recipe, [f"policy.megatron_cfg.enabled={enabled}"])
         check_layout(loaded.recipe.policy, shape, world_size)
+        adapted = starting_adapter(loaded.recipe.policy.adapter, shape, "model").spec.modules
+        assert adapted and not [module for module in adapted if shape.linear(module.kind).experts]
 
 
 @pytest.mark.parametrize(
