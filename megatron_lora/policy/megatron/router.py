@@ -83,10 +83,11 @@ class BalancingLoss:
         layers = torch.zeros(self.config.num_layers, dtype=torch.float64, device=device)
         for router in self.routers:
             number: Any = router.layer_number
+            assert router.balancing is not None
             layers[number - 1] += router.balancing
         dist.all_reduce(layers)
-        values = (layers / self.num_tokens).tolist()
-        found = {METRIC: sum(values)}
+        values: list[float] = (layers / self.num_tokens).tolist()
+        found: dict[str, float] = {METRIC: sum(values)}
         if self.per_layer:
             found |= {f"{METRIC}_layer_{number}": value for number, value in enumerate(values)}
         return found
