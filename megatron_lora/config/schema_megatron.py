@@ -15,6 +15,11 @@ from megatron_lora.config.schema_base import (
     Section,
 )
 
+# What Megatron-Core's selective recompute knows.
+RecomputeModule = Literal[
+    "core_attn", "layernorm", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts", "gdn_norm_out"
+]
+
 
 class MegatronOptimizerConfig(Section):
     """`policy.megatron_cfg.optimizer`."""
@@ -63,6 +68,15 @@ class MegatronSchedulerConfig(Section):
         default="constant", description="From `start_weight_decay` to `end_weight_decay`."
     )
 
+    @model_validator(mode="after")
+    def _decays_after_warmup(self) -> Self:
+        if self.lr_decay_iters is not None and self.lr_decay_iters <= self.lr_warmup_iters:
+            raise ValueError(
+                f"lr_decay_iters={self.lr_decay_iters} is not above lr_warmup_iters={self.lr_warmup_iters}: the "
+                "warmup would end after the decay; raise it, set it to null (the run's last step) or lower the other"
+            )
+        return self
+
 
 class MegatronCheckpointConfig(Section):
     """`policy.megatron_cfg.checkpoint`."""
@@ -101,7 +115,7 @@ class MegatronConfig(Section):
     recompute_granularity: Literal["full", "selective"] = Field(
         default="full", description="With `activation_checkpointing`: whole layers, or only `recompute_modules`."
     )
-    recompute_modules: list[str] | None = Field(
+    recompute_modules: list[RecomputeModule] | None = Field(
         default=None, description="What selective recompute repeats, in Megatron's names; null: `[core_attn]`."
     )
     env_vars: Environment = Field(

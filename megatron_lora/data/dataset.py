@@ -196,7 +196,7 @@ def build_prompt_dataset(source: Source, tokenizer: PreTrainedTokenizerBase, pre
 
     Raises UserError for a row that cannot be used and where every prompt is over the limit.
     """
-    stats = LengthStats(preparation.max_length)
+    stats = LengthStats(preparation.max_length, unit="prompt")
     encode = partial(_encode_prompt, keys=source.prompt_keys, instructions=preparation.instructions)
     prompts = []
     for number, prompt in _encode_all(source, tokenizer, preparation, encode, stats):

@@ -20,7 +20,8 @@ class LengthStats:
     lengths: tokens of every sequence (two for a pair) as tokenized, before truncation. rows: what was read.
     truncated, dropped_long (beyond the limit), dropped_equal (pairs with one answer twice), dropped_bad (hub rows that
     cannot be used): counts of rows. untrained: rows kept that by their own word carry no loss. target_tokens: tokens
-    that carry loss in what was kept. drops: why a row was left out, by its number. notices: what is not honoured.
+    that carry loss in what was kept. unit: what a sequence is; a "prompt" has no target tokens. drops: why a row was
+    left out, by its number. notices: what is not honoured.
     """
 
     max_length: int
@@ -32,6 +33,7 @@ class LengthStats:
     dropped_bad: int = 0
     untrained: int = 0
     target_tokens: int = 0
+    unit: str = "sequence"
     drops: dict[int, str] = field(default_factory=dict, repr=False)
     notices: Notices = field(default_factory=Notices, repr=False)
     lengths: list[int] = field(default_factory=list, repr=False)
@@ -82,10 +84,15 @@ class LengthStats:
             if count
         ]
         dropped = f"{self.dropped} dropped" + (f" ({', '.join(reasons)})" if reasons else "")
+        lengths = f"min {self.min}, mean {self.mean:.1f}, p95 {self.p95:.0f}, max {self.max}"
+        if self.unit == "prompt":
+            return (
+                f"{self.rows} rows, {self.kept} prompts kept, {dropped}; "
+                f"tokens a prompt: {lengths}; at most {self.max_length}"
+            )
         return (
             f"{self.rows} rows, {self.kept} kept, {self.truncated} truncated to {self.max_length}, {dropped}; "
-            f"tokens a sequence: min {self.min}, mean {self.mean:.1f}, p95 {self.p95:.0f}, max {self.max}; "
-            f"{self.target_tokens} target tokens"
+            f"tokens a {self.unit}: {lengths}; {self.target_tokens} target tokens"
         )
 
 
@@ -93,4 +100,5 @@ def joined_stats(parts: Sequence[LengthStats]) -> LengthStats:
     """Counts and lengths of several data sets together; which rows were dropped, and why, each tells itself."""
     counts = [entry.name for entry in fields(LengthStats) if entry.type == "int" or entry.type is int]
     sums: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in counts if name != "max_length"}
-    return LengthStats(parts[0].max_length, lengths=[length for part in parts for length in part.lengths], **sums)
+    lengths = [length for part in parts for length in part.lengths]
+    return LengthStats(parts[0].max_length, unit=parts[0].unit, lengths=lengths, **sums)

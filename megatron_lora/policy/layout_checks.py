@@ -1,8 +1,9 @@
 """Whether a parallel layout fits a model's shapes and the number of ranks, before any weight is loaded."""
 
 from math import lcm
+from typing import get_args
 
-from megatron_lora.config.schema_megatron import MegatronConfig
+from megatron_lora.config.schema_megatron import MegatronConfig, RecomputeModule
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import ModelSpec
@@ -23,6 +24,7 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
         _check_world(megatron, world_size)
         _check_shared_prefix(policy)
         _check_adapters(megatron, shape)
+        _check_recompute(megatron, shape)
     else:
         size = policy.dtensor_cfg.tensor_parallel_size
         key = f"{_DTENSOR}.tensor_parallel_size"
@@ -120,6 +122,25 @@ def _check_virtual_stages(megatron: MegatronConfig, layers_of_stages: list[int])
     if pieces not in fits:
         counts = " and ".join(str(layers) for layers in sorted(set(layers_of_stages)))
         raise UserError(f"{key} does not divide the {counts} layers of a pipeline stage; use {_choices(fits)}")
+
+
+def _check_recompute(megatron: MegatronConfig, shape: ModelSpec) -> None:
+    if not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
+        return
+    needed = {
+        "moe": "experts.linear_fc1",
+        "moe_act": "experts.linear_fc1",
+        "shared_experts": "shared_experts.linear_fc1",
+        "mla_up_proj": "linear_kv_up_proj",
+        "gdn_norm_out": "in_proj",
+    }
+    for module in megatron.recompute_modules or []:
+        if module in needed and needed[module] not in shape.kinds:
+            fits = [name for name in get_args(RecomputeModule) if name not in needed or needed[name] in shape.kinds]
+            raise UserError(
+                f"{_MEGATRON}.recompute_modules has {module!r}, which a {shape.model_type} model does not have; use "
+                f"some of {', '.join(fits)}"
+            )
 
 
 def _check_frozen_experts(policy: PolicyConfig, shape: ModelSpec) -> None:

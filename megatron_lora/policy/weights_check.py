@@ -95,6 +95,18 @@ def check_token_ids(model: HFModel, tokenizer: Any, datasets: Iterable[tuple[str
     return []
 
 
+def check_positions(model: HFModel, longest: int) -> list[str]:
+    """Notices for the user. longest: tokens of a sequence."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or longest <= positions:
+        return []
+    return [
+        f"sequences of up to {longest} tokens are longer than the {positions} positions that the model was made for "
+        "(max_position_embeddings): it has not learned those beyond; lower policy.max_total_sequence_length, or "
+        "stretch its positions (YaRN) with policy.hf_config_overrides"
+    ]
+
+
 def local_fingerprint(model_name: str) -> str | None:
     """The fingerprint of a local base, kept with its adapters; None for a hub name."""
     folder = Path(model_name).expanduser()

@@ -59,7 +59,9 @@ class ColocatedVllm(Engine):
         _check_length(policy)
         vllm_engine.check_installed(world.device)
         rank, _ = vllm_engine.planned_slots(policy, world)
-        vllm_engine.check_request(policy, world, vllm_engine.base_config(policy), rank)
+        model = vllm_engine.base_config(policy)
+        vllm_engine.check_request(policy, world, model, rank)
+        vllm_engine.check_with_vllm(policy, world, model)
 
     def build(self, trainer: Trainer) -> Generator:
         from megatron_lora.rollout.vllm import VllmGenerator

@@ -22,6 +22,7 @@ from megatron_lora.lora.packed_experts import adapts_experts
 from megatron_lora.lora.peft_format import hf_linears
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.weights_check import overridden_fields, read_base
+from megatron_lora.rollout.vllm_arguments import check_arguments
 from megatron_lora.rollout.vllm_worker import ADAPTER_ID
 from megatron_lora.runtime.world import World
 
@@ -77,6 +78,18 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
             f"vLLM's CPU attention cannot run {policy.model_name}: its head_dim is {head_dim}, wanted one of "
             f"{list(CPU_HEAD_DIMS)}; set policy.generation.backend=megatron"
         )
+
+
+def check_with_vllm(policy: PolicyConfig, world: World, model: Any) -> None:
+    """Raise UserError for what only vLLM knows to be wrong. On the first rank alone: it takes some 10 seconds, where
+    the recipe has something of the kind."""
+    positions = getattr(model, "max_position_embeddings", None)
+    longest = policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
+    if world.is_main and (policy.generation.vllm_kwargs or (positions is not None and longest > positions)):
+        rank, adapted = planned_slots(policy, world)
+        stored = read_base(policy).stored_four_bit
+        arguments = engine_arguments(policy, world, rank, adapted, model, stored_four_bit=stored)
+        check_arguments(arguments, policy.generation.vllm_kwargs, positions)
 
 
 def engine_size(policy: PolicyConfig, world: World, model: Any) -> int:

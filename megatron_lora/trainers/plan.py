@@ -2,9 +2,11 @@
 
 import math
 
-from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema import PolicyConfig, Recipe
 from megatron_lora.data.loader import GroupLoader
-from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.four_bit import BLOCK_SIZE, GROUP_SIZE
+from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.model_spec import LinearSpec, ModelSpec
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.weights_check import read_base
 from megatron_lora.trainers.algorithms import algorithm_of
@@ -30,7 +32,7 @@ def describe_plan(recipe: Recipe, loader: GroupLoader, num_ranks: int) -> list[s
             f"trainable: {trainable:,} parameters in {len(spec.modules)} linears ({kinds})"
             f"{f' and {len(spec.saved)} modules that train whole' if spec.saved else ''}; the base has about {base:,}"
         )
-        lines.append(_memory(recipe, base, trainable, num_ranks))
+        lines.append(_memory(recipe, spec, num_ranks))
     return [*lines, _steps(recipe, loader)]
 
 
@@ -44,12 +46,23 @@ def _layout(recipe: Recipe, num_ranks: int) -> str:
             "CP": config.context_parallel_size,
         }
         data_parallel = num_ranks // config.model_parallel_size
+        experts = _experts_layout(policy)
     else:
         sizes = {"TP": policy.dtensor_cfg.tensor_parallel_size}
-        data_parallel = num_ranks // policy.dtensor_cfg.tensor_parallel_size
+        data_parallel, experts = num_ranks // policy.dtensor_cfg.tensor_parallel_size, ""
     layout = " x ".join(f"{name} {size}" for name, size in {**sizes, "DP": data_parallel}.items())
     what = f"{recipe.algorithm} of {policy.model_name} in {policy.precision} by {policy.backend}"
-    return f"{what}: ranks {num_ranks} = {layout}"
+    return f"{what}: ranks {num_ranks} = {layout}{experts}"
+
+
+def _experts_layout(policy: PolicyConfig) -> str:
+    num_experts, config = read_base(policy).shapes.num_experts, policy.megatron_cfg
+    if not num_experts:
+        return ""
+    return (
+        f"; {num_experts} experts a layer over EP {config.expert_model_parallel_size} x ETP "
+        f"{config.expert_tensor_parallel_size}"
+    )
 
 
 def _steps(recipe: Recipe, loader: GroupLoader) -> str:
@@ -82,27 +95,46 @@ def _full(recipe: Recipe, parameters: int, num_ranks: int) -> list[str]:
     return lines
 
 
-def _memory(recipe: Recipe, base: int, trainable: int, num_ranks: int) -> str:
+def _memory(recipe: Recipe, spec: AdapterSpec, num_ranks: int) -> str:
     """The parts that follow from shapes alone, for one rank."""
-    policy = recipe.policy
+    policy, shapes = recipe.policy, spec.shapes
+    width = BYTES[policy.precision]
+    ranks, expert_ranks = num_ranks, num_ranks  # FSDP and TP together split every weight over all ranks
     if policy.backend == "megatron":
-        shares = policy.megatron_cfg.tensor_model_parallel_size * policy.megatron_cfg.pipeline_model_parallel_size
-    else:
-        shares = num_ranks  # FSDP and TP together split every weight over all ranks
-    weights = base * BYTES[policy.precision] / shares / GIB
-    adapters = trainable * (BYTES[policy.precision] + OPTIMIZER_BYTES) / shares / GIB
+        config = policy.megatron_cfg
+        ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+        expert_ranks = (
+            config.expert_model_parallel_size * config.expert_tensor_parallel_size * config.pipeline_model_parallel_size
+        )
+    experts = sum(_elements(linear, shapes) for linear in shapes.linears[:-1] if linear.experts)
+    linears = sum(_elements(linear, shapes) for linear in shapes.linears[:-1] if not linear.experts)
+    rest = count_parameters(shapes) - experts - linears
+    linear_width = _four_bit_width(policy) or width
+    weights = (linears * linear_width + rest * width) / ranks + experts * linear_width / expert_ranks
+    of_experts = sum(spec.num_parameters(module) for module in spec.modules if shapes.linear(module.kind).experts)
+    factors = (spec.num_trainable - of_experts) / ranks + of_experts / expert_ranks
     return (
-        f"memory a rank, as far as it is known: base {weights:.2f} GiB, adapters with gradients and optimizer "
-        f"{adapters:.2f} GiB; activations, logits and a rollout engine come on top"
+        f"memory a rank, as far as it is known: base {weights / GIB:.2f} GiB, adapters with gradients and optimizer "
+        f"{factors * (width + OPTIMIZER_BYTES) / GIB:.2f} GiB; activations, logits and a rollout engine come on top"
     )
+
+
+def _four_bit_width(policy: PolicyConfig) -> float | None:
+    """Bytes of a weight whose linears are held in 4 bits, with its share of the scales."""
+    if policy.adapter.quantization is None and not read_base(policy).stored_four_bit:
+        return None
+    scale = 1 + 4 / GROUP_SIZE if policy.adapter.double_quantization else 4
+    return 0.5 + scale / BLOCK_SIZE
+
+
+def _elements(linear: LinearSpec, shapes: ModelSpec) -> int:
+    """Of all layers and experts."""
+    return linear.in_features * linear.out_features * shapes.num_copies(linear.layers) * max(1, linear.experts)
 
 
 def count_parameters(shapes: ModelSpec) -> int:
     """Parameters of the base's linears, norms and embeddings, without biases."""
-    linears = sum(
-        linear.in_features * linear.out_features * shapes.num_copies(linear.layers) * max(1, linear.experts)
-        for linear in shapes.linears[:-1]
-    )
+    linears = sum(_elements(linear, shapes) for linear in shapes.linears[:-1])
     rest = sum(math.prod(other.shape) * shapes.num_copies(other.layers) for other in shapes.layer_others)
     embeddings = shapes.vocab_size * shapes.hidden_size * (1 if shapes.tied_embeddings else 2)
     return linears + rest + embeddings + shapes.hidden_size

@@ -5,14 +5,14 @@ from typing import Any
 
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.loader import GroupLoader
-from megatron_lora.data.prepare import prepare_data
+from megatron_lora.data.prepare import PreparedData, prepare_data
 from megatron_lora.metrics import check_trackers
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.layout_checks import check_layout
 from megatron_lora.policy.quantization import check_quantization
 from megatron_lora.policy.router_checks import router_notices
-from megatron_lora.policy.weights_check import check_base, check_token_ids, read_base
+from megatron_lora.policy.weights_check import check_base, check_positions, check_token_ids, read_base
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric
@@ -40,6 +40,10 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     check_layout(recipe.policy, model.shapes, world.size)
     if recipe.policy.backend == "megatron":
         notices += router_notices(recipe.policy.megatron_cfg, model.shapes)
+    else:
+        from megatron_lora.policy.dtensor.optim import check_optimizer
+
+        check_optimizer(recipe.policy)
     notices += check_quantization(recipe.policy, model)
     planned_adapter(recipe.policy)
     validates = recipe.data.has_validation
@@ -49,6 +53,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     algorithm.check(recipe, world)
     data = prepare_data(recipe, show_progress=world.is_main)
     notices += check_token_ids(model, data.tokenizer, [(source.name, rows) for _, source, rows in data.sets])
+    notices += check_positions(model, _longest(recipe, data))
     algorithm.check_data(recipe, [rows for _, _, rows in data.sets])
     return Prepared(
         recipe=recipe,
@@ -58,6 +63,13 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         data_lines=data.lines(),
         notices=notices,
     )
+
+
+def _longest(recipe: Recipe, data: PreparedData) -> int:
+    """Tokens of the longest sequence that the model may see; an answer to a prompt may fill what there is room for."""
+    limit = recipe.policy.max_total_sequence_length
+    sets = [rows.stats for _, _, rows in data.sets]
+    return max(limit if stats.unit == "prompt" else min(limit, stats.max) for stats in sets)
 
 
 def build_loaders(prepared: Prepared) -> tuple[GroupLoader, GroupLoader | None]:

@@ -47,6 +47,7 @@ TP, PP, VPP, CP, EP = (
     "context_parallel_size",
     "expert_model_parallel_size",
 )
+SELECTIVE = {"activation_checkpointing": True, "recompute_granularity": "selective"}
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 
 
@@ -136,6 +137,8 @@ def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelSpec, world_size
             1,
             "names output_layer, but the model ties it",
         ),
+        ({**SELECTIVE, "recompute_modules": ["mlp", "moe"]}, LLAMA_8B, 1, "use some of core_attn, layernorm, mlp"),
+        ({**SELECTIVE, "recompute_modules": ["mla_up_proj"]}, MIXTURE, 1, "'mla_up_proj', which a mixtral model"),
     ],
 )
 def test_layouts_that_do_not(megatron: dict[str, Any], shape: ModelSpec, world_size: int, wanted: str):

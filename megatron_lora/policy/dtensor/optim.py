@@ -128,6 +128,14 @@ def build_schedule(optimizer: torch.optim.Optimizer, policy: PolicyConfig, num_s
     return build_scheduler(optimizer, policy, num_steps)
 
 
+def check_optimizer(policy: PolicyConfig) -> None:
+    """Raise UserError where `policy.optimizer` or `policy.scheduler` cannot be built."""
+    if policy.optimizer is None:
+        return  # the keys of Megatron's are checked one by one
+    weight = nn.Parameter(torch.zeros(1, 1))
+    build_schedule(build_optimizer([weight], policy, [weight]), policy, num_steps=1)
+
+
 def clip_norm(policy: PolicyConfig) -> float:
     """The largest gradient norm; 0 means no clipping."""
     follows_megatron = policy.optimizer is None and policy.megatron_cfg.optimizer.clip_grad is not None
