@@ -140,6 +140,11 @@ def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str
 def _switches(model: HFModel) -> Iterator[str]:
     config = model.config
     known = {field.name: field for field in dataclasses.fields(config)}
+    if model.tower and model.final_softcap is not None:
+        yield (
+            f"final_logit_softcapping={_shown(model.final_softcap)}: transformers' vision-language class does not "
+            "apply it; set it to null"
+        )
     for name, (values, reason) in MUST_BE.items():
         value = getattr(config, name, None) if name in known else model.content.get(name)
         if value not in values and not (name == QUANTIZATION and model.stored_four_bit):

@@ -28,9 +28,10 @@ def fingerprint_weights(weights: WeightSource) -> str:
     # Sampled in the order in which they lie, which is the quick one.
     samples = {name: weights.sample(name) for names in weights.shards.values() for name in names}
     digest = hashlib.sha256()
-    for name in sorted(samples):
+    # As the files name them, whatever the model does.
+    for name in sorted(samples, key=weights.file_name):
         entry = weights.entries[name]
-        digest.update(f"{name}|{entry.dtype}|{entry.shape}|".encode())
+        digest.update(f"{weights.file_name(name)}|{entry.dtype}|{entry.shape}|".encode())
         digest.update(samples[name])
     return digest.hexdigest()[:DIGITS]
 

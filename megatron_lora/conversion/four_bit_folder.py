@@ -97,6 +97,9 @@ class FourBitFolder:
         groups = scale_groups(matrix, code, absmax, torch.tensor(state.offset), state.group_size)
         return FourBitMatrix(matrix.packed, scales, groups, state.block_size, state.quant_type)
 
+    def file_name(self, name: str) -> str:
+        return self.stored.file_name(name)
+
     def sample(self, name: str) -> bytes:
         return self.stored.sample(name)
 
@@ -137,6 +140,9 @@ class QuantizedWeights:
         if name not in self.four_bit:
             return None
         return quantize(self.weights.read(name), self.quant_type, double=self.double)
+
+    def file_name(self, name: str) -> str:
+        return self.weights.file_name(name)
 
     def sample(self, name: str) -> bytes:
         return self.weights.sample(name)

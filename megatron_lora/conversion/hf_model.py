@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from megatron_lora.conversion.config_overrides import ROPE_DICTS, overridden
+from megatron_lora.conversion.tower import TOWER, WITH_TOWER, LanguageTower, text_config, text_content, with_text
 from megatron_lora.errors import UserError, first_line
 from megatron_lora.lora.describe import describe_config
 from megatron_lora.lora.layout import ModelSpec
@@ -63,12 +64,14 @@ class Routing:
 @dataclass(frozen=True)
 class HFModel:
     """source: the folder or hub name. content: config.json as it is written, with `overrides` in it. config:
-    transformers' object of it. overrides: fields that the recipe replaced."""
+    transformers' object of it. overrides: fields that the recipe replaced. Of a vision-language model content and
+    config are its language model's, and tower is the place of that in it: see `conversion.tower`."""
 
     source: str
     content: Mapping[str, Any]
     config: Any
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    tower: str = ""
 
     @property
     def config_name(self) -> str:
@@ -87,7 +90,7 @@ class HFModel:
         # transformers keeps these of a family whose class does not have them, and does not apply them.
         for name in BIAS_SWITCHES - declared:
             content.pop(name, None)
-        return describe_config(content)
+        return describe_config(content, self.tower)
 
     @cached_property
     def empty(self) -> Any:
@@ -196,14 +199,18 @@ def read_hf_model(source: str | Path, what: str | None = None, overrides: Mappin
             f"{what} is no folder or hub model that loads: its config.json {named}{custom}; use a Llama, Mistral, "
             "Qwen2, Qwen3 or Gemma 3 model"
         )
+    in_tower = family in WITH_TOWER
     if overrides:
-        _check_overrides(overrides, content, CONFIG_MAPPING[family])
-        content = overridden(content, overrides)
+        language = CONFIG_MAPPING[family].sub_configs["text_config"] if in_tower else CONFIG_MAPPING[family]
+        _check_overrides(overrides, content, language)
+        content = with_text(content, overridden(text_content(content), overrides))
     # A known family needs no code from the folder.
     plain = {key: copy.deepcopy(value) for key, value in content.items() if key not in ("auto_map", QUANTIZATION)}
     try:
         with _quiet():
             config = CONFIG_MAPPING[family].from_dict(plain)
+            if in_tower:
+                config = text_config(config)
     except Exception as error:  # a field of the user's may raise anything in transformers' own code
         sizes = ", ".join(f"{name}={plain[name]!r}" for name in SIZES if name in plain)
         with_overrides = f" with policy.hf_config_overrides={dict(overrides)}" if overrides else ""
@@ -211,7 +218,10 @@ def read_hf_model(source: str | Path, what: str | None = None, overrides: Mappin
             f"{what}: transformers does not take its config.json{with_overrides}: {one_line(error)} "
             f"(its sizes: {sizes or 'none'})"
         ) from error
-    return HFModel(place, content, config, dict(overrides or {}))
+    if in_tower:
+        quantization = {key: content[key] for key in (QUANTIZATION,) if key in content}
+        content = text_content(content) | quantization
+    return HFModel(place, content, config, dict(overrides or {}), TOWER if in_tower else "")
 
 
 def _check_overrides(overrides: Mapping[str, Any], content: Mapping[str, Any], family: Any) -> None:
@@ -258,6 +268,8 @@ def build_empty(model: HFModel, **options: Any) -> Any:
             f"{model.source}: transformers cannot build the model that config.json describes "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
+    if model.tower:
+        empty.model = LanguageTower(empty.model)
     if config.tie_word_embeddings:
         empty.lm_head.weight = empty.model.embed_tokens.weight
     return empty

@@ -11,11 +11,12 @@ from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.conversion.merge import FLOATS
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.conversion.tower import file_names
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.four_bit import weight_names
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # Follows from the config; old Llama checkpoints carry it.
 DERIVED = "rotary_emb.inv_freq"
 NAMED = 4
@@ -36,6 +37,8 @@ def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder | FourBitFol
             "4-bit form is read: give the model in bfloat16 or float32"
         )
     stored = SafetensorsFolder(folder)
+    if model.tower:
+        stored.rename(file_names(stored.entries, folder).in_model)
     weights = FourBitFolder(stored) if model.stored_four_bit else stored
     problems = list(_problems(model, weights))
     outside = sorted(set(weights.four_bit) - weight_names(model.shapes)) if isinstance(weights, FourBitFolder) else []
@@ -70,7 +73,8 @@ def expected_tensors(model: HFModel) -> dict[str, tuple[int, ...]]:
 
 def kept_tensors(model: HFModel, weights: WeightSource) -> list[str]:
     """The tensors of a folder that are no part of the model's forward pass and belong to it all the same: the layers
-    that predict further tokens. They are not trained, and what is written of the whole model has them as they are."""
+    that predict further tokens, and what a vision-language model has beside its language model. They are not trained,
+    and what is written of the whole model has them as they are."""
     further = int(model.content.get("num_nextn_predict_layers") or 0)
     first = model.shapes.num_layers
     prefixes = tuple(f"model.layers.{number}." for number in range(first, first + further))
@@ -82,7 +86,11 @@ def kept_tensors(model: HFModel, weights: WeightSource) -> list[str]:
         for name in weights.entries
         if name not in expected
         and not is_derived(name)
-        and (name.startswith(prefixes) or any(re.search(pattern, name) for pattern in ignored))
+        and (
+            name.startswith(prefixes)
+            or any(re.search(pattern, name) for pattern in ignored)
+            or (model.tower and not name.startswith((model.tower, HEAD)))
+        )
     ]
 
 
@@ -95,10 +103,11 @@ def _problems(model: HFModel, weights: WeightSource) -> Iterator[str]:
     stored = {name: entry for name, entry in weights.entries.items() if not is_derived(name)}
     missing = [name for name in expected if name not in stored]
     extra = sorted(stored.keys() - expected.keys() - set(kept_tensors(model, weights)))
-    if model.shapes.tied_embeddings and HEAD in extra and EMBEDDING in stored:
+    embedding = model.shapes.hf_embedding
+    if model.shapes.tied_embeddings and HEAD in extra and embedding in stored:
         extra.remove(HEAD)
-        if not _same(weights, HEAD, EMBEDDING):
-            yield f"config.json ties {HEAD} to {EMBEDDING}, but they differ (set tie_word_embeddings to false)"
+        if not _same(weights, HEAD, embedding):
+            yield f"config.json ties {HEAD} to {embedding}, but they differ (set tie_word_embeddings to false)"
     if missing:
         yield f"missing {_some([_with_relative(name, extra) for name in missing])}"
     if extra:

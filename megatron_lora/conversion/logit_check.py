@@ -4,16 +4,17 @@ import gc
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_lora.conversion.experts import expert_views
 from megatron_lora.conversion.safetensors_io import write_tensor_dict
-from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.layout import AdapterSpec, ModelSpec
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.peft_format import to_hf
 
@@ -39,7 +40,7 @@ def check_merged_logits(
         (Path(folder) / "adapter_config.json").write_text(json.dumps(config))
         write_tensor_dict(Path(folder) / "adapter_model.safetensors", tensors)
         expected = _peft_logits(base, spec, Path(folder))
-    return _compare(expected, _logits(_load(merged), spec.shapes.vocab_size), dtype)
+    return _compare(expected, _logits(_load(merged, spec.shapes), spec.shapes.vocab_size), dtype)
 
 
 def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> float:
@@ -52,7 +53,7 @@ def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> float:
 
 
 def _fused_logits(base: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> Tensor:
-    model = _load(base)
+    model = _load(base, spec.shapes)
     modules, experts = dict(model.named_modules()), expert_views(model, spec.shapes)
     for name, target in merge_targets(spec).items():
         weight = experts[name] if name in experts else modules[name].get_parameter("weight").data
@@ -63,12 +64,13 @@ def _fused_logits(base: Path, spec: AdapterSpec, factors: dict[str, Tensor]) -> 
 
 
 def _peft_logits(base: Path, spec: AdapterSpec, adapter: Path) -> Tensor:
-    return _logits(PeftModel.from_pretrained(_load(base), str(adapter)), spec.shapes.vocab_size)
+    return _logits(PeftModel.from_pretrained(_load(base, spec.shapes), str(adapter)), spec.shapes.vocab_size)
 
 
-def _load(folder: Path) -> torch.nn.Module:
+def _load(folder: Path, shapes: ModelSpec) -> torch.nn.Module:
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    kind: Any = AutoModelForImageTextToText if shapes.tower else AutoModelForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
 
 
 def _logits(model: torch.nn.Module, vocab_size: int) -> Tensor:

@@ -16,19 +16,22 @@ from megatron_lora.conversion.model_names import (
 )
 from megatron_lora.conversion.safetensors_io import SINGLE_FILE, sample_positions, tensor_bytes
 from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder
+from megatron_lora.conversion.tower import FileNames
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelSpec
 
 MAX_SHARD_BYTES = 5 * 10**9
+# Of a model that the DTensor backend wrote: full fine-tuning, which a language tower does not take.
 HF_EMBEDDING = "model.embed_tokens.weight"
 
 
 class MegatronWeights:
     """A `WeightSource`. Holds one fused tensor and a part of it at a time."""
 
-    def __init__(self, folder: Path, shapes: ModelSpec):
-        """folder: the weights. Raises UserError where they are damaged, or not those of a model of these shapes."""
-        self.folder = folder
+    def __init__(self, folder: Path, shapes: ModelSpec, names: FileNames | None = None):
+        """folder: the weights. names: of the model's files, where they are others than its own. Raises UserError where
+        the weights are damaged, or not those of a model of these shapes."""
+        self.folder, self._names = folder, names
         self.shapes = shapes
         self._stored = TorchDistFolder(folder)
         self._last: tuple[str, Tensor] | None = None
@@ -45,6 +48,9 @@ class MegatronWeights:
             self._last = None
             self._last = (parameter.name, self._stored.read([parameter.name])[parameter.name])
         return unfuse(parameter, self._last[1], name, self.shapes)
+
+    def file_name(self, name: str) -> str:
+        return name if self._names is None else self._names.in_file(name)
 
     def sample(self, name: str) -> bytes:
         content = tensor_bytes(self.read(name))

@@ -121,11 +121,11 @@ class Merger:
         described = {name: (self.target_dtype(name), entry.shape) for name, entry in self.base.entries.items()}
         write_shards(
             out,
-            self.base.shards,
+            self.base,
             described,
             self.merged,
             title="merging",
             metadata=metadata,
             show_progress=show_progress,
         )
-        check_shards(out, self.base.shards, described)
+        check_shards(out, self.base, described)

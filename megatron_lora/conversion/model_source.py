@@ -23,6 +23,7 @@ from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.shard_writer import write_shards
+from megatron_lora.conversion.tower import FileNames, text_content, with_text
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.four_bit import weight_names
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # What convert_hf_to_megatron.py puts beside the weights: everything of the HF folder but its weights.
 HF_FOLDER = "hf"
+# What it writes of where the model came from, and in it how the files of a vision-language model named its tensors.
+SOURCE_FILE, NAMES = "source.json", "file_names"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class ModelSource:
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_ENDINGS):
                 shutil.copyfile(path, out / path.name)
         if self.overrides:
-            _write_config(out, overridden(read_config(out), self.overrides))
+            config = read_config(out)
+            _write_config(out, with_text(config, overridden(text_content(config), self.overrides)))
         if isinstance(self.weights, FourBitFolder):
             # What is written beside it is dense.
             config = read_config(out)
@@ -83,7 +87,7 @@ class ModelSource:
                 yield Path(name)
                 return
             described = {key: (entry.dtype, entry.shape) for key, entry in self.weights.entries.items()}
-            write_shards(Path(name), self.weights.shards, described, self.weights.read, title="base for the check")
+            write_shards(Path(name), self.weights, described, self.weights.read, title="base for the check")
             yield Path(name)
 
 
@@ -142,11 +146,25 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
     tokenizer = top / "policy" / "tokenizer"
     overrides = overrides_of_run(top)
     shapes = read_hf_model(folder, overrides=overrides).shapes
-    source = ModelSource(folder, MegatronWeights(weights, shapes), tokenizer if tokenizer.is_dir() else None, overrides)
+    names = _file_names(top) if shapes.tower else None
+    source = ModelSource(
+        folder, MegatronWeights(weights, shapes, names), tokenizer if tokenizer.is_dir() else None, overrides
+    )
     for used in (weights, top / HF_FOLDER, tokenizer):
         if used.is_dir():
             check_as_written(used)
     return source
+
+
+def _file_names(checkpoint: Path) -> FileNames:
+    try:
+        record = json.loads((checkpoint / SOURCE_FILE).read_text())
+        return FileNames(**record[NAMES])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint / SOURCE_FILE} does not say how the model's files name its tensors ({error!r}); convert the "
+            "model again"
+        ) from error
 
 
 def as_trained_over(spec: AdapterSpec, base: ModelSource) -> ModelSource:

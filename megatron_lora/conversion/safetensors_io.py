@@ -5,7 +5,7 @@ The format: 8 bytes little-endian header length, a JSON header (name -> dtype, s
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,8 @@ class SafetensorsFolder:
     """The weights of an HF folder: the files that transformers takes, in its order. A single file comes before an
     index; of the files that an index names every tensor counts, whichever file it names for it.
 
-    entries: every tensor by name. shards: file name -> its tensors' names in the order they lie in the file.
+    entries: every tensor by name, the files' until `rename`. shards: file name -> its tensors' names in the order they
+    lie in the file.
     """
 
     def __init__(self, folder: Path):
@@ -209,8 +210,19 @@ class SafetensorsFolder:
             raise UserError(f"{index} is damaged (its weight_map names no files); fetch it again")
         return names
 
+    def rename(self, in_model: Callable[[str], str]) -> None:
+        """Take every tensor under another name. Raises UserError where two would have one name."""
+        entries = {in_model(name): entry for name, entry in self.entries.items()}
+        if len(entries) < len(self.entries):
+            raise UserError(f"{self.folder} holds tensors of the language model under two names; keep one of them")
+        self.entries = entries
+        self.shards = {file: [in_model(name) for name in names] for file, names in self.shards.items()}
+
     def read(self, name: str) -> Tensor:
         return read_tensor(self.entries[name])
+
+    def file_name(self, name: str) -> str:
+        return self.entries[name].name
 
     def sample(self, name: str) -> bytes:
         return read_sample(self.entries[name])

@@ -10,8 +10,6 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.peft_format import hf_linears
 
-TIED = ("model.embed_tokens.weight", "lm_head.weight")
-
 
 def saved_parameters(shapes: ModelSpec) -> dict[str, ModelParameter]:
     """HF tensor name -> parameter, of all that could be trained whole."""
@@ -33,7 +31,7 @@ def select_saved(shapes: ModelSpec, patterns: Sequence[str], adapted: Sequence[s
         return {}
     known = {name: parameter.shape for name, parameter in saved_parameters(shapes).items()}
     if shapes.tied_embeddings:
-        known |= {name: (shapes.vocab_size, shapes.hidden_size) for name in TIED}
+        known |= {name: (shapes.vocab_size, shapes.hidden_size) for name in _tied(shapes)}
     wanted: set[str] = set()
     for pattern in patterns:
         found = {name for name in known if _fits(pattern, name.removesuffix(".weight"))}
@@ -52,7 +50,7 @@ def check_saved(shapes: ModelSpec, saved: Mapping[str, tuple], adapted: Sequence
     known = saved_parameters(shapes)
     for name, shape in saved.items():
         module = name.removesuffix(".weight")
-        if shapes.tied_embeddings and name in TIED:
+        if shapes.tied_embeddings and name in _tied(shapes):
             raise UserError(
                 f"{key} has {module}, but this model's output layer is its embedding (tied): trained under one name it "
                 "would change under the other too, and peft would load two different copies; leave it out, or train "
@@ -64,6 +62,10 @@ def check_saved(shapes: ModelSpec, saved: Mapping[str, tuple], adapted: Sequence
             raise UserError(f"{key}: {module} has shape {tuple(shape)}, this model's is {known[name].shape}")
         if module in adapted:
             raise UserError(f"{key} trains {module} whole, and target_modules adapts it; keep one of the two")
+
+
+def _tied(shapes: ModelSpec) -> tuple[str, str]:
+    return shapes.hf_embedding, "lm_head.weight"
 
 
 def _fits(pattern: str, module: str) -> bool:

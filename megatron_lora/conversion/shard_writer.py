@@ -9,13 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from megatron_lora.conversion.safetensors_io import INDEX_FILE, SINGLE_FILE, read_header, write_tensors
+from megatron_lora.conversion.weight_source import WeightSource
 
 Description = tuple[torch.dtype, tuple[int, ...]]
 
 
 def write_shards(
     out: Path,
-    shards: Mapping[str, Sequence[str]],
+    source: WeightSource,
     described: Mapping[str, Description],
     read: Callable[[str], Tensor],
     *,
@@ -23,34 +24,36 @@ def write_shards(
     metadata: Mapping[str, str] | None = None,
     show_progress: bool = True,
 ) -> None:
-    """Write every shard (file name -> tensors), each tensor when `read` gives it, and the index if there are several.
+    """Write every shard of `source` under its own name, each tensor when `read` gives it, and the index if there are
+    several.
 
     described: what each tensor is. title: of the progress bar.
     """
-    total_bytes = 0
+    shards, total_bytes = source.shards, 0
     with progress_bar(show_progress) as progress:
         task = progress.add_task(title, total=len(described))
         for shard, names in shards.items():
 
             def stream(names: Sequence[str] = names) -> Iterator[tuple[str, Tensor]]:
                 for name in names:
-                    yield name, read(name)
+                    yield source.file_name(name), read(name)
                     progress.advance(task)
 
-            total_bytes += write_tensors(out / shard, {name: described[name] for name in names}, stream(), metadata)
+            header = {source.file_name(name): described[name] for name in names}
+            total_bytes += write_tensors(out / shard, header, stream(), metadata)
     if list(shards) != [SINGLE_FILE]:
-        weight_map = {name: shard for shard, names in shards.items() for name in names}
+        weight_map = {source.file_name(name): shard for shard, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def check_shards(out: Path, shards: Mapping[str, Sequence[str]], described: Mapping[str, Description]) -> None:
+def check_shards(out: Path, source: WeightSource, described: Mapping[str, Description]) -> None:
     """Names, dtypes and shapes of what lies in `out` are as described. Raises RuntimeError where they are not."""
-    found = {
-        entry.name: (entry.dtype, entry.shape) for shard in shards for entry in read_header(out / shard)[0].values()
-    }
-    if found != described:
-        names = sorted(name for name in described.keys() | found.keys() if described.get(name) != found.get(name))
+    entries = [entry for shard in source.shards for entry in read_header(out / shard)[0].values()]
+    found = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    wanted = {source.file_name(name): description for name, description in described.items()}
+    if found != wanted:
+        names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise RuntimeError(f"self-check failed: {names[:3]} were not written as they should have been")
 
 

@@ -19,8 +19,8 @@ class Described(Protocol):
 
 
 class WeightSource(Protocol):
-    """folder: where the weights lie. entries: every tensor by its HF name. shards: safetensors file name -> the tensors
-    in it, in order: as they are stored, or as they should be."""
+    """folder: where the weights lie. entries: every tensor by its name in the HF model. shards: safetensors file name
+    -> the tensors in it, in order: as they are stored, or as they should be."""
 
     @property
     def folder(self) -> Path: ...
@@ -32,6 +32,10 @@ class WeightSource(Protocol):
     def shards(self) -> Mapping[str, Sequence[str]]: ...
 
     def read(self, name: str) -> Tensor: ...
+
+    def file_name(self, name: str) -> str:
+        """A tensor's name in the files of the HF model: another than the model's own in some that see (`tower`)."""
+        ...
 
     def sample(self, name: str) -> bytes:
         """A few bytes from all over the tensor, the same whatever holds it; see `safetensors_io.sample_positions`."""

@@ -1,5 +1,6 @@
 """HF model -> Megatron checkpoint -> HF model, bit for bit, one tensor at a time."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -13,11 +14,19 @@ from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.inventory import kept_tensors, open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.model_names import ModelParameter, fuse, kept_parameter, model_parameters
-from megatron_lora.conversion.model_source import HF_FOLDER, ModelSource, open_checkpoint, write_config_dtype
+from megatron_lora.conversion.model_source import (
+    HF_FOLDER,
+    NAMES,
+    SOURCE_FILE,
+    ModelSource,
+    open_checkpoint,
+    write_config_dtype,
+)
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
 from megatron_lora.conversion.shard_writer import check_shards, progress_bar, write_shards
 from megatron_lora.conversion.torch_dist import StoredTensor, write_torch_dist
+from megatron_lora.conversion.tower import file_names
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelSpec
@@ -25,7 +34,6 @@ from megatron_lora.lora.sharding import placement
 
 logger = logging.getLogger(__name__)
 
-SOURCE_FILE = "source.json"
 # Checked for NaN at a time: the check's own temporaries are several times what it looks at.
 CHECKED_ROWS = 4096
 
@@ -56,6 +64,8 @@ def convert_hf_to_megatron(
         (out / HF_FOLDER).mkdir()
         source.copy_small_files(out / HF_FOLDER)
         record = {"hf_model_name": hf_model_name, "fingerprint": fingerprint_weights(source.weights)}
+        if model.tower:
+            record[NAMES] = dataclasses.asdict(file_names([entry.name for entry in stored], folder))
         (out / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         _check_same_weights(source.weights, MegatronWeights(weights, shapes), show_progress)
         seal(out)
@@ -76,10 +86,13 @@ def convert_megatron_to_hf(
         described = {name: (entry.dtype, entry.shape) for name, entry in source.weights.entries.items()}
         source.copy_small_files(out)
         _name_dtype(out, source.weights)
-        shards = source.weights.shards
-        write_shards(out, shards, described, source.weights.read, title="converting", show_progress=show_progress)
-        check_shards(out, shards, described)
-        _check_same_weights(source.weights, SafetensorsFolder(out), show_progress)
+        write_shards(
+            out, source.weights, described, source.weights.read, title="converting", show_progress=show_progress
+        )
+        check_shards(out, source.weights, described)
+        written = SafetensorsFolder(out)
+        written.rename({source.weights.file_name(name): name for name in described}.__getitem__)
+        _check_same_weights(source.weights, written, show_progress)
     return str(hf_ckpt_path)
 
 

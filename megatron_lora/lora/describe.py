@@ -44,8 +44,9 @@ def describe_json(content: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def describe_config(config: Mapping[str, Any]) -> ModelSpec:
-    """The description of the model of an HF `config.json` (its content as a mapping, defaults filled in).
+def describe_config(config: Mapping[str, Any], tower: str = "") -> ModelSpec:
+    """The description of the model of an HF `config.json` (its content as a mapping, defaults filled in). tower: see
+    `ModelSizes`.
 
     Raises UserError for a family that megatron-bridge does not map, or not in a way that is known here, and where a
     size is missing.
@@ -58,7 +59,7 @@ def describe_config(config: Mapping[str, Any]) -> ModelSpec:
             f"{reason}; use one of {', '.join(known_families())}"
         )
     try:
-        spec = describe(ModelSizes(**_sizes_of(str(family), config)))
+        spec = describe(ModelSizes(**_sizes_of(str(family), config), tower=tower))
     except KeyError as error:
         raise UserError(f"the base model's config.json has no {error.args[0]!r}; is the file complete?") from error
     if spec.dense_layers and "linear_fc1" not in spec.kinds:
@@ -95,7 +96,9 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
         rows, hf = row.rows(sizes), names[name]
         if 0 in (row.in_features(sizes), *rows.values()):
             continue
-        parts = tuple(HFPart(key, hf if isinstance(hf, str) else hf[key], size) for key, size in rows.items())
+        parts = tuple(
+            HFPart(key, sizes.hf_place(hf if isinstance(hf, str) else hf[key]), size) for key, size in rows.items()
+        )
         result.append(
             LinearSpec(
                 kind,
@@ -125,13 +128,14 @@ def _has_bias(sizes: ModelSizes, kind: str) -> bool:
 
 def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
     mapped = mapping(_family_of(sizes))
-    result = [ParameterSpec(EMBEDDING, mapped[EMBEDDING], (sizes.vocab_size, sizes.hidden_size))]
+    result = [ParameterSpec(EMBEDDING, sizes.hf_place(mapped[EMBEDDING]), (sizes.vocab_size, sizes.hidden_size))]
     for path, row in OTHERS.items():
         layers, shape = _layers(sizes, row.in_dense, row.in_sparse), row.shape(sizes)
         if LAYER + path in mapped and layers != () and 0 not in shape:
-            result.append(ParameterSpec(LAYER + path, mapped[LAYER + path], shape, layers, _tp_axis(sizes, path)))
+            hf = sizes.hf_place(mapped[LAYER + path])
+            result.append(ParameterSpec(LAYER + path, hf, shape, layers, _tp_axis(sizes, path)))
     norm = "decoder.final_layernorm.weight"
-    return (*result, ParameterSpec(norm, mapped[norm], (sizes.hidden_size,)))
+    return (*result, ParameterSpec(norm, sizes.hf_place(mapped[norm]), (sizes.hidden_size,)))
 
 
 def _tp_axis(sizes: ModelSizes, path: str) -> int | None:

@@ -11,6 +11,8 @@ LAYER = "decoder.layers.*."
 # What tensor parallelism splits of a linear: its rows, its columns, or nothing.
 Parallel = Literal["column", "row", "replicated"]
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+# Before the HF names of all but the head, in a model of the language alone.
+TEXT = "model."
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ class ModelSizes:
     attention_bias: q, k, v and o have biases; mlp_bias: gate, up and down have. num_experts: of a layer, 0 for a dense
     model; moe_ffn_hidden_size: of one expert; shared_ffn_hidden_size: of the shared experts together, 0 for none;
     dense_layers: those without experts in a model that has them. qk_norm: the queries' and keys' norms that the family
-    has are there.
+    has are there. tower: of the language model in a vision-language one, what stands before the HF names of its layers
+    there in the place of `model.`.
 
     Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) has a kv_rank: of the compressed keys and values;
     q_rank: of the compressed queries, 0 where they are not compressed; head_dim: of a query, of which rope_head_dim are
@@ -145,6 +148,11 @@ class ModelSizes:
     kv_rank: int = 0
     rope_head_dim: int = 0
     value_head_dim: int = 0
+    tower: str = ""
+
+    def hf_place(self, name: str) -> str:
+        """The HF name, in the whole model, of what is `name` in a model of the language alone."""
+        return f"{self.tower}{name.removeprefix(TEXT)}" if self.tower and name.startswith(TEXT) else name
 
     @property
     def is_latent(self) -> bool:
@@ -179,6 +187,11 @@ class ModelSpec(ModelSizes):
     def layer_others(self) -> list[ParameterSpec]:
         """Those of `others` that stand in layers."""
         return [other for other in self.others if other.name.startswith(LAYER)]
+
+    @property
+    def hf_embedding(self) -> str:
+        """The HF name of the embedding's weight."""
+        return next(other.hf_name for other in self.others if other.name == EMBEDDING)
 
     def num_copies(self, layers: tuple[int, ...] | None) -> int:
         return self.num_layers if layers is None else len(layers)

@@ -179,7 +179,9 @@ def build_config(
         "lora_bias": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": shortest_targets([name for name in patterns if name not in parameters], all_names),
+        "target_modules": shortest_targets(
+            [name for name in patterns if name not in parameters], all_names, spec.shapes.tower
+        ),
         **({"target_parameters": _shortest_parameters(parameters, all_parameters)} if parameters else {}),
         "exclude_modules": None,
         "modules_to_save": [name.removesuffix(".weight") for name in spec.saved] or None,
@@ -189,11 +191,12 @@ def build_config(
     }
 
 
-def shortest_targets(adapted: Sequence[str], all_names: Sequence[str]) -> list[str] | str:
+def shortest_targets(adapted: Sequence[str], all_names: Sequence[str], tower: str = "") -> list[str] | str:
     """The shortest `target_modules` that matches exactly `adapted` among `all_names`.
 
     Last names where every layer has the linear; otherwise with layer numbers, as a list or as a regular expression,
-    whichever has fewer characters.
+    whichever has fewer characters. In a vision-language model, whose vision tower has linears of the same last names,
+    a regular expression that begins with the language model's `tower`.
     """
     layers_with: dict[str, list[str]] = defaultdict(list)
     for name in adapted:
@@ -201,18 +204,25 @@ def shortest_targets(adapted: Sequence[str], all_names: Sequence[str]) -> list[s
     total = {leaf: sum(_leaf(name) == leaf for name in all_names) for leaf in layers_with}
     partial = {leaf for leaf, names in layers_with.items() if len(names) < total[leaf]}
     listed = [leaf for leaf in layers_with if leaf not in partial]
-    if not partial:
+    if not partial and not tower:
         return listed
     listed += [name.removeprefix("model.") for leaf in sorted(partial) for name in layers_with[leaf]]
     by_layers: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for leaf, names in layers_with.items():
-        layers = tuple(name.split(".")[2] for name in names) if leaf in partial else ()
+        layers = tuple(_layer(name) for name in names) if leaf in partial else ()
         by_layers[layers].append(leaf)
+    start = re.escape(tower) if tower else r".*\."
     alternatives = []
     for layers, leaves in by_layers.items():
-        path = rf".*\.layers\.({'|'.join(layers)})\..*\." if layers else r"(.*\.)?"
-        alternatives.append(rf"{path}({'|'.join(leaves)})")
+        anywhere = rf"{start}.*\." if tower else r"(.*\.)?"
+        path = rf"{start}layers\.({'|'.join(layers)})\..*\." if layers else anywhere
+        # The head stands outside of a tower.
+        outside = ["lm_head"] if tower and "lm_head" in leaves else []
+        inside = [leaf for leaf in leaves if leaf not in outside]
+        alternatives += [*outside, *([rf"{path}({'|'.join(inside)})"] if inside else [])]
     pattern = "|".join(alternatives)
+    if tower:
+        return pattern
     return pattern if len(pattern) < len(",".join(f'"{name}"' for name in listed)) else listed
 
 
@@ -243,6 +253,12 @@ def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
 
 def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
+
+
+def _layer(name: str) -> str:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    assert found is not None
+    return found[1]
 
 
 def _names(wanted: str | Sequence[str], name: str) -> bool:

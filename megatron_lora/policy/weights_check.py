@@ -53,13 +53,23 @@ def check_base(policy: PolicyConfig, model: HFModel) -> list[str]:
             f"{', '.join(MEGATRON_FAMILIES)}; use one of these, or the other backend "
             "(policy.megatron_cfg.enabled=false)"
         )
+    if model.tower and not policy.adapter.enabled:
+        raise UserError(
+            f"policy.model_name={policy.model_name!r} is a vision-language model, whose language model trains through "
+            f"adapters alone: {policy.adapter_section}.enabled=false is full fine-tuning; set enabled=true"
+        )
     notices = check_config(model, megatron=megatron, max_length=policy.max_total_sequence_length)
     folder = Path(model.source)
     if not folder.is_dir():
         folder = cached_folder(model.source)
     if folder is not None:
         kept = kept_tensors(model, open_weights(model, folder))
-        if kept:
+        if kept and model.tower:
+            notices.append(
+                f"{policy.model_name} is a vision-language model: its language model trains, on text; the other "
+                f"{len(kept)} tensors ({kept[0]}, ...) stay as they are, and a merged export has them"
+            )
+        elif kept:
             notices.append(
                 f"{len(kept)} tensors of {policy.model_name} ({kept[0]}, ...) are of layers that predict further "
                 "tokens: they are not computed here, stay as they are, and a merged export has them"

@@ -30,6 +30,7 @@ PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 # of SmolLM2 reaches 25,000; in fp32 transformers is as far from fp64 as this project is), so there steps are gradients.
 ADAM_EPS = {
     "gemma3": 1e-5,
+    "gemma3_tower": 1e-5,
     "gpt_oss": 1e-5,
     "deepseek_v3": 1e-5,
     "gemma3_softcap": 1e-5,

@@ -96,7 +96,7 @@ TRAINED = [
     case("dp", 2, family="llama3"),
     full("dp", 2, "qwen3"),
     case("tp", 2, TP2),
-    case("tp_packed", 2, TP2, family="gemma3", policy=PACKED),
+    case("tp_tower", 2, TP2, family="gemma3_tower", policy=PACKED),
     case("tp_recompute", 2, TP2 | RECOMPUTE),
     case("tp_head", 2, TP2, family="llama3", adapter="head"),
     case("tp_tied", 2, TP2, family="qwen2"),

@@ -83,7 +83,7 @@ CASES = [
     nf4_case("sp_full_recompute", 2, SP | FULL_RECOMPUTE, "dora", double=True),
     stored_case("tp", 2, TP),
     case("sp_qwen2", 2, SP, family="qwen2"),
-    case("sp_gemma3", 2, SP, family="gemma3"),
+    case("sp_gemma3_tower", 2, SP, family="gemma3_tower"),
     case("sp_gemma2", 2, SP, family="gemma2"),
     case("sp_llama_biases", 2, SP, family="llama_biases"),
     case("sp_gemma3_softcap", 2, SP, family="gemma3_softcap"),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma2Config,
@@ -23,6 +24,8 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from tools.towers import tower_config
 
 SIZES = {
     "hidden_size": 64,
@@ -72,6 +75,10 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Gemma3TextConfig(
             **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)
         )
+    if family.endswith("_tower"):
+        seeing = family.removesuffix("_tower")
+        own = {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32} if seeing == "gemma3" else {}
+        return tower_config(seeing, sizes | own, tied=seeing == "gemma3")
     if family in UNUSUAL:
         kind, changes = UNUSUAL[family]
         return kind(**sizes | changes)
@@ -215,7 +222,8 @@ def save_model(folder: Path, family: str, seed: int = 0, **changes: object) -> P
 def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """In fp32, norms and biases away from their defaults so that losing one shows."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
+    auto: Any = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

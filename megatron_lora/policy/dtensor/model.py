@@ -70,7 +70,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
     values = start.tensors if start is not None else {}
     changed = start.drawn.changed_base if start is not None else None
     read = weights.read if changed is None else changed(weights.read)
-    source = _Source(weights, read, values, policy, world, fused_tensors(shapes))
+    source = _Source(weights, read, values, policy, world, shapes, fused_tensors(shapes))
     summed = _fill_and_shard(root, source, plan, mesh, policy)
     return BaseModel(root, hf, shapes, mesh, weights, start, summed, notices)
 
@@ -95,6 +95,7 @@ class _Source:
     factors: Mapping[str, Tensor]
     policy: PolicyConfig
     world: World
+    shapes: ModelSpec
     fused: Mapping[str, tuple[LinearSpec, int]]
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
@@ -144,7 +145,7 @@ def _fill_and_shard(
     hf = root.model
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for index, layer in enumerate(hf.model.layers):
-        _fill(layer, f"model.layers.{index}.", source, plan, mesh["tp"], filled)
+        _fill(layer, source.shapes.hf_place(f"model.layers.{index}."), source, plan, mesh["tp"], filled)
         _buffers_to(layer, source.world.device)
         if policy.dtensor_cfg.compile:
             # A CPU gains nothing by it: there layers are traced only, which needs no C++ compiler.

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from megatron_lora.conversion.tower import TOWER
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import TEXT
 from megatron_lora.lora.sharding import split_axis
 from megatron_lora.policy.dtensor.adapter import factor_of
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
@@ -76,7 +78,9 @@ def _planned(model: Any) -> Iterator[tuple[str, nn.Module, str]]:
             "this backend does not know; set policy.dtensor_cfg.tensor_parallel_size=1"
         )
     for name, module in list(model.named_modules()):
-        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        # The plan is of a model of the language alone, whatever it stands in.
+        plain = name.replace(TOWER, TEXT, 1)
+        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(plain, pattern)), None)
         if style is not None:
             yield name, module, style
 

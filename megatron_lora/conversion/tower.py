@@ -1,0 +1,115 @@
+"""The language model within a vision-language one: its config, its names, and what stays of the whole.
+
+Training is on text. What the run describes, builds and trains is the language model alone, under the names that it has
+in transformers' whole model (`model.language_model.`), which are peft's. The vision tower and the projector are kept
+tensors (`inventory.kept_tensors`). Files may use other names (those of before transformers 4.52): `FileNames`.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import TEXT
+
+# Vision-language models whose class holds the language model as `model.language_model` and its head as `lm_head`.
+WITH_TOWER = (
+    "gemma3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "mistral3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+TOWER = "model.language_model."
+HEAD = "lm_head."
+# What files call the two, newest first.
+_TOWERS_IN_FILES = (TOWER, "language_model.model.", TEXT)
+_HEADS_IN_FILES = (HEAD, "language_model.lm_head.")
+# Text configs of a type of their own that is another family's for text alone: their rotary embeddings have a position
+# in each of three directions (M-RoPE), which are the same for text.
+TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+# "type": the older spelling of rope_type, which is `mrope` there.
+_MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved", "type")
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """How the files of a model name its tensors: see `_TOWERS_IN_FILES`."""
+
+    tower: str = TOWER
+    head: str = HEAD
+
+    def in_file(self, name: str) -> str:
+        """The name in the files of a tensor of the model."""
+        return self._moved(name, (TOWER, self.tower), (HEAD, self.head))
+
+    def in_model(self, name: str) -> str:
+        """The inverse of `in_file`."""
+        return self._moved(name, (self.tower, TOWER), (self.head, HEAD))
+
+    @staticmethod
+    def _moved(name: str, *moves: tuple[str, str]) -> str:
+        return next((new + name.removeprefix(old) for old, new in moves if name.startswith(old)), name)
+
+
+def file_names(stored: Collection[str], where: object) -> FileNames:
+    """The names in files that hold these tensors. Raises UserError where they hold no language model."""
+    tower = next((prefix for prefix in _TOWERS_IN_FILES if f"{prefix}embed_tokens.weight" in stored), None)
+    if tower is None:
+        raise UserError(
+            f"{where} holds no language model of a vision-language one: no embed_tokens.weight below "
+            f"{', '.join(_TOWERS_IN_FILES)}; is it complete, and of this model?"
+        )
+    head = next((prefix for prefix in _HEADS_IN_FILES if f"{prefix}weight" in stored), HEAD)
+    return FileNames(tower, head)
+
+
+def text_content(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that is about the language model: `text_config`, or all of it where there is none."""
+    text = content.get("text_config")
+    return dict(text) if isinstance(text, Mapping) else dict(content)
+
+
+def with_text(content: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with another `text_content`."""
+    return {**content, "text_config": dict(text)} if isinstance(content.get("text_config"), Mapping) else dict(text)
+
+
+def text_config(config: Any) -> Any:
+    """transformers' config of the language model alone. config: of the whole model. Raises KeyError for a field that
+    the family's class lacks."""
+    from transformers import CONFIG_MAPPING
+
+    text = copy.deepcopy(config.get_text_config())
+    # The head is the whole model's.
+    text.tie_word_embeddings = config.tie_word_embeddings
+    family = TEXT_FAMILIES.get(text.model_type)
+    if family is None:
+        return text
+    content = text.to_dict() | {"model_type": family}
+    rope = content.get("rope_parameters") or {}
+    content["rope_parameters"] = {name: value for name, value in rope.items() if name not in _MULTIMODAL_ROPE}
+    return CONFIG_MAPPING[family].from_dict(content)
+
+
+class LanguageTower(nn.Module):
+    """A language model at the place that it has in a vision-language one, so that its parameters have their names."""
+
+    def __init__(self, language_model: nn.Module):
+        super().__init__()
+        self.language_model = language_model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.language_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("language_model"), name)
