@@ -158,6 +158,7 @@ def build_config(
     ranks = {name: rank for name, (rank, _) in patterns.items()}
     alphas = {name: _integral(alpha) for name, (_, alpha) in patterns.items()}
     post = spec.settings.get("dropout_position") == "post"
+    linears = [name for name in patterns if name not in parameters]
     rank, rank_pattern = _default_and_pattern(ranks)
     alpha, alpha_pattern = _default_and_pattern(alphas)
     return {
@@ -179,9 +180,7 @@ def build_config(
         "lora_bias": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": shortest_targets(
-            [name for name in patterns if name not in parameters], all_names, spec.shapes.tower
-        ),
+        "target_modules": shortest_targets(linears, all_names, spec.shapes.tower),
         **({"target_parameters": _shortest_parameters(parameters, all_parameters)} if parameters else {}),
         "exclude_modules": None,
         "modules_to_save": [name.removesuffix(".weight") for name in spec.saved] or None,

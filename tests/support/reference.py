@@ -51,7 +51,7 @@ def save_adapter(
     config = LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
-        target_modules=targets or TARGETS,
+        target_modules=_within_language(base, targets or TARGETS),
         task_type="CAUSAL_LM",
         target_parameters=parameters,
         **settings,
@@ -70,6 +70,12 @@ def save_adapter(
         untie_experts(model)
     model.save_pretrained(folder)
     return folder
+
+
+def _within_language(model: Any, targets: list[str]) -> list[str] | str:
+    """A vision tower has linears of the same names."""
+    seeing = hasattr(model.config, "vision_config")
+    return rf"(.*language_model\..*\.)?({'|'.join(targets)})" if seeing else targets
 
 
 class _ForEach(torch.nn.Module):

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_lora.conversion.tower import TOWER
 from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe, describe_config
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout
@@ -183,6 +184,23 @@ SHAPES = describe(ModelSizes("qwen3", 16, 24, 40, 4, 2, 4, 10, False))
 def test_targets_take_the_shortest_exact_form(adapted, wanted):
     names = list(hf_linears(SHAPES))
     assert shortest_targets([name for name in names if adapted(name)], names) == wanted
+
+
+@pytest.mark.parametrize(
+    "adapted, wanted",
+    [
+        (r"q_proj", r"model\.language_model\..*\.(q_proj)"),
+        (r"q_proj|lm_head", r"lm_head|model\.language_model\..*\.(q_proj)"),
+        (r"layers\.(3|12)\..*v_proj", r"model\.language_model\.layers\.(3|12)\..*\.(v_proj)"),
+    ],
+)
+def test_targets_leave_out_what_sees(adapted: str, wanted: str) -> None:
+    names = list(hf_linears(describe(ModelSizes("qwen3", 16, 24, 40, 4, 2, 4, 10, False, tower=TOWER))))
+    chosen = [name for name in names if re.search(adapted, name)]
+    pattern = shortest_targets(chosen, names, TOWER)
+    assert pattern == wanted
+    others = ["model.vision_tower.encoder.layers.3.self_attn.v_proj", "model.vision_tower.layers.0.q_proj"]
+    assert {name for name in [*names, *others] if re.fullmatch(pattern, name)} == set(chosen)
 
 
 def test_a_shared_a_is_written_as_copies_and_alpha_stays():
