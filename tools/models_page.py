@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.conversion.tower import WITH_TOWER
 from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
 from megatron_lora.lora.families import families, unknown_reason
 from megatron_lora.policy.weights_check import MEGATRON_FAMILIES, check_base, read_base
 from megatron_lora.runtime.world import init_megatron_world
+from tools.towers import tower_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 SIZES: dict[str, Any] = {
@@ -79,7 +82,12 @@ GLM-4.7-Flash) has adapters on its own linears: `linear_q_proj`, or `linear_q_do
 DeepSeek-V2 is taken with `topk_method: greedy` (V2-Lite) alone. The experts of GPT-OSS, one tensor a layer with biases,
 carry no adapters and are not split (ETP); its weights are read in bfloat16, not in MXFP4. Layers that predict further
 tokens (`num_nextn_predict_layers`) are not computed: they stay as they are, and a merged export has them.
-Vision-language models and Mamba hybrids are refused.
+Of a vision-language model (Gemma 3, InternVL, LLaVA, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL) the language model
+trains, on text, with adapters. The description has its names in transformers' whole model (`model.language_model.`),
+which an exported adapter has too: peft loads it on the whole model. The vision tower and the projector stay as they
+are, and a merged export has them, under the names of the files that it was made from. GRPO draws answers with the
+training model (`policy.generation.backend=megatron`); in vLLM such a model is refused, and that vLLM serves an exported
+adapter over it was not tried. Mamba hybrids are refused.
 
 | model_type | class in transformers | state | log-probability | there and back |
 |---|---|---|---|---|
@@ -96,6 +104,15 @@ def main() -> None:
 
 
 def _table() -> Iterator[tuple[str, ...]]:
+    yield from _of_families()
+    for family in WITH_TOWER:
+        with tempfile.TemporaryDirectory() as name:
+            config = tower_config(family, SIZES, tied=False)
+            model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+            yield (f"`{family}`", f"`{type(model).__name__}`", *_try(model, Path(name)))
+
+
+def _of_families() -> Iterator[tuple[str, ...]]:
     for family, entry in families().items():
         reason = unknown_reason(family)
         start = (f"`{family}`", f"`{entry['architecture']}`")
@@ -105,22 +122,20 @@ def _table() -> Iterator[tuple[str, ...]]:
             yield (*start, "not verified", "", "")
         else:
             with tempfile.TemporaryDirectory() as name:
-                yield (*start, *_try(family, Path(name)))
+                yield (*start, *_try(_build(family), Path(name)))
 
 
-def _try(family: str, folder: Path) -> tuple[str, str, str]:
+def _try(model: Any, folder: Path) -> tuple[str, str, str]:
     """(state, largest difference of a log-probability, whether there and back is bit for bit)."""
     try:
-        reference = _save_model(family, folder / "hf")
+        reference = _save(model, folder / "hf")
         same = _there_and_back(folder)
         return "trains", f"{_largest_difference(folder / 'hf', reference):.1e}", "same bits" if same else "differs"
     except (UserError, RuntimeError, AssertionError) as error:
         return f"fails: {str(error).splitlines()[0]}", "", ""
 
 
-def _save_model(family: str, folder: Path) -> Any:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
+def _build(family: str) -> Any:
     kind = CONFIG_MAPPING[family]
     declared = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     sizes = {name: value for name, value in SIZES.items() if name in declared}
@@ -129,8 +144,11 @@ def _save_model(family: str, folder: Path) -> Any:
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     config = kind(**sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+
+
+def _save(model: Any, folder: Path) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     model = model.float().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,6 +14,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.errors import UserError
 from megatron_lora.policy.interface import Policy
+from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import Generator
 from megatron_lora.runtime.world import World
@@ -57,6 +58,7 @@ class ColocatedVllm(Engine):
 
     def check(self, policy: PolicyConfig, world: World) -> None:
         _check_length(policy)
+        _check_model(policy)
         vllm_engine.check_installed(world.device)
         rank, _ = vllm_engine.planned_slots(policy, world)
         model = vllm_engine.base_config(policy)
@@ -91,6 +93,7 @@ class VllmServers(Engine):
 
     def check(self, policy: PolicyConfig, world: World) -> None:
         _check_length(policy)
+        _check_model(policy)
         vllm_engine.check_servers(policy)
         rank, _ = vllm_engine.planned_slots(policy, world)
         vllm_engine.check_rank(policy, rank)
@@ -155,6 +158,14 @@ def check_place(generation: GenerationConfig) -> None:
             f"model itself; set backend to {others} or enabled to true"
         )
     engine_of(generation).check_keys(generation)
+
+
+def _check_model(policy: PolicyConfig) -> None:
+    if read_base(policy).tower:
+        raise UserError(
+            f"policy.model_name={policy.model_name!r} is a vision-language model, and vLLM, which serves it, holds its "
+            "language model under names that are not read back here; set policy.generation.backend=megatron"
+        )
 
 
 def _check_length(policy: PolicyConfig) -> None:

@@ -19,6 +19,8 @@ from megatron_lora.conversion.model_source import open_checkpoint
 from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.errors import UserError
 from megatron_lora.policy.weights_check import check_base, read_base
+from megatron_lora.rollout.engines import ENGINES
+from megatron_lora.runtime.world import World
 from tests.support.models import family_config, random_model
 
 FILE = "model.safetensors"
@@ -164,6 +166,12 @@ def test_full_fine_tuning_is_refused(base: Path) -> None:
     config = policy(base, megatron_cfg={"enabled": True, "peft": {"enabled": False}})
     with pytest.raises(UserError, match="a vision-language model, whose language model trains through adapters alone"):
         check_base(config, read_base(config))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "servers"])
+def test_vllm_is_refused_for_rollouts(base: Path, engine: str) -> None:
+    with pytest.raises(UserError, match="is a vision-language model, .* set policy.generation.backend=megatron"):
+        ENGINES[engine].check(policy(base), World.alone())
 
 
 def test_a_missing_tensor_is_named(base: Path, tmp_path: Path) -> None:
