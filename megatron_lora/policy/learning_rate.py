@@ -15,11 +15,11 @@ def build_scheduler(optimizer: Any, policy: PolicyConfig, num_steps: int) -> Opt
     end = optim.weight_decay if options.end_weight_decay is None else options.end_weight_decay
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=min(options.lr_warmup_init, optim.lr),
+        init_lr=min(options.lr_warmup_init, optim.lr),  # without a warmup it is no mistake to have it above
         max_lr=optim.lr,
-        min_lr=min(optim.min_lr, optim.lr),
+        min_lr=optim.min_lr,
         lr_warmup_steps=options.lr_warmup_iters,
-        lr_decay_steps=max(decay, options.lr_warmup_iters + 1),
+        lr_decay_steps=decay,
         lr_decay_style=options.lr_decay_style,
         start_wd=start,
         end_wd=end,
