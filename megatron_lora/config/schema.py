@@ -8,6 +8,7 @@ from megatron_lora.config.algorithm_section import AlgorithmSection, RolloutSect
 from megatron_lora.config.schema_algorithms import DpoConfig, GrpoConfig, LossFnConfig, SftConfig
 from megatron_lora.config.schema_base import Section
 from megatron_lora.config.schema_data import DataConfig
+from megatron_lora.config.schema_distillation import DistillationConfig, TeacherConfig
 from megatron_lora.config.schema_env import EnvConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.config.schema_run import CheckpointingConfig, LoggerConfig, TimeoutsConfig
@@ -20,7 +21,9 @@ class Recipe(Section):
     sft: SftConfig | None = Field(default=None, description="Supervised fine-tuning.")
     dpo: DpoConfig | None = Field(default=None, description="Direct preference optimization.")
     grpo: GrpoConfig | None = Field(default=None, description="Group relative policy optimization.")
-    loss_fn: LossFnConfig = Field(default_factory=LossFnConfig, description="GRPO's loss.")
+    distillation: DistillationConfig | None = Field(default=None, description="On-policy distillation.")
+    loss_fn: LossFnConfig = Field(default_factory=LossFnConfig, description="The loss on answers that were drawn.")
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Distillation's teacher.")
     env: EnvConfig = Field(default_factory=EnvConfig, description="GRPO's rewards.")
     policy: PolicyConfig = Field(description="The model and how it is trained.")
     data: DataConfig = Field(description="The rows.")

@@ -26,7 +26,7 @@ TABLE: tuple[Group, ...] = (
     ),
     Group(
         "",
-        "the algorithms are sft, dpo and grpo",
+        "on-policy distillation is the section distillation, with a teacher",
         {"on_policy_distillation": (None,)},
     ),
     Group(
@@ -40,6 +40,15 @@ TABLE: tuple[Group, ...] = (
             "token_ids": (None,),
         },
     ),
+    # Distillation
+    Group(
+        "distillation",
+        "the divergence is estimated from the token that was drawn, not summed over the teacher's most likely ones",
+        {"topk_logits_k": (None, 0)},
+    ),
+    Group("loss_fn", "distillation brings down the reverse divergence", {"kl_type": (None, "reverse")}),
+    Group("loss_fn", "of distillation: it brings down the reverse divergence alone", any_value("mixed_kl_weight")),
+    Group("loss_fn", "the divergence is not cut to the teacher's most likely tokens", {"zero_outside_topk": (False,)}),
     # Checkpoints and logs
     Group(
         "checkpointing",

@@ -127,6 +127,10 @@ class BackendPolicy(Policy):
         """Checksums of this rank's parts of A and scale * B, under PEFT names."""
 
     @abstractmethod
+    def _put_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Copy this rank's part of whole factors (`<module>.<factor>`) into the modules; called without gradients."""
+
+    @abstractmethod
     def _put_principal(self, start: Mapping[str, Tensor], read: ReadWeight) -> None:
         """Put whole factors A and B (`<module>.<factor>`) into the modules, and into the weights under them what `read`
         gives."""
@@ -150,6 +154,7 @@ class BackendPolicy(Policy):
         on_cpu = self.spec is None and self.config.reference_weights == "cpu"
         self._start = FrozenStart(self._trained_parts(), on_cpu=on_cpu) if keeps else None
         self._bare = self._of_the_base()
+        self._other: FrozenStart | None = None
 
     @torch.no_grad()
     def _of_the_base(self) -> FrozenStart | None:
@@ -242,6 +247,21 @@ class BackendPolicy(Policy):
         else:
             with self._holding(self._start, self._trained_parts()):
                 yield
+
+    @torch.no_grad()
+    def keep_other(self, tensors: Mapping[str, Tensor]) -> None:
+        spec, parts = self._needs_adapter("full fine-tuning has no adapter"), self._trained_parts()
+        with self._holding(FrozenStart(parts), parts):
+            self._put_factors({name: value for name, value in tensors.items() if name not in spec.saved})
+            self._put_saved({name: tensors[name] for name in spec.saved})
+            self._other = FrozenStart(parts)
+
+    @contextmanager
+    def other(self) -> Iterator[None]:
+        if self._other is None:
+            raise ValueError("no other adapter was kept")
+        with self._holding(self._other, self._trained_parts()):
+            yield
 
     @contextmanager
     def _holding(self, values: FrozenStart | None, parts: Sequence[Tensor]) -> Iterator[None]:

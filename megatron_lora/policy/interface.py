@@ -1,7 +1,7 @@
 """What a trainer may ask of a backend. Both backends (Megatron-Core; transformers + FSDP2) implement `Policy`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,15 @@ class Policy(ABC):
         `init_adapter` the base with that adapter as it was (unless `policy.reference_policy` is `base`), or in full
         fine-tuning the whole model as it was. Restored also on an exception. Raises ValueError for full fine-tuning
         that was not asked to keep where it started."""
+
+    @abstractmethod
+    def keep_other(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep another adapter of the same shapes for `other`: whole factors and modules that train whole, as
+        `other_adapter` gives them."""
+
+    @abstractmethod
+    def other(self) -> AbstractContextManager[None]:
+        """Within it the model is the base with the adapter of `keep_other`. Restored also on an exception."""
 
     @abstractmethod
     def at_reference(self) -> bool:

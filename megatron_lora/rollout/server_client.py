@@ -41,6 +41,12 @@ class ServerClient:
         self.max_length = 0
         self.adapter: str | None = None
         self.version = -1
+        self._loaded: list[str] = []
+
+    @property
+    def loaded(self) -> list[str]:
+        """The adapters that it had when it was last asked."""
+        return self._loaded
 
     @property
     def model(self) -> str:
@@ -137,6 +143,36 @@ class ServerClient:
         if any(one.finish_reason not in ("stop", "length") for one in drawn):
             raise ServerFailed(f"{self.url} broke off an answer ({', '.join(str(o.finish_reason) for o in drawn)})")
         return drawn * (n if greedy else 1)
+
+    def tokenize(self, model: str, text: str) -> list[int]:
+        """What the server's tokenizer makes of a text, without special tokens. Raises ServerFailed."""
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        answer = self._post("/tokenize", body, SHORT)
+        return self._field(answer, "tokens")
+
+    def score(self, ids: Sequence[int], model: str) -> list[float]:
+        """Log-probability of each token after those before it, nats, at temperature 1; 0 for the first. Raises
+        ServerFailed."""
+        body = {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": 0,
+            "add_special_tokens": False,
+        }
+        answer = self._post("/v1/completions", body, self.timeout)
+        found = self._field(answer["choices"][0] if self._field(answer, "choices") else {}, "prompt_logprobs")
+        try:
+            scores = [0.0, *(one[str(token)]["logprob"] for one, token in zip(found[1:], ids[1:], strict=True))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerFailed(f"{self.url} scores tokens in another form than vLLM's: {error!r}") from error
+        return scores
+
+    def _field(self, answer: Any, name: str) -> Any:
+        if not isinstance(answer, dict) or answer.get(name) is None:
+            raise ServerFailed(f"{self.url} answers in another form than vLLM's: no {name!r}")
+        return answer[name]
 
     def answers(self) -> bool:
         try:

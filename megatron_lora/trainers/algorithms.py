@@ -2,6 +2,7 @@
 
 from megatron_lora.config.schema import Recipe
 from megatron_lora.trainers.algorithm import Algorithm
+from megatron_lora.trainers.distillation import Distillation
 from megatron_lora.trainers.dpo import DPO
 from megatron_lora.trainers.grpo import GRPO
 from megatron_lora.trainers.sft import SFT
@@ -10,6 +11,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "sft": SFT(),
     "dpo": DPO(),
     "grpo": GRPO(),
+    "distillation": Distillation(),
 }
 
 

@@ -23,6 +23,7 @@ from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.policy.interface import Policy, StepResult
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.policy.other_adapter import other_adapter
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
 from megatron_lora.trainers.dpo import with_reference
 from tests.distributed.megatron_build import forget_kernels, leave_groups
@@ -131,6 +132,10 @@ ALGORITHMS = {
 }
 
 
+# Whose policies are also asked as the base with another adapter: one that began at B zero, one from a folder.
+WITH_ANOTHER = ("sft", "grpo")
+
+
 def policy_config(folder: Path, algorithm: Algorithm, world_size: int, megatron: bool) -> PolicyConfig:
     """One recipe for both backends: only `megatron_cfg.enabled` differs."""
     dtensor_cfg, megatron_cfg = LAYOUTS[world_size]
@@ -202,6 +207,16 @@ def train(policy: Policy, algorithm: Algorithm, saved: Path | None = None) -> di
     return found
 
 
+def score_with_another(policy: Policy, config: PolicyConfig, other: Path) -> dict[str, Any]:
+    """Scores with another adapter on the base, after training; and how far those of the policy are moved by it."""
+    before = policy.score(rows_of(0))
+    policy.keep_other(other_adapter(config, str(other), "teacher.adapter"))
+    with policy.other():
+        found = policy.score(rows_of(0))
+    pairs = zip(before, policy.score(rows_of(0)), strict=True)
+    return {"other": found, "moved_by_other": max(float((one - two).abs().max()) for one, two in pairs)}
+
+
 def main(folder: Path) -> None:
     size = init_distributed().size
     found: dict[str, Any] = {}
@@ -214,6 +229,10 @@ def main(folder: Path) -> None:
                     found[f"{name}_{backend}_start"] = policy.adapter()
                 saved = folder / f"saved_{size}" / f"{name}_{backend}"
                 found[f"{name}_{backend}"] = train(policy, algorithm, saved if algorithm.exchanged else None)
+                if name in WITH_ANOTHER:
+                    found[f"{name}_{backend}"] |= score_with_another(
+                        policy, config, folder / f"{algorithm.family}_other"
+                    )
     for backend, other in (("dtensor", "megatron"), ("megatron", "dtensor")):
         for name, algorithm in ALGORITHMS.items():
             if algorithm.exchanged:

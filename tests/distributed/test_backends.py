@@ -1,12 +1,14 @@
 """One recipe and starting adapter on both backends, world sizes 1, 2 and 4: SFT, DPO, GRPO and full fine-tuning, also
 with its start as the reference and with a config.json that the recipe changes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lora.data.batch import Row
@@ -16,6 +18,7 @@ from tests.distributed.backends_worker import (
     HALF,
     LAYOUTS,
     NUM_STEPS,
+    WITH_ANOTHER,
     YARN,
     Algorithm,
     pairs_of,
@@ -40,6 +43,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backends")
     for family in {algorithm.family for algorithm in ALGORITHMS.values()}:
         save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+    config = save_adapter(folder / "qwen3", folder / "qwen3_other", seed=5) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 20}))
     return folder
 
 
@@ -115,6 +120,21 @@ def test_the_reference_is_transformers_base(name: str, backend: str, size: int, 
         for run in (f"{name}_{backend}", *([f"{name}_{backend}_resumed"] if algorithm.exchanged else [])):
             for row, logps, base in zip(rows_of(0), rank[run]["reference"], wanted, strict=True):
                 assert ((logps[1:] - base) * row.target_mask[1:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", ["megatron", "dtensor"])
+@pytest.mark.parametrize("name", WITH_ANOTHER)
+def test_another_adapter_on_the_base_is_pefts(name: str, backend: str, size: int, found: Found, bases: Path) -> None:
+    """Of another scale than the run's, after the run has trained its own, which comes back bit for bit."""
+    model = PeftModel.from_pretrained(transformers_model(bases, ALGORITHMS[name]), bases / "qwen3_other")
+    with torch.no_grad():
+        wanted = [token_logps(model, row) for row in rows_of(0)]
+    for rank in found(size):
+        run = rank[f"{name}_{backend}"]
+        assert run["moved_by_other"] == 0
+        for row, logps, one in zip(rows_of(0), run["other"], wanted, strict=True):
+            assert ((logps[1:] - one) * row.target_mask[1:]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["megatron", "dtensor"])

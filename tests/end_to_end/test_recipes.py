@@ -11,6 +11,7 @@ import yaml
 
 from tests.support.compare import relative_differences
 from tests.support.launch import ROOT
+from tests.support.reference import save_adapter
 from tests.support.runs import arithmetic_preferences
 from tests.support.trainer import RankServer, gsm8k_rows, read_metrics, save_base, write_rows
 
@@ -32,7 +33,18 @@ SMALL = {
         "policy.train_global_batch_size=16",
         "policy.generation.max_new_tokens=8",
     ),
+    "distillation": (
+        "distillation.max_num_steps=2",
+        "distillation.num_prompts_per_step=4",
+        "distillation.num_generations_per_prompt=4",
+        "distillation.max_val_samples=4",
+        "policy.train_global_batch_size=16",
+        "policy.generation.max_new_tokens=8",
+    ),
 }
+DRAWING = ("grpo", "distillation")
+# Of the shapes of the teacher's adapter.
+TEACHERS = [f"policy.megatron_cfg.peft.{key}" for key in ("dim=4", "alpha=8")]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +57,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_rows(folder / "messages.jsonl", messages)
     write_rows(folder / "preferences.jsonl", arithmetic_preferences(40))
+    save_adapter(folder / "base", folder / "teacher")
     write_rows(folder / "train.jsonl", gsm8k_rows(40, seed=1))
     write_rows(folder / "test.jsonl", gsm8k_rows(16, seed=2))
     return folder
@@ -83,6 +96,7 @@ def stand_ins(recipe: Path, room: Path) -> list[str]:
         f"policy.tokenizer.name={room / 'base'}",
         "policy.precision=float32",
         *SMALL[algorithm],
+        *([f"teacher.adapter={room / 'teacher'}", *TEACHERS] if algorithm == "distillation" else []),
         "policy.megatron_cfg.peft.init_adapter=null",
         *(f"policy.megatron_cfg.{key}={value}" for key, value in layout.items()),
         *small_data(content.get("data", {}).get("train", {}).get("dataset_name"), algorithm, room),
@@ -104,7 +118,14 @@ def small_data(dataset_name: str | None, algorithm: str, room: Path) -> list[str
 
 @pytest.mark.parametrize(
     "recipe",
+<<<<<<< HEAD
     [pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.long] if is_long(recipe) else []) for recipe in RECIPES],
+=======
+    [
+        pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.long] if algorithm_of(recipe) in DRAWING else [])
+        for recipe in RECIPES
+    ],
+>>>>>>> 14c9dd8 (On-policy distillation: the policy's answers, a teacher's probabilities of their tokens)
 )
 def test_the_first_steps_are_the_same_on_both_backends(
     recipe: Path, room: Path, server: RankServer, tmp_path: Path
@@ -121,7 +142,7 @@ def test_the_first_steps_are_the_same_on_both_backends(
         runs[backend] = read_metrics(folder)
         assert [line["step"] for line in runs[backend]] == [1, 2]
     ours, theirs = runs.values()
-    if algorithm_of(recipe) == "grpo":
+    if algorithm_of(recipe) in DRAWING:
         # Answers are drawn from probabilities that differ in the last bits.
         for line in (*ours, *theirs):
             assert line["rollout_logprob_error"] < TOLERANCE

@@ -42,12 +42,14 @@ from megatron_lora.trainers.sft import train_sft
 
 MEGATRON, PEFT, LORA = "policy.megatron_cfg", "policy.megatron_cfg.peft", "policy.dtensor_cfg.lora_cfg"
 Keys = dict[str, Any]
+# Algorithms whose policy draws the answers that it trains on.
+DRAWING = ("grpo", "distillation")
 
 
 def recipe(folder: Path, keys: Keys, algorithm: str = "sft") -> Recipe:
     content: Keys = {algorithm: {}, "data": {"train": {"data_path": "rows.jsonl"}}, "policy": {}}
-    if algorithm == "grpo":
-        content["policy"]["train_global_batch_size"] = 512
+    if algorithm in DRAWING:
+        content["policy"]["train_global_batch_size"] = 32 if algorithm == "distillation" else 512
     for path, value in {"policy.model_name": "dense", "policy.precision": "float32", **keys}.items():
         *parents, name = path.split(".")
         section = content
@@ -157,7 +159,7 @@ def run(folder: Path, keys: Keys) -> Any:
         session.step += 1
 
     options: Any = getattr(found, algorithm)
-    first = found.grpo.val_start_at if found.grpo is not None else -1
+    first = found.rollouts.val_start_at if found.draws_answers else -1
     run_steps(session, options, step, lambda: done.append(("validated", session.step)), first_validation=first)
     return done
 
@@ -203,7 +205,8 @@ def advantages(folder: Path, keys: Keys) -> Any:
 
 def prompts_read(folder: Path, keys: Keys) -> Any:
     """The batches of a training epoch's prompts, and of a validation's."""
-    found = recipe(folder, {"grpo.num_prompts_per_step": 32, **keys}, "grpo")
+    algorithm = algorithm_of(keys) if algorithm_of(keys) in DRAWING else "grpo"
+    found = recipe(folder, {f"{algorithm}.num_prompts_per_step": 32, **keys}, algorithm)
     rows: Any = [Prompt(torch.tensor([n]), "", "", index=n) for n in range(40)]
     train, validation = build_prompt_loaders(found, rows, rows)
     assert validation is not None
@@ -278,7 +281,8 @@ def answered(folder: Path, keys: Keys) -> Any:
             asked.append(count)
             raise Asked
 
-    session = session_of(recipe(folder, keys, "grpo"))
+    algorithm = algorithm_of(keys) if algorithm_of(keys) in DRAWING else "grpo"
+    session = session_of(recipe(folder, keys, algorithm))
     loader: Any = GroupLoader([Prompt(torch.tensor([1]), "", "", index=1)], 1, shuffle=False)
     with pytest.raises(Asked):
         validate_answers(session, Engine(), None, loader)  # type: ignore[arg-type]
@@ -287,7 +291,7 @@ def answered(folder: Path, keys: Keys) -> Any:
 
 def algorithm_of(keys: Keys) -> str:
     names = [key.partition(".")[0] for key in keys]
-    return next((name for name in names if name in ("dpo", "grpo")), "sft")
+    return next((name for name in names if name in ("dpo", *DRAWING)), "sft")
 
 
 def session_of(found: Recipe, **parts: Any) -> Session:

@@ -23,7 +23,9 @@ COMMON = set("name kind weight type split dim alpha optimizer kwargs function pa
 CALLED = {
     "SftConfig": {"section", "options", "recipe"},
     "DpoConfig": {"section", "options", "recipe", "config"},
-    "GrpoConfig": {"section", "options", "recipe", "estimator"},
+    "GrpoConfig": {"section", "options", "recipe", "rollouts", "estimator"},
+    "DistillationConfig": {"section", "options", "recipe", "rollouts"},
+    "TeacherConfig": {"teacher"},
     "AdvantageConfig": {"options"},
     "RewardShapingConfig": {"shaping"},
     "RewardScalingConfig": {"scaling"},

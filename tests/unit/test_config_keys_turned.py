@@ -159,22 +159,25 @@ LAYOUT: Turns = {
 FEW = {"grpo.num_prompts_per_step": 32, "grpo.max_num_steps": 100}
 COUNTED: Turns = {
     f"{name}.{key}": ({f"{name}.max_num_steps": 12}, value)
-    for name in ("sft", "dpo", "grpo")
+    for name in ("sft", "dpo", "grpo", "distillation")
     for key, value in (("max_num_epochs", 2), ("max_num_steps", 3), ("seed", 3))
 } | {
     "policy.train_global_batch_size": (FEW, 128),
     "grpo.num_prompts_per_step": (FEW, 64),
     "grpo.num_generations_per_prompt": (FEW, 32),
+    "distillation.num_prompts_per_step": ({"distillation.max_num_steps": 100}, 64),
+    "distillation.num_generations_per_prompt": ({"distillation.max_num_steps": 100}, 4),
     "grpo.batch_multiplier": (FEW | {"grpo.use_dynamic_sampling": True}, 0.25),
     "grpo.use_dynamic_sampling": (FEW | {"grpo.batch_multiplier": 0.25}, True),
 }
 SAVING = "checkpointing"
 LOOP: Turns = {
     f"{name}.{key}": ({f"{name}.val_period": 5}, value)
-    for name in ("sft", "dpo", "grpo")
+    for name in ("sft", "dpo", "grpo", "distillation")
     for key, value in (("val_period", 3), ("val_at_start", True), ("val_at_end", True))
 } | {
     "grpo.val_start_at": ({"grpo.val_period": 5}, 6),
+    "distillation.val_start_at": ({"distillation.val_period": 5}, 6),
     f"{SAVING}.enabled": ({}, False),
     f"{SAVING}.save_period": ({}, 5),
     f"{SAVING}.checkpoint_must_save_by": ({}, "00:00:00:00"),
@@ -220,6 +223,8 @@ ADVANTAGES: Turns = {
 PROMPTS: Turns = {
     "grpo.max_val_samples": ({}, 3),
     "grpo.val_batch_size": ({}, 3),
+    "distillation.max_val_samples": ({"distillation.val_period": 3}, 3),
+    "distillation.val_batch_size": ({"distillation.val_period": 3}, 3),
     "data.shuffle": ({}, False),
 }
 WRITTEN: Turns = {
@@ -249,6 +254,7 @@ OBSERVED: list[tuple[Callable[[Path, Keys], Any], Turns]] = [
     (written, WRITTEN),
     (validated, VALIDATED),
     (answered, {"grpo.val_num_generations_per_prompt": ({}, 3)}),
+    (answered, {"distillation.val_num_generations_per_prompt": ({}, 3)}),
 ]
 
 
@@ -280,6 +286,9 @@ SHOWN = {
     "grpo.skip_reference_policy_logprobs_calculation policy.generation.colocated.enabled policy.generation.backend",
     "end_to_end/test_grpo.py": "grpo.overlong_filtering grpo.seq_logprob_error_threshold "
     "grpo.dynamic_sampling_max_gen_batches policy.generation.refit logger.num_val_samples_to_print",
+    "unit/test_distillation.py": "distillation.max_rollout_turns distillation.stop_at_validation_metric "
+    "distillation.stop_at_validation_threshold teacher.adapter teacher.urls teacher.model_name teacher.timeout_seconds "
+    "teacher.requests_at_once",
     "unit/test_rollout_ahead.py": "grpo.async_grpo.enabled grpo.async_grpo.max_trajectory_age_steps "
     "grpo.async_grpo.in_flight_weight_updates",
     "unit/test_environments.py": "env.environment.path env.environment.kwargs env.environment.timeout_seconds "

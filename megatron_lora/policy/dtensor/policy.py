@@ -177,13 +177,16 @@ class DTensorPolicy(BackendPolicy):
     def _checksum_pieces(self, dtype: torch.dtype) -> Pieces:
         return adapter.checksum_pieces(self.base.hf, dtype)
 
-    @torch.no_grad()
-    def _put_principal(self, start: Mapping[str, Tensor], read: ReadWeight) -> None:
+    def _put_factors(self, factors: Mapping[str, Tensor]) -> None:
         spec = self._needs_adapter("")
-        whole = fuse(adapter.gather(self.base.hf), spec) | dict(start)
+        whole = fuse(adapter.gather(self.base.hf), spec) | dict(factors)
         tensors = to_hf(spec, whole)[1]
         for name, parameter in adapter.peft_tensors(self.base.hf):
             checkpoint.put(parameter, tensors[name])
+
+    @torch.no_grad()
+    def _put_principal(self, start: Mapping[str, Tensor], read: ReadWeight) -> None:
+        self._put_factors(start)
         for name, linear in self._linears.items():
             checkpoint.put(linear.base_layer.weight, read(f"{name}.weight"))  # type: ignore[arg-type]
         self._values_changed()

@@ -254,8 +254,11 @@ class MegatronPolicy(LanePolicy):
     def _checksum_pieces(self, dtype: torch.dtype) -> Pieces:
         return adapter_pieces(self.adapted, self.base.shapes, dtype)
 
+    def _put_factors(self, factors: Mapping[str, Tensor]) -> None:
+        put_factors(self.adapted, self._needs_adapter(""), factors)
+
     def _put_principal(self, start: Mapping[str, Tensor], read: ReadWeight) -> None:
-        put_factors(self.adapted, self._needs_adapter(""), start)
+        self._put_factors(start)
         names = {f"{name}.weight" for name in self._linears}
         load_base_weights(self.base.chunks, read, self.base.shapes, self.world, only=names)
 

@@ -1,0 +1,70 @@
+"""A teacher that vLLM servers serve: log-probabilities of given tokens, over their own HTTP interface."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lora.errors import UserError
+from megatron_lora.rollout.generator import RolloutError
+from megatron_lora.rollout.server_client import ServerClient, ServerFailed
+
+
+@dataclass
+class TeacherServers:
+    """Servers of one teacher. model_name: of the teacher on them; None: what each serves first. max_length: of the
+    longest row, in tokens. failures: of servers that are left out, with the reason."""
+
+    urls: Sequence[str]
+    model_name: str | None
+    timeout: float
+    at_once: int
+    max_length: int
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def start(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        """Ask each what it serves. texts: of the run's data. Raises UserError where one does not answer, serves
+        sequences that are too short, has no model of that name, or makes other tokens of a text."""
+        self.clients = [ServerClient(url, self.timeout) for url in self.urls]
+        for client in self.clients:
+            try:
+                client.describe()
+                served = [client.base, *client.loaded]
+                name = self.model_name or client.base
+                if name not in served:
+                    raise UserError(f"teacher.model_name={name}: {client.url} serves {', '.join(served)}")
+                if client.max_length <= self.max_length:
+                    raise UserError(
+                        f"{client.url} serves sequences of up to {client.max_length} tokens, and to score one of "
+                        f"policy.max_total_sequence_length={self.max_length} takes {self.max_length + 1}: start it "
+                        f"with --max-model-len {self.max_length + 1} or more"
+                    )
+                for text in texts:
+                    theirs, ours = client.tokenize(name, text), tokenizer.encode(text, add_special_tokens=False)
+                    if theirs != ours:
+                        raise UserError(
+                            f"the teacher at {client.url} makes other tokens of {text[:60]!r} than the policy's "
+                            f"tokenizer ({theirs[:8]}, {ours[:8]}): it has to have the same"
+                        )
+            except ServerFailed as error:
+                raise UserError(f"teacher.urls: {error}; start it with vLLM's server of the teacher's model") from error
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Each row's token log-probabilities [S] fp32, nats, at temperature 1; [0] is 0. A server that fails is left
+        out, and its rows are asked elsewhere; RolloutError where none is left."""
+        with ThreadPoolExecutor(self.at_once * len(self.clients)) as pool:
+            return list(pool.map(self._score, range(len(rows)), rows))
+
+    def _score(self, number: int, ids: Sequence[int]) -> Tensor:
+        for turn in range(len(self.clients)):
+            client = self.clients[(number + turn) % len(self.clients)]
+            if client.url in self.failures:
+                continue
+            try:
+                return torch.tensor(client.score(ids, self.model_name or client.base), dtype=torch.float32)
+            except ServerFailed as error:
+                self.failures[client.url] = str(error)
+        raise RolloutError(f"no server of the teacher is left: {'; '.join(self.failures.values())}")

@@ -1,0 +1,195 @@
+"""On-policy distillation around its loss: what is refused before weights load, an adapter's shapes, servers that teach.
+
+The servers are small ones that answer in vLLM's form and fail on command."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lora.config.loader import load_recipe
+from megatron_lora.config.schema import Recipe
+from megatron_lora.errors import UserError
+from megatron_lora.policy.other_adapter import other_adapter
+from megatron_lora.rollout.generator import RolloutError
+from megatron_lora.rollout.teacher import TeacherServers
+from megatron_lora.runtime.world import World
+from megatron_lora.trainers.distillation import Distillation
+from tests.support.models import save_model
+from tests.support.reference import save_adapter
+from tools.tiny_model import build_tokenizer
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "distillation-quickstart-megatron.yaml"
+PEFT = "policy.megatron_cfg.peft"
+URLS = ("teacher.adapter=null", "teacher.urls=[http://a:1]")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distillation")
+    save_model(folder / "base", "qwen3")
+    save_adapter(folder / "base", folder / "teacher")
+    return folder
+
+
+def recipe(room: Path, *overrides: str) -> Recipe:
+    own = [
+        f"policy.model_name={room / 'base'}",
+        f"teacher.adapter={room / 'teacher'}",
+        f"{PEFT}.dim=4",
+        f"{PEFT}.alpha=8",
+    ]
+    return load_recipe(RECIPE, [*own, "policy.generation.backend=megatron", *overrides]).recipe
+
+
+def check(found: Recipe) -> None:
+    Distillation().check(found, World(rank=0, size=2, local_rank=0, device=torch.device("cpu")))
+
+
+def test_the_recipe_and_its_other_teachers_are_accepted(room: Path) -> None:
+    check(recipe(room))
+    check(recipe(room, *URLS, "teacher.model_name=big"))
+    start = (f"{PEFT}.init_adapter={room / 'teacher'}", "policy.reference_policy=base")
+    check(recipe(room, "teacher.adapter=null", *start))
+
+
+REFUSALS = {
+    "no teacher": (("teacher.adapter=null",), "the recipe names no teacher"),
+    "two teachers": (("teacher.urls=[http://a:1]",), "name two teachers"),
+    "the whole model": ((f"{PEFT}.enabled=false",), "which full fine-tuning changes"),
+    "a name without servers": (("teacher.model_name=big",), "are for teacher.urls, which is empty"),
+    "a time without servers": (("teacher.timeout_seconds=5",), "are for teacher.urls, which is empty"),
+    "a place without servers": (("teacher.requests_at_once=5",), "are for teacher.urls, which is empty"),
+    "the same twice": (("teacher.adapter=null", "teacher.urls=[http://a:1, http://a:1]"), "wanted each server once"),
+    "no address": (("teacher.adapter=null", "teacher.urls=[a]"), "wanted each server once"),
+    "another temperature": ((*URLS, "policy.generation.temperature=0.7"), "give the teacher's own distribution"),
+    "a part of the vocabulary": ((*URLS, "policy.generation.top_k=5"), "give the teacher's own distribution"),
+    "no draws": (("policy.generation.temperature=0",), "policy.generation.temperature=0"),
+    "other ranks": ((f"{PEFT}.dim=8",), "no adapter of the run's shapes, in 16 linears"),
+    "other linears": ((f"{PEFT}.target_modules=[linear_qkv]",), "it has ((('gate', 'up'), 4),), the run nothing"),
+    "a residual": ((f"{PEFT}.init_lora_weights=pissa",), "keeps a part only"),
+    "no folder": (("teacher.adapter=/nowhere",), "/nowhere"),
+    "turns without an environment": (("distillation.max_rollout_turns=3",), "distillation.max_rollout_turns=3 needs"),
+    "half a stop": (
+        ("distillation.stop_at_validation_metric=accuracy",),
+        "stop_at_validation_threshold belong together",
+    ),
+    "a batch": (("policy.train_global_batch_size=48",), "(distillation.num_prompts_per_step=64"),
+    "most likely tokens": (("distillation.topk_logits_k=64",), "not summed over the teacher's most likely ones"),
+    "the other divergence": (("loss_fn.kl_type=forward",), "the reverse divergence"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_before_weights_load(name: str, room: Path) -> None:
+    overrides, text = REFUSALS[name]
+    with pytest.raises(UserError) as error:
+        check(recipe(room, *overrides))
+    assert text in str(error.value)
+
+
+def test_keys_of_losses_with_rewards_are_named_as_unread(room: Path) -> None:
+    own = [f"policy.model_name={room / 'base'}", "loss_fn.use_cispo=true"]
+    [notice] = load_recipe(RECIPE, own).notices
+    assert "loss_fn.{" in notice and "use_cispo" in notice and "ratio_clip_min" not in notice
+
+
+def test_another_scale_is_in_b(room: Path) -> None:
+    plain = other_adapter(recipe(room).policy, str(room / "teacher"), "teacher.adapter")
+    halved = other_adapter(recipe(room, f"{PEFT}.alpha=16").policy, str(room / "teacher"), "teacher.adapter")
+    assert plain.keys() == halved.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(halved[name], tensor / 2 if name.endswith("lora_B") else tensor)
+
+
+class Server:
+    """A token's log-probability is minus its id, a text's tokens are its bytes. behaviour: ok, error, garbage or other
+    tokens. asked: models of the requests."""
+
+    def __init__(self, max_length: int = 65):
+        self.behaviour, self.asked, outer = "ok", [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                models = [{"id": "big", "parent": None, "max_model_len": max_length}, {"id": "tuned", "parent": "big"}]
+                self.reply(200, {"data": models})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.reply(*outer.post(self.path, body))
+
+            def reply(self, status: int, body: Any) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        self.asked.append(body["model"])
+        if self.behaviour == "error":
+            return 500, {"error": "out of memory"}
+        if self.behaviour == "garbage":
+            return 200, {"choices": [{"prompt_logprobs": [None, {"0": {"logprob": -1.0}}]}]}
+        if path == "/tokenize":
+            shift = 1 if self.behaviour == "other tokens" else 0
+            return 200, {"tokens": [token + shift for token in build_tokenizer().encode(body["prompt"])]}
+        scores = [None, *({str(token): {"logprob": -float(token), "rank": 1}} for token in body["prompt"][1:])]
+        return 200, {"choices": [{"index": 0, "prompt_logprobs": scores}]}
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Server]]:
+    both = [Server(), Server()]
+    yield both
+    for one in both:
+        one.http.shutdown()
+        one.http.server_close()
+
+
+def teacher_of(servers: list[Server], name: str | None = None, max_length: int = 64) -> TeacherServers:
+    return TeacherServers([server.url for server in servers], name, 5.0, 4, max_length)
+
+
+def test_rows_are_scored_by_the_servers_in_turn(servers: list[Server]) -> None:
+    teacher = teacher_of(servers, "tuned")
+    teacher.start(build_tokenizer(), ["1+1="])
+    rows = [[5, 6, 7], [8, 9], [3, 2, 1]]
+    assert [scores.tolist() for scores in teacher.score(rows)] == [[0, -6, -7], [0, -9], [0, -2, -1]]
+    assert all(server.asked and set(server.asked) == {"tuned"} for server in servers)
+
+
+@pytest.mark.parametrize("behaviour", ["error", "garbage"])
+def test_a_server_that_fails_is_left_out(servers: list[Server], behaviour: str) -> None:
+    teacher = teacher_of(servers)
+    teacher.start(build_tokenizer(), [])
+    servers[0].behaviour = behaviour
+    assert [scores.tolist() for scores in teacher.score([[5, 6]] * 4)] == [[0, -6]] * 4
+    assert list(teacher.failures) == [servers[0].url]
+    servers[1].behaviour = behaviour
+    with pytest.raises(RolloutError, match="no server of the teacher is left: http"):
+        teacher.score([[5, 6]])
+
+
+def test_what_a_server_may_not_be(servers: list[Server]) -> None:
+    with pytest.raises(UserError, match="serves big, tuned"):
+        teacher_of(servers, "small").start(build_tokenizer(), [])
+    with pytest.raises(UserError, match="--max-model-len 66"):
+        teacher_of(servers, max_length=65).start(build_tokenizer(), [])
+    servers[1].behaviour = "other tokens"
+    with pytest.raises(UserError, match="makes other tokens of '1\\+1='"):
+        teacher_of(servers).start(build_tokenizer(), ["1+1="])
+    with pytest.raises(UserError, match="teacher.urls: http://127.0.0.1:9"):
+        TeacherServers(["http://127.0.0.1:9"], None, 1.0, 1, 8).start(build_tokenizer(), [])
