@@ -75,8 +75,8 @@ def algorithm_of(recipe: Path) -> str:
 
 
 def is_long(recipe: Path) -> bool:
-    """GRPO; and models with experts, whose stand-in is the same small dense one."""
-    return algorithm_of(recipe) == "grpo" or "expert_model_parallel_size" in recipe.read_text()
+    """What draws answers; and models with experts, whose stand-in is the same small dense one."""
+    return algorithm_of(recipe) in DRAWING or "expert_model_parallel_size" in recipe.read_text()
 
 
 def stand_ins(recipe: Path, room: Path) -> list[str]:
@@ -118,14 +118,7 @@ def small_data(dataset_name: str | None, algorithm: str, room: Path) -> list[str
 
 @pytest.mark.parametrize(
     "recipe",
-<<<<<<< HEAD
     [pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.long] if is_long(recipe) else []) for recipe in RECIPES],
-=======
-    [
-        pytest.param(recipe, id=recipe.stem, marks=[pytest.mark.long] if algorithm_of(recipe) in DRAWING else [])
-        for recipe in RECIPES
-    ],
->>>>>>> 14c9dd8 (On-policy distillation: the policy's answers, a teacher's probabilities of their tokens)
 )
 def test_the_first_steps_are_the_same_on_both_backends(
     recipe: Path, room: Path, server: RankServer, tmp_path: Path

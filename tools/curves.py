@@ -1,0 +1,249 @@
+"""Learning curves of the loop that draws answers, on the quickstart's base and a CPU: a table and a picture each.
+
+    python -m tools.curves calculator       answers of two turns: the policy learns to leave sums to a tool
+    python -m tools.curves ages             asynchronous GRPO at several ages, by one rollout server (vLLM)
+    python -m tools.curves distillation     taught by an adapter on the same base, that of a short SFT
+
+One process trains. Everything is written below `quickstart-output/`.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from megatron_lora.data.arithmetic import arithmetic_rows
+from megatron_lora.errors import UserError
+from megatron_lora.reporting.metrics_file import read_metrics
+from megatron_lora.reporting.plots import series, smooth
+from tools.quickstart import ROOT, next_run_dir, run_command
+from tools.tiny_model import EOS, build_base
+
+SFT, GRPO, DISTILLATION = (f"recipes/{name}-quickstart-megatron.yaml" for name in ("sft", "grpo", "distillation"))
+COMMON = (
+    "policy.megatron_cfg.tensor_model_parallel_size=1",
+    "policy.generation.vllm_cfg.tensor_parallel_size=1",
+    "logger.tensorboard_enabled=false",
+)
+BY_ITSELF = ("policy.generation.backend=megatron",)
+WINDOW = 5  # steps that the table's first and last numbers are means over
+AGES = (0, 1, 4)
+# Of the rows that warm a policy up for the calculator: how many call it.
+CALL_SHARE = 0.3
+SERVER_START_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run's rewards by step, and further columns of the table."""
+
+    rewards: list[float]
+    more: Mapping[str, str]
+
+    def mean(self, steps: slice) -> float:
+        chosen = self.rewards[steps]
+        return sum(chosen) / len(chosen)
+
+
+def final_answer_is_right(answer: str, final_turn: str) -> float:
+    """1 where the last turn is the answer, whoever worked it out."""
+    return float(final_turn.strip() == answer.strip())
+
+
+def train(recipe: str, base: Path, run_dir: Path, *overrides: str) -> Path:
+    """One run; returns its folder. Raises CalledProcessError where it fails."""
+    own = (f"policy.model_name={base}", f"checkpointing.checkpoint_dir={run_dir}")
+    run_command([sys.executable, "-m", "megatron_lora.train", recipe, *COMMON, *own, *overrides])
+    return run_dir
+
+
+def means(run_dir: Path, names: Sequence[str]) -> dict[str, str]:
+    """`first -> last` of further metrics, means over WINDOW steps."""
+    records = read_metrics(run_dir / "metrics.jsonl")
+    found = {name: series(records, "train", name)[1] for name in names}
+    shown = {}
+    for name, values in found.items():
+        first, last = values[:WINDOW], values[-WINDOW:]
+        shown[name] = f"{sum(first) / len(first):.2f} -> {sum(last) / len(last):.2f}"
+    return shown
+
+
+def read_curve(run_dir: Path, *names: str) -> Curve:
+    return Curve(series(read_metrics(run_dir / "metrics.jsonl"), "train", "reward")[1], means(run_dir, names))
+
+
+def calculator(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
+    """A policy that calls the tool in some answers, then GRPO."""
+    draws = random.Random(0)
+    rows = []
+    for row in arithmetic_rows("train"):
+        sum_, result = row["prompt"].removesuffix("="), row["completion"]
+        calls = draws.random() < CALL_SHARE
+        # As a rollout is: the call ends a turn, the tool writes `=` and the result, the next turn is the answer.
+        rows.append({"prompt": row["prompt"], "completion": f"{sum_}{EOS}={result}{result}" if calls else result})
+    path = folder / "warm-up.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("data.train.dataset_name=null", f"data.train.data_path={path}", "data.train.split=null")
+    quiet = ("sft.max_num_steps=60", "sft.val_period=0", "sft.val_at_start=false")
+    warm = train(SFT, base, folder / "warm-up", *data, *quiet)
+    reward = "{kind: python, name: exact_at_last, function: 'tools.curves:final_answer_is_right'}"
+    run_dir = train(
+        GRPO,
+        base,
+        folder / "calculator",
+        *BY_ITSELF,
+        f"policy.megatron_cfg.peft.init_adapter={warm / 'step_60' / 'hf_adapter'}",
+        f"grpo.max_num_steps={steps}",
+        "grpo.max_rollout_turns=2",
+        "env.environment.path=megatron_lora.rollout.calculator:Calculator",
+        f"env.reward_functions=[{reward}]",
+    )
+    return {"with a calculator": read_curve(run_dir, "num_turns", "environment_tokens", "environment_errors")}
+
+
+def distillation(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
+    """A teacher that SFT made, then a fresh adapter that it teaches."""
+    teacher = train(SFT, base, folder / "teacher") / "step_60" / "hf_adapter"
+    run_dir = train(
+        DISTILLATION,
+        base,
+        folder / "distillation",
+        *BY_ITSELF,
+        f"teacher.adapter={teacher}",
+        f"distillation.max_num_steps={steps}",
+    )
+    return {"distillation": read_curve(run_dir, "teacher_kl", "teacher_kl_k3")}
+
+
+def ages(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
+    """Asynchronous GRPO with each age, all by one server."""
+    ahead = ("policy.generation.colocated.enabled=false", "loss_fn.use_importance_sampling_correction=true")
+    found = {}
+    with served(base, folder, *ahead, _ahead(max(AGES))) as url:
+        for age in AGES:
+            place = f"policy.generation.servers.urls=[{url}]"
+            run_dir = train(
+                GRPO, base, folder / f"age-{age}", *ahead, place, _ahead(age), f"grpo.max_num_steps={steps}"
+            )
+            names = ("staleness_mean", "sampling_importance_ratio", "rollout_wait_seconds", "step_time_seconds")
+            found[f"age {age}"] = read_curve(run_dir, *names)
+    return found
+
+
+def _ahead(age: int) -> str:
+    return f"grpo.async_grpo={{enabled: true, max_trajectory_age_steps: {age}, in_flight_weight_updates: true}}"
+
+
+@contextmanager
+def served(base: Path, folder: Path, *overrides: str) -> Iterator[str]:
+    """A rollout server of the GRPO quickstart's recipe; its address. Raises UserError where it does not start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
+    own = (f"policy.model_name={base}", f"policy.generation.servers.urls=[{url}]")
+    command = [sys.executable, "-m", "megatron_lora.cli.main", "serve", GRPO, *COMMON, *own, *overrides]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + SERVER_START_SECONDS
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise UserError(f"the rollout server did not start; {log} says why")
+            time.sleep(1)
+        yield url
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=5)
+    except OSError:
+        return False
+    return True
+
+
+def markdown(found: Mapping[str, Curve]) -> str:
+    """The table as the documentation has it."""
+    more = list(next(iter(found.values())).more)
+    head = f"| run | reward, first {WINDOW} steps | last {WINDOW} | {' | '.join(more)} |"
+    lines = [head, "|---|---|---|" + "---|" * len(more)]
+    for name, curve in found.items():
+        first, last = curve.mean(slice(None, WINDOW)), curve.mean(slice(-WINDOW, None))
+        lines.append(f"| {name} | {first:.3f} | {last:.3f} | {' | '.join(curve.more.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: Mapping[str, Curve], path: Path, title: str) -> None:
+    """The smoothed reward of each run over the steps, in one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in found.items():
+        axes.plot(range(1, len(curve.rewards) + 1), smooth(curve.rewards, 1.5), linewidth=1.5, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+
+
+RUNS = {
+    "calculator": (calculator, "GRPO with a calculator, the quickstart's base"),
+    "ages": (ages, "Asynchronous GRPO by the age of answers, the quickstart's base"),
+    "distillation": (distillation, "On-policy distillation, the quickstart's base"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 where a reward has not risen or a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", choices=RUNS)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--output-dir", type=Path, default=Path("quickstart-output"))
+    options = parser.parse_args(arguments)
+    disable_progress_bar()
+    os.chdir(ROOT)
+    make, title = RUNS[options.run]
+    output_dir = options.output_dir.absolute()
+    build_base(output_dir / "base")
+    folder = next_run_dir(output_dir, f"curves-{options.run}")
+    folder.mkdir(parents=True)
+    try:
+        found = make(output_dir / "base", folder, options.steps)
+    except subprocess.CalledProcessError as error:
+        print(f"stopped with exit status {error.returncode}; the reason stands above", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    draw(found, folder / f"{options.run}.png", title)
+    (folder / f"{options.run}.md").write_text(markdown(found))
+    print(markdown(found), f"picture: {folder / f'{options.run}.png'}", sep="\n")
+    risen = (curve.mean(slice(-WINDOW, None)) > curve.mean(slice(None, WINDOW)) for curve in found.values())
+    return 0 if all(risen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
