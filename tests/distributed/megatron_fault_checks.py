@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.expert_linear import AdaptedExpert, ExpertAdapter
+from megatron_lora.lora.held import GradientGroup
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods.additive import Lora
 from megatron_lora.policy.megatron.policy import MegatronPolicy
-from tests.distributed.cases import TP
+from tests.distributed.cases import EP, ETP, TP
 from tests.distributed.fault_checks import Fault, Plant, local_count, look_at, nothing, saved_otherwise, stale_norm
 
 
@@ -59,6 +61,57 @@ def _not_synchronized(name: str) -> Plant:
     return plant
 
 
+def _not_summed_over(group: GradientGroup) -> Plant:
+    """The sum of experts' factors over these ranks is forgotten."""
+
+    @contextmanager
+    def plant(policy: MegatronPolicy) -> Iterator[None]:
+        changed = 0
+        for linear in policy.adapted:
+            for held in linear.held_factors if isinstance(linear, AdaptedExpert) else ():
+                parameter: Any = held.parameter
+                changed += group in parameter.sum_gradient_over
+                parameter.sum_gradient_over = tuple(one for one in parameter.sum_gradient_over if one != group)
+        assert changed
+        yield
+
+    return plant
+
+
+@contextmanager
+def _scaled_by_all_ranks(policy: MegatronPolicy) -> Iterator[None]:
+    """Gradients of experts' factors are divided by the data-parallel size, though no other rank has these experts."""
+    config: Any = policy.base.config
+    finalize = config.finalize_model_grads_func
+
+    def wrong(chunks: list[Any], *arguments: Any, **options: Any) -> None:
+        finalize(chunks, *arguments, **options)
+        for chunk in chunks:
+            for parameter in chunk.module.parameters():
+                if parameter.requires_grad and not getattr(parameter, "allreduce", True):
+                    parameter.main_grad.div_(policy.world.dp)
+
+    config.finalize_model_grads_func = wrong
+    yield
+    config.finalize_model_grads_func = finalize
+
+
+def _expert_adapters(policy: MegatronPolicy) -> list[ExpertAdapter]:
+    return list(dict.fromkeys(linear.adapter for linear in policy.adapted if isinstance(linear, AdaptedExpert)))
+
+
+@contextmanager
+def _expert_scale_doubled(policy: MegatronPolicy) -> Iterator[None]:
+    for adapter in _expert_adapters(policy):
+        assert adapter.scale is not None
+        adapter.scale *= 2
+    yield
+
+
+def _second_ranks_experts(policy: MegatronPolicy) -> Sequence[Tensor]:
+    return [adapter.lora_B for adapter in _expert_adapters(policy) if policy.world.ep_rank == 1]  # type: ignore[misc]
+
+
 def _second_ranks_rows(policy: MegatronPolicy) -> Sequence[Tensor]:
     """Of B of each column-parallel linear."""
     return [
@@ -75,6 +128,7 @@ def _scale_doubled(policy: MegatronPolicy) -> Iterator[None]:
 
 
 DORA: dict[str, Any] = {"peft": {"type": "dora"}}
+SHARED: dict[str, Any] = {"peft": {"share_expert_adapters": True}}
 FAULTS: dict[str, Fault] = {
     "none": Fault(nothing, TP),
     "none, data parallel": Fault(nothing, {}),
@@ -89,6 +143,17 @@ FAULTS: dict[str, Fault] = {
     "adapter scale doubled": Fault(_scale_doubled, TP),
     "shard dropped at save": Fault(saved_otherwise(_second_ranks_rows, torch.zeros_like), TP, at_save=True),
     "shard doubled at save": Fault(saved_otherwise(_second_ranks_rows, lambda part: part * 2), TP, at_save=True),
+    "none, experts": Fault(nothing, EP, "experts"),
+    "none, experts saved": Fault(nothing, EP, "experts", at_save=True),
+    "none, shared experts": Fault(nothing, EP | SHARED, "shared_experts"),
+    "shared factors not summed over EP": Fault(_not_summed_over("expert"), EP | SHARED, "shared_experts"),
+    "factors not summed over ETP": Fault(_not_summed_over("expert_tp"), ETP, "experts"),
+    "expert gradients of the wrong DP size": Fault(_scaled_by_all_ranks, EP, "experts"),
+    "local token count, experts": Fault(local_count, EP, "experts"),
+    "expert scale doubled": Fault(_expert_scale_doubled, EP, "experts"),
+    "experts swapped at save": Fault(
+        saved_otherwise(_second_ranks_experts, lambda part: part.flip(0)), EP, "experts", at_save=True
+    ),
 }
 
 
