@@ -73,9 +73,9 @@ every causal language model that megatron-bridge maps and transformers has a cla
 - **refused**: the tensor named has no place in the description, so neither backend takes it.
 
 Models with experts: adapters go on attention, and on the experts where their linears are named
-([adapters.md](adapters.md#experts)); the router stays frozen. Expert parallelism (EP) and expert tensor parallelism
-(ETP) split the experts, and TP above 1 needs sequence parallelism. Full
-fine-tuning of such a model and native rollouts at EP above 1 are refused.
+([adapters.md](adapters.md#experts)), and on the router where it is named. Expert parallelism (EP) and expert tensor
+parallelism (ETP) split the experts, and TP above 1 needs sequence parallelism. Full fine-tuning of such a model and
+native rollouts at EP above 1 are refused.
 Shared experts are adapted as an MLP is; the bias by which a router chooses stays frozen. Latent attention (DeepSeek,
 GLM-4.7-Flash) has adapters on its own linears: `linear_q_proj`, or `linear_q_down_proj` and `linear_q_up_proj`;
 `linear_kv_down_proj`, `linear_kv_up_proj`, `linear_proj`. The two down projections are whole on every TP rank.

@@ -14,6 +14,7 @@ from megatron_lora.lora.model_spec import (
     EMBEDDING,
     LAYER,
     OUTPUT_LAYER,
+    ROUTER,
     HFPart,
     LinearSpec,
     ModelSizes,
@@ -21,6 +22,8 @@ from megatron_lora.lora.model_spec import (
     ParameterSpec,
 )
 from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PACKED_EXPERTS, PATHS, WHOLE_QK_NORM
+
+_ROUTERS_WEIGHT = f"{PATHS[ROUTER]}.weight"
 
 
 def describe(sizes: ModelSizes) -> ModelSpec:
@@ -39,9 +42,18 @@ def describe_json(content: Mapping[str, Any]) -> ModelSpec:
     built = describe(ModelSizes(**values))
     return replace(
         built,
-        linears=tuple(map(_linear_from_json, linears)) if linears else built.linears,
-        others=tuple(map(_parameter_from_json, others)) if others else built.others,
+        linears=_with_router(tuple(map(_linear_from_json, linears)), built) if linears else built.linears,
+        others=tuple(other for other in map(_parameter_from_json, others) if not other.name.endswith(_ROUTERS_WEIGHT))
+        if others
+        else built.others,
     )
+
+
+def _with_router(linears: tuple[LinearSpec, ...], built: ModelSpec) -> tuple[LinearSpec, ...]:
+    """A file of a release in which a router carried no adapter has it among the other tensors."""
+    if ROUTER not in built.kinds or any(linear.kind == ROUTER for linear in linears):
+        return linears
+    return (*linears[:-1], built.linear(ROUTER), linears[-1])
 
 
 def describe_config(config: Mapping[str, Any], tower: str = "") -> ModelSpec:

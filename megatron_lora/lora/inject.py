@@ -17,14 +17,15 @@ from megatron_lora.lora.init import Factors
 from megatron_lora.lora.layout import AdapterSpec, FactorKey, ModuleLayout
 from megatron_lora.lora.linear import LoRAColumnParallelLinear, LoRALinear, LoRAReplicatedLinear, LoRARowParallelLinear
 from megatron_lora.lora.methods import method_of
-from megatron_lora.lora.model_spec import Parallel
+from megatron_lora.lora.model_spec import ROUTER, Parallel
 from megatron_lora.lora.model_tables import LINEARS
+from megatron_lora.lora.router_adapter import RouterAdapter, routers
 from megatron_lora.lora.sharding import shard
 
-# Where the linears of a layer are that are no single expert's: path of their module -> their names in it.
+# Where the linears of a layer are that are replaced one by one: path of their module -> their names in it.
 _KINDS_OF_PARENT: dict[str, list[str]] = {}
-for _row in LINEARS.values():
-    if not _row.expert:
+for _kind, _row in LINEARS.items():
+    if not _row.expert and _kind != ROUTER:
         _KINDS_OF_PARENT.setdefault(_row.path.rpartition(".")[0], []).append(_row.path.rpartition(".")[2])
 _KINDS: dict[Parallel, type[LoRALinear]] = {
     "column": LoRAColumnParallelLinear,
@@ -32,7 +33,7 @@ _KINDS: dict[Parallel, type[LoRALinear]] = {
     "replicated": LoRAReplicatedLinear,
 }
 
-Adapted = LoRALinear | AdaptedExpert
+Adapted = LoRALinear | AdaptedExpert | RouterAdapter
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ def inject(
                 adapted.append(linear)
         for name, numbers, linear in expert_linears(chunk):
             adapted += _adapt_experts(name, numbers, linear, layouts, spec, factors, options, expert_tp)
+        for name, router in routers(chunk):
+            if name in layouts:
+                router.adapter = _router_adapter(router, layouts[name], spec, factors, options, tp)
+                adapted.append(router.adapter)
     return adapted
 
 
@@ -105,7 +110,7 @@ def put_factors(adapted: Sequence[Adapted], spec: AdapterSpec, tensors: Mapping[
 
 def global_linears(chunk: GPTModel) -> Iterator[tuple[str, nn.Module, str]]:
     """(full name with the global layer number, parent module, attribute) of each linear that can be adapted and is of
-    no single expert."""
+    no single expert, and no router."""
     for layer in chunk.decoder.layers:
         number: Any = layer.layer_number
         prefix = f"decoder.layers.{number - 1}"
@@ -178,6 +183,21 @@ def _adapt(
         dropout_before=options.dropout_before,
         all_to_all=all_to_all,
     )
+
+
+def _router_adapter(
+    router: Any,
+    layout: ModuleLayout,
+    spec: AdapterSpec,
+    factors: Factors,
+    options: AdapterOptions,
+    tp: TensorParallel,
+) -> RouterAdapter:
+    weight: Tensor = router.weight
+    drawn = factors(layout)
+    dtype = options.dtype or weight.dtype
+    own: dict[FactorKey, Tensor] = {f.key: drawn[f.name].to(weight.device, dtype) for f in spec.factors}
+    return RouterAdapter(layout, spec.shapes, tp, method=method_of(spec.type), factors=own)
 
 
 def _adapt_experts(

@@ -10,6 +10,8 @@ from typing import Any, Literal
 LAYER = "decoder.layers.*."
 # What tensor parallelism splits of a linear: its rows, its columns, or nothing.
 Parallel = Literal["column", "row", "replicated"]
+# The kind of the linear by which a token's experts are chosen.
+ROUTER = "router"
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 # Before the HF names of all but the head, in a model of the language alone.
 TEXT = "model."

@@ -6,7 +6,7 @@ A tensor of a family has a place in the description where a row here bears its M
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_lora.lora.model_spec import EMBEDDING, LAYER, OUTPUT_LAYER, ModelSizes, Parallel
+from megatron_lora.lora.model_spec import EMBEDDING, LAYER, OUTPUT_LAYER, ROUTER, ModelSizes, Parallel
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ LINEARS: dict[str, LinearRow] = {
     **_mlp("mlp", lambda s: s.ffn_hidden_size, in_sparse=False),
     **_below("experts", _mlp("mlp.experts", lambda s: s.moe_ffn_hidden_size, in_dense=False, expert=True)),
     **_below("shared_experts", _mlp("mlp.shared_experts", lambda s: s.shared_ffn_hidden_size, in_dense=False)),
+    # Its bias, where it has one, is not the linear's that carries an adapter: it stays as it is.
+    ROUTER: LinearRow("mlp.router", "replicated", _hidden, lambda s: {"router": s.num_experts}, in_dense=False),
 }
 
 
@@ -142,7 +144,6 @@ OTHERS: dict[str, OtherRow] = {
     "mlp.linear_fc2.post_layernorm.weight": OtherRow(_width, in_sparse=False),
     "pre_mlp_layernorm.weight": OtherRow(_width, in_dense=False),
     "self_attention.core_attention.softmax_offset": OtherRow(lambda s: (s.num_attention_heads,), tp_axis=0),
-    "mlp.router.weight": OtherRow(lambda s: (s.num_experts, s.hidden_size), in_dense=False),
     "mlp.router.bias": OtherRow(lambda s: (s.num_experts,), in_dense=False),
     "mlp.router.expert_bias": OtherRow(
         lambda s: (s.num_experts if s.model_type in BIASED_ROUTER else 0,), in_dense=False

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import A, AdapterSpec, B, FactorKey, ModuleLayout
-from megatron_lora.lora.model_spec import LinearSpec, ModelSpec, resolve
+from megatron_lora.lora.model_spec import ROUTER, LinearSpec, ModelSpec, resolve
 from megatron_lora.lora.peft_config import PeftPatterns
 
 # transformers' names of the tensors of all experts, by the segments in them.
@@ -42,8 +42,22 @@ def packed_name(linear: LinearSpec, layer: int) -> str:
     return f"{resolve(before, layer)}.{PACKED_NAMES[linear.segments]}"
 
 
+def router_parameter(linear: LinearSpec, layer: int) -> str:
+    """transformers' name of a router's weight, which is no linear's there."""
+    return f"{linear.hf_name(linear.segments[0], layer)}.weight"
+
+
+def is_on_router(module: ModuleLayout) -> bool:
+    return module.kind == ROUTER
+
+
 def is_on_experts(module: ModuleLayout, shapes: ModelSpec) -> bool:
     return shapes.linear(module.kind).experts > 0
+
+
+def adapts_parameters(spec: AdapterSpec) -> bool:
+    """Whether it is on tensors that are no linears' in transformers' model: experts' or routers'."""
+    return adapts_experts(spec) or any(map(is_on_router, spec.modules))
 
 
 def adapts_experts(spec: AdapterSpec) -> bool:
@@ -119,6 +133,10 @@ def unpack(
             found.update(wanted)
             if wanted:
                 adapted[linear.kind] = linear
+            if linear.kind == ROUTER and (named := patterns.parameters_named(router_parameter(linear, layer))):
+                found.update(named)
+                hf = linear.hf_name(linear.segments[0], layer)
+                sizes[hf] = patterns.rank_and_alpha(router_parameter(linear, layer))
         for kind, (name, holder) in _holders(adapted, layer).items():
             rank, alpha = patterns.rank_and_alpha(name)
             keys = [f"{prefix}{holder}.{factor.peft_name}" for factor in (A, B)]
@@ -133,7 +151,7 @@ def unpack(
     if strange:
         raise UserError(
             f"adapter_config.json has target_parameters {', '.join(strange[:3])}: adapters on bare parameters are read "
-            "where they are the experts' (gate_up_proj, down_proj) of this model"
+            "where they are the experts' (gate_up_proj, down_proj) or the router's (weight) of this model"
         )
     return replace(patterns, parameters=(), sizes=sizes), result
 

@@ -24,7 +24,17 @@ from megatron_lora.lora.layout import (
     segment_rows,
     segments_of,
 )
-from megatron_lora.lora.packed_experts import is_on_experts, pack, packed_name, same_bits, shared_by_all, unpack
+from megatron_lora.lora.model_spec import ROUTER
+from megatron_lora.lora.packed_experts import (
+    is_on_experts,
+    is_on_router,
+    pack,
+    packed_name,
+    router_parameter,
+    same_bits,
+    shared_by_all,
+    unpack,
+)
 from megatron_lora.lora.peft_config import PeftPatterns, build_config, read_patterns
 
 Values = Mapping[FactorKey, Tensor]
@@ -129,8 +139,9 @@ def to_hf(
         if packed and is_on_experts(module, spec.shapes):
             continue
         name = hf_name(module, segment, spec.shapes, expert)
-        holders[name] = name
-        patterns[name], scales[name] = (block.rank, block.alpha), block.scale
+        adapted = f"{name}.weight" if is_on_router(module) else name
+        holders[adapted] = name
+        patterns[adapted], scales[adapted] = (block.rank, block.alpha), block.scale
         for factor in spec.factors:
             whole = tensors[f"{module.name}.{factor.name}"]
             result[peft_name(name, factor)] = segment_part(factor, module, segment, whole, spec.shapes)
@@ -143,14 +154,17 @@ def to_hf(
     if uniform_scale:
         patterns = _fold_scales(patterns, scales, holders, result)
         use_rslora = False
-    linears = hf_linears(spec.shapes).values()
+    linear_names = hf_linears(spec.shapes)
+    linears = linear_names.values()
     config = build_config(
         spec,
         patterns,
         use_rslora,
-        all_names=[linear.name for linear in linears if not packed or linear.expert is None],
-        parameters=[entry.name for entry in packed],
-        all_parameters=_packed_names(spec.shapes) if packed else (),
+        all_names=[
+            linear.name for linear in linears if linear.kind != ROUTER and (not packed or linear.expert is None)
+        ],
+        parameters=[name for name in patterns if name not in linear_names],
+        all_parameters=[*(_packed_names(spec.shapes) if packed else ()), *_router_parameters(spec.shapes)],
     )
     return config, result
 
@@ -171,6 +185,15 @@ def _packed_names(shapes: ModelSpec) -> list[str]:
         for layer in range(shapes.num_layers)
         for linear in shapes.adaptable(layer)
         if linear.experts
+    ]
+
+
+def _router_parameters(shapes: ModelSpec) -> list[str]:
+    return [
+        router_parameter(linear, layer)
+        for layer in range(shapes.num_layers)
+        for linear in shapes.adaptable(layer)
+        if linear.kind == ROUTER
     ]
 
 
@@ -334,8 +357,9 @@ def _collect_factors(
         if any(peft_name(name, factor) in tensors for factor in table)
     }
     for name, linear in linears.items():
-        if linear.expert is not None and (linear.kind, linear.layer) not in with_adapters:
-            # Experts are no modules of transformers' model: names that fit them may mean others alone.
+        no_linear = (linear.expert is not None or linear.kind == ROUTER) and name not in patterns.sizes
+        if no_linear and (linear.kind, linear.layer) not in with_adapters:
+            # Experts and routers are no linears of transformers' model: names that fit them may mean others alone.
             continue
         own: dict[FactorKey, str] = {factor.key: peft_name(name, factor) for factor in table}
         targeted = patterns.matches(name)

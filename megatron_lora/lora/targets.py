@@ -9,9 +9,12 @@ from typing import Literal
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import Block, ModelSpec, ModuleLayout, module_name
+from megatron_lora.lora.model_spec import ROUTER, resolve
 from megatron_lora.lora.packed_experts import packed_name
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
+# Last names of a router, Megatron's and transformers'.
+ROUTERS = (ROUTER, "gate")
 Naming = Literal["megatron", "hf"]
 
 
@@ -30,8 +33,9 @@ def select_linears(
 
     A pattern is a linear's name (`linear_qkv`, `q_proj`), a full path (`decoder.layers.3.mlp.linear_fc1`,
     `model.layers.3.mlp.up_proj`) or a wildcard over full paths (`*.layers.1.*` is layer 1 alone: `*` stands for any
-    text, the rest is literal). Without targets: every linear of attention and MLP but for routed experts', less
-    `exclude_modules`; experts are adapted where their linears are named (`linear_fc1`, `experts.linear_fc1`,
+    text, the rest is literal). Without targets: every linear of attention and MLP but for routed experts' and the
+    router's, less `exclude_modules`; a router is adapted where it is named (`router`, `gate`, `*.mlp.router`), experts
+    are adapted where their linears are named (`linear_fc1`, `experts.linear_fc1`,
     `gate_up_proj`, `*.experts.*`), all of a layer alike. A fused name
     stands for the HF linears that it covers; an HF name for its part of the fused linear alone. Layer numbers are
     global, whatever the pipeline layout. naming: the names that this backend has itself; others are translated, which
@@ -43,10 +47,15 @@ def select_linears(
             f"{key}.exclude_modules={list(exclude_modules)} needs empty {key}.target_modules, got "
             f"{list(target_modules)}; name the targets alone, or the exclusions alone"
         )
-    _check_no_router(shapes, [*target_modules, *exclude_modules], f"{key}.target_modules or exclude_modules")
     linears = list(hf_linears(shapes).values())
     matcher = _Matcher(linears, key, naming, _packed_names(shapes))
-    wanted = {linear.name for linear in linears if linear.layer is not None and linear.expert is None}
+    for pattern in (*target_modules, *exclude_modules):
+        _check_no_packed(shapes, pattern, f"{key}.target_modules or exclude_modules")
+    wanted = {
+        linear.name
+        for linear in linears
+        if linear.layer is not None and linear.expert is None and linear.kind != ROUTER
+    }
     if target_modules:
         wanted = {linear.name for pattern in target_modules for linear in matcher.find(pattern)}
     for pattern in exclude_modules:
@@ -62,7 +71,8 @@ def select_linears(
     if shapes.num_experts and not target_modules:
         notices.append(
             f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; to adapt the experts "
-            "name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, up_proj, down_proj)"
+            "name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, up_proj, down_proj), to adapt "
+            "the router name it (router)"
         )
     chosen = [linear for linear in linears if linear.name in wanted]
     _check_whole_experts(shapes, chosen, key)
@@ -79,10 +89,15 @@ def _packed_names(shapes: ModelSpec) -> dict[tuple[str, int | None], str]:
     }
 
 
-def _check_no_router(shapes: ModelSpec, patterns: Sequence[str], key: str) -> None:
-    for pattern in patterns:
-        if shapes.num_experts and pattern.rpartition(".")[2] in ("router", "gate"):
-            raise UserError(f"{pattern!r} in {key} names the router, which carries no adapter here; leave it out")
+def _check_no_packed(shapes: ModelSpec, pattern: str, key: str) -> None:
+    """Experts that are one tensor in the model's files too carry no adapter."""
+    for linear in shapes.linears:
+        names = [linear.name, *(part.name for part in linear.parts)] if linear.packed else []
+        if any(_fits(pattern, resolve(name, 0)) or _fits(pattern, resolve(name, 1)) for name in names):
+            raise UserError(
+                f"{pattern!r} in {key} names the experts of a {shapes.model_type} model, which are one tensor a layer "
+                "with biases and carry no adapters here; name linears of attention (and the router)"
+            )
 
 
 def _check_whole_experts(shapes: ModelSpec, chosen: Sequence[HFLinear], key: str) -> None:
@@ -220,6 +235,6 @@ def _leaf(name: str) -> str:
 def _fits(pattern: str, name: str) -> bool:
     if name == pattern or name.endswith(f".{pattern}"):
         return True
-    # A wildcard never reaches the output layer unless it names it: it is no part of a layer.
-    wildcard = any(sign in pattern for sign in "*?[")
+    # A wildcard never reaches the output layer unless it names it: it is no part of a layer. Nor a router.
+    wildcard = any(sign in pattern for sign in "*?[") and (_leaf(name) not in ROUTERS or _leaf(pattern) == _leaf(name))
     return wildcard and name not in ("lm_head", "output_layer") and fnmatch.fnmatchcase(name, pattern)

@@ -23,7 +23,7 @@ from megatron_lora.lora.packed_experts import is_on_experts
 from megatron_lora.lora.peft_format import from_hf
 from megatron_lora.lora.principal import check_ranks, principal_start, residual_reader
 from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
-from megatron_lora.policy.expert_adapters import check_dropout, check_expert_adapters, expert_ranks, misread_by_peft
+from megatron_lora.policy.expert_adapters import check_expert_adapters, check_with_recipe, expert_ranks, misread_by_peft
 from megatron_lora.policy.weights_check import local_fingerprint, read_base
 
 
@@ -225,7 +225,7 @@ def planned_adapter(policy: PolicyConfig) -> StartingAdapter | None:
     if not policy.adapter.enabled:
         return None
     planned = starting_adapter(policy.adapter, read_base(policy).shapes, policy.model_name)
-    check_dropout(policy, planned.spec)
+    check_with_recipe(policy, planned.spec)
     return planned
 
 

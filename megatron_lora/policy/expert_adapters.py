@@ -1,4 +1,5 @@
-"""Adapters on the experts of a model: their ranks, and what does not go with them, before any weight is loaded."""
+"""Adapters on the experts of a model and its routers: their ranks, and what does not go with them, before any weight is
+loaded."""
 
 from collections.abc import Sequence
 
@@ -6,7 +7,7 @@ from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec, without_expert
-from megatron_lora.lora.packed_experts import adapts_experts, is_on_experts
+from megatron_lora.lora.packed_experts import adapts_experts, is_on_experts, is_on_router
 from megatron_lora.lora.peft_format import HFLinear
 
 
@@ -25,9 +26,16 @@ def expert_ranks(config: PeftConfig | LoraConfig, linears: Sequence[HFLinear], s
     return dict.fromkeys(experts, config.dim // routed)
 
 
-def check_dropout(policy: PolicyConfig, spec: AdapterSpec) -> None:
-    """Raise UserError for dropout in adapters whose expert is split over ranks: each would drop others."""
+def check_with_recipe(policy: PolicyConfig, spec: AdapterSpec) -> None:
+    """Raise UserError for keys outside the adapter's own that it does not go with: a router that is to stay frozen, and
+    dropout where an expert is split over ranks: each would drop others."""
     megatron = policy.megatron_cfg
+    on_router = any(map(is_on_router, spec.modules))
+    if on_router and megatron.freeze_moe_router:
+        raise UserError(
+            "policy.megatron_cfg.freeze_moe_router=true, and the adapter is on the router; set it to null, or leave "
+            "the router out of target_modules"
+        )
     dropout, size = policy.adapter.dropout, megatron.expert_tensor_parallel_size
     if policy.backend == "megatron" and dropout > 0 and size > 1 and adapts_experts(spec):
         raise UserError(
@@ -39,23 +47,30 @@ def check_dropout(policy: PolicyConfig, spec: AdapterSpec) -> None:
 def check_expert_adapters(config: PeftConfig | LoraConfig, spec: AdapterSpec, section: str) -> None:
     """Raise UserError for a setting that adapters on experts do not go with. section: the recipe's."""
     on_experts = [module for module in spec.modules if is_on_experts(module, spec.shapes)]
-    if not on_experts:
+    on_router = any(map(is_on_router, spec.modules))
+    if not on_experts and not on_router:
         return
-    what = f"adapters on the experts of a {spec.shapes.model_type} model"
+    where = "experts" if on_experts else "router"
+    what = f"adapters on the {where} of a {spec.shapes.model_type} model"
     if isinstance(config, LoraConfig):
         raise UserError(
-            f"{section}: {what} are trained by the Megatron backend alone; leave the experts' linears out of "
+            f"{section}: {what} are trained by the Megatron backend alone; leave the {where}'s linears out of "
             "target_modules, or set policy.megatron_cfg.enabled=true"
         )
     if config.type != "lora":
         raise UserError(
             f"{section}.type={config.type!r}: {what} are of type 'lora', as PEFT has them; set it, or leave the "
-            "experts' linears out of target_modules"
+            f"{where}'s linears out of target_modules"
         )
     if config.init_lora_weights is not None:
         raise UserError(
             f"{section}.init_lora_weights={config.init_lora_weights}: {what} start from lora_A_init_method; set it to "
-            "null, or leave the experts' linears out of target_modules"
+            f"null, or leave the {where}'s linears out of target_modules"
+        )
+    if on_router and config.dropout > 0:
+        raise UserError(
+            f"{section}.dropout={config.dropout}: an adapter on a router has none, as PEFT's on a bare parameter has "
+            "none; set it to 0, or leave the router out of target_modules"
         )
     forms: dict[str, set] = {}
     for module in on_experts:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.methods import method_of
-from megatron_lora.lora.packed_experts import adapts_experts
+from megatron_lora.lora.packed_experts import adapts_parameters
 from megatron_lora.lora.peft_format import hf_linears
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.weights_check import overridden_fields, read_base
@@ -130,8 +130,8 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
     if world.device.type == "cuda" and engine_dtype(policy) == "float32":
         return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
     planned = planned_adapter(policy)
-    if planned is not None and adapts_experts(planned.spec):
-        return "adapters on experts are handed over merged"
+    if planned is not None and adapts_parameters(planned.spec):
+        return "adapters on experts and routers are handed over merged"
     return None
 
 

@@ -23,6 +23,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "query_value": {"targets": ["q_proj", "v_proj"], "share_a": False},
     "attention": {"targets": TARGETS[:4]},
     "experts": {"targets": TARGETS[:4], "parameters": EXPERTS},
+    "router": {"targets": TARGETS[:4], "parameters": ["mlp.gate.weight"]},
+    "router_experts": {"targets": TARGETS[:4], "parameters": [*EXPERTS, "mlp.gate.weight"]},
     "shared_experts": {"targets": TARGETS[:4], "parameters": EXPERTS, "share_experts": True},
     "latent": {"targets": LATENT_TARGETS},
     "dora": {"use_dora": True},

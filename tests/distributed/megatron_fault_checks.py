@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lora.lora.arithmetic import TensorParallel
-from megatron_lora.lora.expert_linear import AdaptedExpert, ExpertAdapter
+from megatron_lora.lora.expert_linear import AdaptedExpert
 from megatron_lora.lora.held import GradientGroup
 from megatron_lora.lora.linear import LoRALinear
 from megatron_lora.lora.methods.additive import Lora
@@ -96,7 +96,8 @@ def _scaled_by_all_ranks(policy: MegatronPolicy) -> Iterator[None]:
     config.finalize_model_grads_func = finalize
 
 
-def _expert_adapters(policy: MegatronPolicy) -> list[ExpertAdapter]:
+def _expert_adapters(policy: MegatronPolicy) -> list[Any]:
+    """Each `ExpertAdapter` once."""
     return list(dict.fromkeys(linear.adapter for linear in policy.adapted if isinstance(linear, AdaptedExpert)))
 
 
@@ -109,7 +110,7 @@ def _expert_scale_doubled(policy: MegatronPolicy) -> Iterator[None]:
 
 
 def _second_ranks_experts(policy: MegatronPolicy) -> Sequence[Tensor]:
-    return [adapter.lora_B for adapter in _expert_adapters(policy) if policy.world.ep_rank == 1]  # type: ignore[misc]
+    return [adapter.lora_B for adapter in _expert_adapters(policy) if policy.world.ep_rank == 1]
 
 
 def _second_ranks_rows(policy: MegatronPolicy) -> Sequence[Tensor]:

@@ -41,7 +41,7 @@ SAME = [
     case("saved", 2, TP | SAVED, {"dp": SAVED, "pp": PP | SAVED}, adapter="saved"),
     case("nf4", 2, TP | NF4, {"dp": NF4, "pp": PP | NF4}, family="qwen3_even"),
     case("asynchronous", 2, SP, {"dp": {}}, options={"asynchronous": True}),
-    case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="experts"),
+    case("experts", 2, EP, {"dp": {}, "etp": ETP, "pp": PP}, family="qwen3_moe", adapter="router_experts"),
     case("full", 2, TP, {"dp": {}, "pp": PP}, family="qwen2", adapter=None),
 ]
 SHARED = {"peft": {"share_expert_adapters": True}}

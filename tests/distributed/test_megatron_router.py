@@ -1,12 +1,15 @@
 """Keys of the router and of the way to the experts: the auxiliary loss is in loss and gradients the same in every
-layout, and what is about speed alone changes no number (fp32, against transformers + peft)."""
+layout, and what is about speed alone changes no number; adapters on the router (fp32, against transformers + peft)."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.distributed.cases import CP, EP, FULL_RECOMPUTE, PP, SP, Case
+from tests.distributed.test_megatron_experts import assert_merged
 from tests.support.compare import assert_same_training, relative_differences
 from tests.support.models import SIZES
 from tests.support.reference import Training
@@ -32,7 +35,7 @@ def case(name: str, ranks: int, megatron: dict[str, Any], adapter: str = "expert
 
 
 # The reference's auxiliary loss is of each row alone.
-ROW_BY_ROW = {"policy": {"train_micro_batch_size": 1}}
+ROW_BY_ROW: dict[str, Any] = {"policy": {"train_micro_batch_size": 1}}
 BALANCED_CASES = [
     case("balanced_tp1", 1, BALANCED | FULL_RECOMPUTE, **ROW_BY_ROW),
     case("balanced_ep", 2, BALANCED | EP | {"moe_per_layer_logging": True}, **ROW_BY_ROW),
@@ -63,6 +66,37 @@ def test_the_auxiliary_loss_is_part_of_the_loss(
         assert len(layers) == (SIZES["num_hidden_layers"] if "moe_per_layer_logging" in case.megatron else 0)
         for metrics in found["metrics"]:
             assert not layers or abs(metrics["load_balancing_loss"] - sum(metrics[name] for name in layers)) < 1e-6
+
+
+ADAPTED_CASES = [
+    case("adapted_ep", 2, EP, "router_experts", options={"steps": STEPS, "merged": True}),
+    case("adapted_sp", 2, SP | FULL_RECOMPUTE, "router", options={"steps": STEPS, "merged": True}),
+    case("adapted_pp", 2, PP, "router"),
+    *(
+        pytest.param(one, marks=pytest.mark.long)
+        for one in (
+            case("adapted_tp1", 1, BALANCED, "router", **ROW_BY_ROW),
+            case("adapted_cp", 2, CP, "router"),
+            case("adapted_sp_ep", 4, SP | EP, "router_experts"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ADAPTED_CASES, ids=str)
+def test_adapters_on_routers_train_as_pefts_on_their_parameter(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training], room: Any
+) -> None:
+    balancing = COEFFICIENT if "moe_aux_loss_coeff" in case.megatron else 0.0
+    wanted = reference(case, STEPS, eps=EPS, balancing=balancing)
+    started = load_file(room.adapter(case.family, case.adapter) / "adapter_model.safetensors")
+    assert sum(".mlp.gate.lora_" in name for name in started) == 2 * SIZES["num_hidden_layers"]
+    for found in ranks_found:
+        assert_same_training(found, wanted, TOLERANCE)
+        assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
+        assert not [name for name, value in started.items() if torch.equal(found["adapter"][name], value)]
+        if case.options.get("merged"):
+            assert_merged(found["merged"], load_file(room.base(case.family) / "model.safetensors"), found["each"])
 
 
 @pytest.mark.parametrize("case", SPEED_CASES, ids=str)

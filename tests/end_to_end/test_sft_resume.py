@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.conftest import Job, Run
+from tests.support.runs import save_base
 from tests.support.trainer import Ended, RankServer, read_metrics
 
 MEASURED = ("step_time_seconds", "tokens_per_second", "peak_memory_gib")
@@ -88,6 +89,34 @@ def test_killed_run_ends_where_the_whole_run_ends(killed: Killed, whole_run: Run
     assert_same_end(killed.dir, whole_run.dir)
     assert sorted(path.name for path in killed.dir.glob("*step_*")) == ["step_12", "step_6"]
     assert killed.last.left == []
+
+
+@pytest.mark.long
+def test_a_killed_run_of_experts_ends_where_the_whole_run_ends(job: Job, server: RankServer, tmp_path: Path):
+    """EP=2, adapters with dropout on attention and experts, the routers' auxiliary loss added."""
+    base = save_base(tmp_path / "base", "qwen3_moe", num_hidden_layers=2, max_position_embeddings=512)
+    megatron = "policy.megatron_cfg"
+    arguments = [
+        str(job.recipe),
+        f"policy.model_name={base}",
+        f"policy.tokenizer.name={base}",
+        f"{megatron}.expert_model_parallel_size=2",
+        f"{megatron}.moe_router_load_balancing_type=aux_loss",
+        f"{megatron}.peft.target_modules=[linear_qkv, linear_proj, linear_fc1, linear_fc2]",
+    ]
+    runs = {}
+    for name in ("whole", "killed"):
+        runs[name] = [*arguments, f"checkpointing.checkpoint_dir={tmp_path / name}"]
+    whole = server.start(runs["whole"], tmp_path / "first").end()
+    assert whole.status == 0, whole.stderr[-3000:]
+    killed = tmp_path / "killed"
+    ended = server.start(runs["killed"], tmp_path / "second").kill_when(lambda: len(read_metrics(killed)) >= 7)
+    assert ended.status != 0 and ended.left == []
+    last = server.start(runs["killed"], tmp_path / "third").end()
+    assert last.status == 0, last.stderr[-3000:]
+    assert f"resumed from {killed / 'step_6'}" in last.stdout
+    assert_same_end(killed, tmp_path / "whole")
+    assert all(record["load_balancing_loss"] > 0 for record in read_metrics(killed))
 
 
 @dataclass(frozen=True)

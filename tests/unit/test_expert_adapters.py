@@ -3,6 +3,7 @@ linears patterns choose, and what is refused."""
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from megatron_lora.config.schema_adapters import PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.conversion.experts import expert_views
 from megatron_lora.conversion.export import write_peft_folder
+from megatron_lora.conversion.model_names import model_parameters
 from megatron_lora.conversion.safetensors_io import read_header
 from megatron_lora.errors import UserError
-from megatron_lora.lora.describe import describe, describe_config
+from megatron_lora.lora.describe import describe, describe_config, describe_json
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.lora.peft_format import ExpertLayout, from_hf, to_hf
 from megatron_lora.lora.targets import select_linears
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
-from megatron_lora.policy.expert_adapters import check_dropout
+from megatron_lora.policy.expert_adapters import check_with_recipe
 from tests.support.models import family_config, random_model
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "head_dim": 6}
@@ -35,6 +37,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "down": dict(r=2, lora_alpha=6, target_modules=[], target_parameters=EXPERTS[1:], use_rslora=True),
     "gate_up_of_one_layer": dict(
         r=3, lora_alpha=6, target_modules=["v_proj"], target_parameters=["model.layers.1.mlp.experts.gate_up_proj"]
+    ),
+    "router": dict(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"]),
+    "router_and_experts": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj"],
+        target_parameters=[*EXPERTS, "model.layers.1.mlp.gate.weight"],
+        rank_pattern={"gate.weight": 2},
     ),
     "patterns": dict(
         r=4,
@@ -95,12 +105,19 @@ def test_pefts_own_adapters_on_experts_come_back_and_load(saved, layout, tmp_pat
     if layout == "packed":
         assert_same(written, tensors)
     write_peft_folder(tmp_path / "out", config, written)
-    assert read_header(tmp_path / "out" / "adapter_model.safetensors")[1]["expert_layout"] == layout
+    on_experts = any(".experts." in name for name in written)
+    assert read_header(tmp_path / "out" / "adapter_model.safetensors")[1].get("expert_layout") == (
+        layout if on_experts else None
+    )
     again, fused_again, _ = read(tmp_path / "out")
     assert again.modules == spec.modules
     assert_same(fused_again, fused)
     recwarn.clear()
-    if layout == "each" and (len({module.kind for module in spec.modules}) < 4 or config["rank_pattern"]):
+    if (
+        on_experts
+        and layout == "each"
+        and (len({module.kind for module in spec.modules}) < 4 or config["rank_pattern"])
+    ):
         return  # peft reads the form of older models for whole experts alone, of one rank
     loaded = PeftModel.from_pretrained(tiny_mixture(), str(tmp_path / "out"))
     assert not [w for w in recwarn if re.search("missing|unexpected", str(w.message))]
@@ -172,16 +189,19 @@ def test_what_the_weights_lack_is_named(saved):
     folder, _ = saved
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    key = next(name for name in tensors if ".experts." in name)
+    key = next(name for name in tensors if ".experts." in name or ".gate." in name)
     shapes = describe_config(tiny_mixture().config.to_dict())
     with pytest.raises(UserError, match=re.escape(key)):
         from_hf(config, {name: value for name, value in tensors.items() if name != key}, shapes)
     with pytest.raises(UserError, match="has shape"):
         from_hf(config, tensors | {key: tensors[key][:-1]}, shapes)
-    with pytest.raises(UserError, match="target_parameters mlp.gate.weight"):
-        from_hf(config | {"target_parameters": [*config["target_parameters"], "mlp.gate.weight"]}, tensors, shapes)
+    with pytest.raises(UserError, match="target_parameters mlp.norm.weight"):
+        from_hf(config | {"target_parameters": [*config["target_parameters"], "mlp.norm.weight"]}, tensors, shapes)
+    if "mlp.gate.weight" not in config["target_parameters"]:
+        with pytest.raises(UserError, match=r"targets model.layers.0.mlp.gate, but the weights lack .*gate.lora_A"):
+            from_hf(config | {"target_parameters": [*config["target_parameters"], "mlp.gate.weight"]}, tensors, shapes)
     each, pairs = to_hf(*from_hf(config, tensors, shapes))
-    lost = next(name for name in pairs if ".experts.2." in name)
+    lost = next(name for name in pairs if ".experts.2." in name or ".gate.lora_B" in name)
     with pytest.raises(UserError, match=re.escape(lost)):
         from_hf(each, {name: value for name, value in pairs.items() if name != lost}, shapes)
 
@@ -202,6 +222,10 @@ def test_experts_are_adapted_where_they_are_named():
     for names in (("down_proj",), ("mlp.experts.down_proj",), ("*.experts.linear_fc2",)):
         assert kinds(*names) == fc2
     assert kinds("*.layers.1.mlp.experts.*") == {"experts.linear_fc1@1", "experts.linear_fc2@1"}
+    routers = {f"router@{layer}" for layer in every}
+    for names in (("router",), ("gate",), ("mlp.router",), ("*.mlp.gate",)):
+        assert kinds(*names) == routers
+    assert kinds("*.layers.1.*") == {name for name in attention | fc1 | fc2 if name.endswith("@1")}
     assert kinds(exclude=("linear_proj", "*.experts.*")) == {f"linear_qkv@{layer}" for layer in every}
 
 
@@ -210,13 +234,23 @@ def test_experts_are_adapted_where_they_are_named():
     [
         (["gate_proj"], "names 4 of the 8 linears that decoder.layers.0.mlp.experts.linear_fc1 is .*all of them"),
         (["model.layers.1.mlp.experts.2.down_proj"], "names 1 of the 4 linears"),
-        (["router"], "names the router, which carries no adapter"),
         (["linear_fc3"], "matches no linear of this model .*near names: .*linear_fc2"),
     ],
 )
-def test_parts_of_experts_and_the_router_are_refused(targets, message):
+def test_parts_of_experts_are_refused(targets, message):
     with pytest.raises(UserError, match=message):
         select_linears(SHAPES, targets, [], key="the.section", naming="megatron")
+
+
+@pytest.mark.parametrize("name", ["linear_fc1", "down_proj", "experts.linear_fc2", "*.mlp.experts.*"])
+def test_experts_of_one_tensor_are_refused_by_name(name):
+    shapes = describe_config(family_config("gpt_oss").to_dict())
+    for where in (([name], []), ([], [name])):
+        with pytest.raises(UserError, match="names the experts of a gpt_oss model, which are one tensor a layer"):
+            select_linears(shapes, *where, key="the.section", naming="megatron")
+    both = ["linear_proj", "*.layers.1.self_attention.*", "router"]
+    kinds = {linear.kind for linear in select_linears(shapes, both, [], key="a", naming="megatron").linears}
+    assert kinds == {"linear_qkv", "linear_proj", "router"}
 
 
 def started(**changes: Any) -> AdapterSpec:
@@ -256,7 +290,48 @@ def test_other_kinds_on_experts_are_refused_by_name(changes, message):
         started(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type": "dora"}, "type='dora': adapters on the router of a qwen3_moe model are of type 'lora'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"dropout": 0.1}, "dropout=0.1: an adapter on a router has none"),
+    ],
+)
+def test_other_kinds_on_a_router_are_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        starting_adapter(PeftConfig(target_modules=["linear_qkv", "router"], **changes), SHAPES, "base")
+
+
+def test_an_adapted_router_is_not_to_be_frozen():
+    for value in (True, None, False):
+        peft = {"enabled": True, "target_modules": ["router"]}
+        policy = PolicyConfig.model_validate(
+            {"model_name": "base", "megatron_cfg": {"enabled": True, "freeze_moe_router": value, "peft": peft}}
+        )
+        spec = starting_adapter(policy.adapter, SHAPES, "base").spec
+        if value:
+            with pytest.raises(UserError, match="freeze_moe_router=true, and the adapter is on the router"):
+                check_with_recipe(policy, spec)
+        else:
+            check_with_recipe(policy, spec)
+
+
+def test_a_description_of_an_older_release_has_its_router_among_the_linears():
+    content = json.loads(json.dumps(asdict(SHAPES)))
+    [router] = [linear for linear in content["linears"] if linear["kind"] == "router"]
+    content["linears"].remove(router)
+    content["others"].append({"name": "decoder.layers.*.mlp.router.weight", "hf_name": "model.layers.*.mlp.gate.weight",
+                              "shape": [4, 16], "layers": None, "tp_axis": None})  # fmt: skip
+    read_again = describe_json(content)
+    assert read_again == SHAPES and read_again.others == SHAPES.others
+    names = [parameter.name for parameter in model_parameters(read_again)]
+    assert names.count("decoder.layers.0.mlp.router.weight") == 1 and len(names) == len(set(names))
+
+
 def test_what_the_other_backend_or_a_layout_lacks_is_refused():
+    with pytest.raises(UserError, match="the router of a qwen3_moe model are trained by the Megatron backend alone"):
+        starting_adapter(LoraSection(target_modules=["gate"], match_all_linear=False), SHAPES, "base")
     with pytest.raises(UserError, match="trained by the Megatron backend alone"):
         starting_adapter(LoraSection(target_modules=["down_proj"], match_all_linear=False), SHAPES, "base")
     peft = {"enabled": True, "target_modules": ["linear_fc1"], "dropout": 0.1}
@@ -264,4 +339,4 @@ def test_what_the_other_backend_or_a_layout_lacks_is_refused():
         {"model_name": "base", "megatron_cfg": {"enabled": True, "expert_tensor_parallel_size": 2, "peft": peft}}
     )
     with pytest.raises(UserError, match=r"dropout=0.1 .* expert_tensor_parallel_size=2"):
-        check_dropout(policy, started())
+        check_with_recipe(policy, started())

@@ -60,7 +60,7 @@ def test_every_expert_is_a_tensor_of_its_own():
     expert = names["decoder.layers.2.mlp.experts.linear_fc1.1.weight"]
     assert expert.hf_names == tuple(f"model.layers.2.mlp.experts.1.{end}_proj.weight" for end in ("gate", "up"))
     assert expert.shape == (12, 8) and names["decoder.layers.2.mlp.router.weight"].shape == (3, 8)
-    kinds = ["linear_qkv", "linear_proj", "experts.linear_fc1", "experts.linear_fc2"]
+    kinds = ["linear_qkv", "linear_proj", "experts.linear_fc1", "experts.linear_fc2", "router"]
     assert [linear.kind for linear in spec.adaptable(2)] == kinds
 
 
@@ -103,4 +103,4 @@ def test_latent_attention_of_deepseek():
         dense[-3:] == ["linear_proj", "linear_fc1", "linear_fc2"] and spec.linear("experts.linear_fc2").experts == 256
     )
     experts = [f"{where}experts.linear_fc{number}" for where in ("", "shared_") for number in (1, 2)]
-    assert [linear.kind for linear in spec.adaptable(3)] == dense[:-2] + experts
+    assert [linear.kind for linear in spec.adaptable(3)] == [*dense[:-2], *experts, "router"]

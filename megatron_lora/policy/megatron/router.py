@@ -21,15 +21,26 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch
+from megatron_lora.lora.router_adapter import RouterAdapter
 
 METRIC = "load_balancing_loss"
 
 
 class Router(TopKRouter):
     """balancing: the sum over this rank's training passes of the auxiliary loss times the micro-batch's tokens, this
-    rank's share of it (its tokens of a sequence that ranks share)."""
+    rank's share of it (its tokens of a sequence that ranks share). adapter: put in later."""
 
     balancing: Tensor | None = None
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.adapter: RouterAdapter | None = None
+
+    def gating(self, input: Tensor) -> Tensor:
+        logits = super().gating(input)
+        if self.adapter is None or not self.adapter.enabled:
+            return logits
+        return logits + self.adapter(input, logits.dtype)
 
     def _apply_aux_loss(
         self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
