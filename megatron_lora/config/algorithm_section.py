@@ -56,6 +56,11 @@ class AlgorithmSection(Section):
         return False
 
     @property
+    def trains_critic(self) -> bool:
+        """Whether advantages are taken from a value function that trains beside the policy."""
+        return False
+
+    @property
     def final_answer_only(self) -> bool:
         """Whether of a conversation only the last answer carries loss."""
         return False

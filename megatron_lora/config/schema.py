@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from megatron_lora.config.algorithm_section import AlgorithmSection, RolloutSection
 from megatron_lora.config.schema_algorithms import DpoConfig, GrpoConfig, LossFnConfig, SftConfig
 from megatron_lora.config.schema_base import Section
+from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.config.schema_data import DataConfig
 from megatron_lora.config.schema_distillation import DistillationConfig, TeacherConfig
 from megatron_lora.config.schema_env import EnvConfig
@@ -24,6 +25,9 @@ class Recipe(Section):
     distillation: DistillationConfig | None = Field(default=None, description="On-policy distillation.")
     loss_fn: LossFnConfig = Field(default_factory=LossFnConfig, description="The loss on answers that were drawn.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="Distillation's teacher.")
+    critic: CriticConfig | None = Field(
+        default=None, description="PPO's value function (`grpo.adv_estimator.name: gae`)."
+    )
     env: EnvConfig = Field(default_factory=EnvConfig, description="GRPO's rewards.")
     policy: PolicyConfig = Field(description="The model and how it is trained.")
     data: DataConfig = Field(description="The rows.")
@@ -47,6 +51,31 @@ class Recipe(Section):
         if self.section.rows != "prompts":
             self.data.max_input_seq_length = None  # the loader has named it as without effect
         self.section.complete(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_critic(self) -> Self:
+        if self.section.trains_critic and self.critic is None:
+            raise ValueError(
+                "grpo.adv_estimator.name=gae (PPO) takes advantages from a critic, and the recipe has no section "
+                "critic; add critic.optim.lr (such as 1e-5), or name another estimator"
+            )
+        if self.critic is None:
+            return self
+        if not self.section.trains_critic:
+            raise ValueError(
+                "the recipe has a section critic, which nothing trains: set grpo.adv_estimator.name=gae (PPO), or "
+                "critic=null"
+            )
+        adapter, section = self.policy.adapter, self.policy.adapter_section
+        wanted = "name an estimator without a critic: a critic is an adapter on the policy's frozen base"
+        if not adapter.enabled:
+            raise ValueError(f"{section}.enabled=false trains the whole model; set it to true, or {wanted}")
+        if adapter.modules_to_save:
+            raise ValueError(
+                f"{section}.modules_to_save={adapter.modules_to_save} trains parts of the base; set it to [], or "
+                f"{wanted}"
+            )
         return self
 
     @property

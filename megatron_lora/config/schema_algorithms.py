@@ -83,17 +83,21 @@ FIXED_BY_NAME: dict[str, tuple[bool | None, bool | None]] = {
     "rloo": (False, True),
     "dr_grpo": (False, False),
     "reinforce_plus_plus": (False, False),
+    "gae": (False, False),
 }
+# What `grpo.adv_estimator` has for one name alone.
+OF_GAE = ("gae_gamma", "gae_lambda", "whiten_rewards", "whiten_advantages")
 
 
 class AdvantageConfig(Section):
     """`grpo.adv_estimator`."""
 
-    name: Literal["grpo", "rloo", "dr_grpo", "reinforce_plus_plus"] = Field(
+    name: Literal["grpo", "rloo", "dr_grpo", "reinforce_plus_plus", "gae"] = Field(
         default="grpo",
         description="`grpo`: relative to the group, as the next two keys say; `rloo`: reward less the mean of the "
         "others (Ahmadian et al. 2024); `dr_grpo`: less the group's mean (Liu et al. 2025); `reinforce_plus_plus`: "
-        "that, then normalised over all tokens of the step (Hu et al. 2025).",
+        "that, then normalised over all tokens of the step (Hu et al. 2025); `gae`: PPO, each token's by the values of "
+        "a critic (Schulman et al. 2016), which the section `critic` describes.",
     )
     normalize_rewards: bool | None = Field(
         default=None,
@@ -110,9 +114,28 @@ class AdvantageConfig(Section):
         description="`reinforce_plus_plus`: subtract the group's mean reward first; off: one answer a "
         "prompt is enough.",
     )
+    gae_gamma: Float = Field(default=1.0, ge=0, le=1, description="`gae`: discount of what comes a token later.")
+    gae_lambda: Float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="`gae`: weight of longer estimates; 1: the rewards that followed less the value (no bias), 0: the "
+        "next token's value alone.",
+    )
+    whiten_rewards: bool = Field(
+        default=False,
+        description="`gae`: divide the tokens' rewards by their deviation over the step, and so the returns that the "
+        "critic learns.",
+    )
+    whiten_advantages: bool = Field(
+        default=True, description="`gae`: (A - mean) / deviation over all answer tokens of the step."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        changed = [key for key in OF_GAE if getattr(self, key) != type(self).model_fields[key].default]
+        if changed and self.name != "gae":
+            raise ValueError(f"{changed[0]} is for name=gae, which has a critic; the name is {self.name}")
         if not self.minus_baseline and self.name != "reinforce_plus_plus":
             raise ValueError(
                 f"minus_baseline=false is for name=reinforce_plus_plus; {self.name} always subtracts its baseline"
@@ -239,6 +262,10 @@ class GrpoConfig(RolloutSection):
                 "looks for; use at least 2 generations, or set it to false"
             )
         return self
+
+    @property
+    def trains_critic(self) -> bool:
+        return self.adv_estimator.name == "gae"
 
     @property
     def prompts_a_batch(self) -> int:

@@ -47,3 +47,23 @@ def mark(held: HeldFactor, groups: Sequence[GradientGroup], *, of_experts: bool,
     parameter.shared = copied
     parameter.sum_gradient_over = tuple(groups)
     parameter.lora_plus = held.factor.lora_plus
+
+
+# What `mark` tells, of which a parameter in another one's place is told the same.
+_MARKS = (
+    "tensor_model_parallel",
+    "partition_dim",
+    "partition_stride",
+    "allreduce",
+    "shared",
+    "sum_gradient_over",
+    "lora_plus",
+)
+
+
+def marked_alike(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A parameter of its own with the same values, of which Megatron is told the same."""
+    copy = torch.nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    for name in _MARKS:
+        setattr(copy, name, getattr(parameter, name))
+    return copy

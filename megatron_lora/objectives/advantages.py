@@ -93,6 +93,11 @@ def _equal(values: Tensor, counted: Tensor) -> Tensor:
     return ~(highest - lowest > ROUNDING * torch.maximum(highest.abs(), lowest.abs()))
 
 
+def all_equal(values: Tensor) -> Tensor:
+    """Whether values [n] are one number, up to the rounding of a weighted sum."""
+    return _equal(values, torch.ones_like(values, dtype=torch.bool))
+
+
 def clip_advantages(advantages: Tensor, low: float | None, high: float | None) -> Tensor:
     """Advantages clamped to [low, high]; None: open on that side."""
     if low is None and high is None:
@@ -133,7 +138,7 @@ def normalize_over_tokens(advantages: Sequence[Tensor], target_masks: Sequence[T
     targets' advantages are all equal: their computed difference from the mean is rounding.
     """
     targets = torch.cat([a[mask] for a, mask in zip(advantages, target_masks, strict=True)]).double()
-    if targets.numel() == 0 or bool(_equal(targets, torch.ones_like(targets, dtype=torch.bool))):
+    if targets.numel() == 0 or bool(all_equal(targets)):
         return [torch.zeros_like(a) for a in advantages]
     mean, variance = targets.mean(), targets.var(correction=0)
     scale = variance.clamp(min=1e-8).rsqrt()

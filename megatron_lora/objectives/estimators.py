@@ -13,6 +13,7 @@ from megatron_lora.objectives.advantages import (
     group_advantages,
     normalize_over_tokens,
 )
+from megatron_lora.objectives.gae import GAE
 
 Baseline = Literal["group", "others", "none"]
 
@@ -28,6 +29,14 @@ class EstimatorOptions(Protocol):
     def use_leave_one_out_baseline(self) -> bool | None: ...
     @property
     def minus_baseline(self) -> bool: ...
+    @property
+    def gae_gamma(self) -> float: ...
+    @property
+    def gae_lambda(self) -> float: ...
+    @property
+    def whiten_rewards(self) -> bool: ...
+    @property
+    def whiten_advantages(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Estimator:
 
     baseline: mean reward of the group, of the group's other answers, or 0. divides: by the standard deviation of the
     same answers. over_batch: (A - mean) / std over all target tokens of the step at the end, after a KL penalty in the
-    reward.
+    reward. gae: advantages are those of each token, by a critic's values; the rewards are taken as they are.
 
     | name | within a group | over the batch | source |
     |---|---|---|---|
@@ -44,16 +53,21 @@ class Estimator:
     | `rloo` | r - mean of the others | | Ahmadian et al. 2024 |
     | `dr_grpo` | r - mean | | Liu et al. 2025, section 3.2 |
     | `reinforce_plus_plus` | r - mean, or r | (A - mean) / std | Hu et al. 2025 |
+    | `gae` | r | token by token (`objectives.gae`) | Schulman et al. 2016 |
     """
 
     baseline: Baseline
     divides: bool = False
     over_batch: bool = False
+    gae: GAE | None = None
 
     @classmethod
     def from_config(cls, options: EstimatorOptions) -> "Estimator":
         if options.name == "reinforce_plus_plus":
             return cls("group" if options.minus_baseline else "none", over_batch=True)
+        if options.name == "gae":
+            gae = GAE(options.gae_gamma, options.gae_lambda, options.whiten_rewards, options.whiten_advantages)
+            return cls("none", gae=gae)
         return cls("others" if options.use_leave_one_out_baseline else "group", divides=bool(options.normalize_rewards))
 
     def check_group_size(self, num_generations: int) -> None:

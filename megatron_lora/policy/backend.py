@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch, Row
@@ -37,9 +38,12 @@ class BackendPolicy(Policy):
     """A model in the recipe's layout, its adapters (or all of it), and an optimizer.
 
     pad_token_id: what fills a micro-batch. seed: of what is drawn. num_steps: the run's length, for schedules that
-    decay. keeps_start: whether full fine-tuning keeps its starting weights, for `reference()`. spec: the adapter, None
-    in full fine-tuning. a_init_key: the recipe's key for A's starting values.
+    decay. keeps_start: whether full fine-tuning keeps its starting weights, for `reference()`. critic: the recipe's
+    section, where the run has one. spec: the adapter, None in full fine-tuning. a_init_key: the recipe's key for A's
+    starting values. scored: what `score` gives of a token.
     """
+
+    scored = "log-probability of a token"
 
     a_init_key: str
     batching: BatchingOptions
@@ -63,19 +67,27 @@ class BackendPolicy(Policy):
         seed: int,
         num_steps: int,
         keeps_start: bool = False,
+        critic: CriticConfig | None = None,
     ):
         self.config = policy
         self.world = world
         self.pad_token_id = pad_token_id
+        self.has_critic = critic is not None
         weights = self._build(seed, num_steps)
         self.batching = self._batching_options(pad_token_id)
         if self.spec is not None:
             self._read_base = base_reader(self.spec, weights, DTYPES[policy.precision])
         self._remember_start(keeps_start)
+        if critic is not None:
+            self.critic = self._build_critic(critic, seed, num_steps)
 
     @abstractmethod
     def _build(self, seed: int, num_steps: int) -> WeightSource:
         """Model, adapters (`spec`), optimizer and schedule, with their starting values. Returns the base's weights."""
+
+    @abstractmethod
+    def _build_critic(self, options: CriticConfig, seed: int, num_steps: int) -> "BackendPolicy":
+        """The critic on this policy's base."""
 
     @abstractmethod
     def _batching_options(self, pad_token_id: int) -> BatchingOptions:
@@ -203,7 +215,7 @@ class BackendPolicy(Policy):
                 logps.append(self._logps(batches))
         scores = self._collect(logps, share, groups)
         for values in scores:
-            check_scores(rows, values)
+            check_scores(rows, values, self.scored)
         return scores
 
     def _collect(self, passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups) -> list[list[Tensor]]:

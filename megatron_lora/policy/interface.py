@@ -51,12 +51,16 @@ class Policy(ABC):
     notices: how the recipe was understood, for the user to read at start. unshared_reason: why rows that begin alike do
     not share what they have in common; None where they do. model_tokens: that all passes so far have sent through the
     model, of the whole global batches, without padding. spec: of the adapter; None where the whole model trains.
+    critic: PPO's, where the run has one: another adapter and a value head on the same base, with an optimizer of its
+    own. Its `score` gives, and its objectives get, a value for each token, of the state in front of it. It is trained,
+    scored, saved and loaded like a policy; it has no reference, and nothing of it is exported.
     """
 
     spec: AdapterSpec | None
     notices: Sequence[str] = ()
     unshared_reason: str | None = None
     model_tokens: int = 0
+    critic: "Policy | None" = None
 
     @abstractmethod
     def train_step(
@@ -162,11 +166,11 @@ class NonFiniteLoss(RuntimeError):
         self.row_indices = row_indices
 
 
-def check_scores(rows: Sequence[Row], scores: Sequence[Tensor]) -> None:
-    """Raises NonFiniteLoss where a row's log-probabilities [S] are not all finite: a number put in their place would
-    train on."""
+def check_scores(rows: Sequence[Row], scores: Sequence[Tensor], what: str) -> None:
+    """Raises NonFiniteLoss where a row's scores [S] are not all finite: a number put in their place would train on.
+    what: a score is."""
     bad = [(row, values) for row, values in zip(rows, scores, strict=True) if not bool(values.isfinite().all())]
     if bad:
         values = bad[0][1]
         first = float(values[~values.isfinite()][0])
-        raise NonFiniteLoss(first, sorted({row.index for row, _ in bad}), what="log-probability of a token")
+        raise NonFiniteLoss(first, sorted({row.index for row, _ in bad}), what=what)

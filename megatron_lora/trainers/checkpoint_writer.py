@@ -16,7 +16,7 @@ from megatron_lora.conversion.export import write_peft_folder
 from megatron_lora.policy.interface import AdapterTensors, PendingSave, Policy
 from megatron_lora.runtime.agreement import same_on_every_rank
 from megatron_lora.runtime.world import World
-from megatron_lora.trainers.run_folder import LATEST, Keeping, RunFolder
+from megatron_lora.trainers.run_folder import CRITIC, LATEST, Keeping, RunFolder
 from megatron_lora.trainers.write_failure import WriteFailure, describe_failure, folder_bytes
 
 
@@ -66,6 +66,10 @@ class CheckpointWriter:
         with same_on_every_rank(self.world.size):
             if self.world.is_main:
                 partial.mkdir(parents=True, exist_ok=False)
+        if self.policy.critic is not None:
+            # Now: Megatron's writers in the background would take each other's results.
+            critic = partial / CRITIC
+            self.policy.critic.save(critic / "weights", critic / "optimizer" if options.save_optimizer else None)
         pending = self.policy.save(
             partial / "policy" / "weights",
             partial / "policy" / "optimizer" if options.save_optimizer else None,

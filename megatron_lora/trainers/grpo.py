@@ -91,7 +91,7 @@ class GRPOTrainer(RolloutTrainer):
         rows = build_rows(groups, found.advantages)
         if self.options.overlong_filtering:
             rows = filter_overlong(rows, [is_truncated(sample) for group in groups for sample in group.samples])
-        rows = self._with_scores(rows, (~raw_rewards(groups).isnan()).flatten().tolist())
+        rows = self.with_scores(rows, (~raw_rewards(groups).isnan()).flatten().tolist())
         values: dict[str, float] = {"zero_variance_groups": found.num_zero_variance}
         threshold = self.options.seq_logprob_error_threshold
         if threshold is not None:
@@ -100,13 +100,13 @@ class GRPOTrainer(RolloutTrainer):
             rows, values["masked_by_logprob_error"] = masked.rows, masked.num_masked
         return rows, values
 
-    def _with_scores(self, rows: list[Row], rewarded: Sequence[bool]) -> list[Row]:
+    def with_scores(self, rows: list[Row], rewarded: Sequence[bool]) -> list[Row]:
         """What the updates need to know of the old policy and the reference, and cannot compute themselves; the
         advantages over the batch, which may need it. rewarded: whether the row's answer has a reward."""
         config = self.objective.config
         in_reward = config.use_kl_in_reward and config.reference_policy_kl_penalty > 0
         if not in_reward:
-            rows = self._over_batch(rows, rewarded)
+            rows = self.over_batch(rows, rewarded)
         first_update = self.session.recipe.policy.train_global_batch_size
         ahead = scores_all_ahead(self.session.recipe, config) or not self.teaches(rows[:first_update])
         reference = config.reference_policy_kl_penalty > 0
@@ -120,10 +120,10 @@ class GRPOTrainer(RolloutTrainer):
                 config.reference_policy_kl_penalty,
                 config.reference_policy_kl_type,
             )
-            rows = self._over_batch(with_field(rows, "advantages", advantages), rewarded)
+            rows = self.over_batch(with_field(rows, "advantages", advantages), rewarded)
         return rows
 
-    def _over_batch(self, rows: list[Row], rewarded: Sequence[bool]) -> list[Row]:
+    def over_batch(self, rows: list[Row], rewarded: Sequence[bool]) -> list[Row]:
         """The advantages that the loss gets: normalised over the batch where the estimator says so, then clipped."""
         low, high = self.options.advantage_clip_low, self.options.advantage_clip_high
         values = self.estimator.over_tokens(
@@ -159,6 +159,9 @@ METRICS = (
     "policy_loss", "positive_nll_loss", "advantage_abs", "probs_ratio", "probs_ratio_clamped", "clip_fraction", "kl",
     "token_mult_prob_error", "gen_kl_error", "policy_kl_error", "approx_entropy", "sampling_importance_ratio",
     "is_oob_ratio", "masked_by_logprob_error", "zero_variance_groups",
+    # Of a critic.
+    "value_loss", "critic_grad_norm", "critic_lr", "value_clip_fraction", "value_mean", "return_mean",
+    "explained_variance", "critic_seconds",
 )  # fmt: skip
 
 
@@ -180,4 +183,6 @@ class GRPO(RolloutAlgorithm):
         return (*names, *METRICS) if kind == "train" else names
 
     def train(self, session: Session, loader: Loader, validation: Loader | None) -> None:
-        train_on_rollouts(session, loader, validation, GRPOTrainer)
+        from megatron_lora.trainers.ppo import PPOTrainer
+
+        train_on_rollouts(session, loader, validation, GRPOTrainer if session.recipe.critic is None else PPOTrainer)

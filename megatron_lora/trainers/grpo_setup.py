@@ -5,6 +5,8 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo_config import GRPOConfig
 from megatron_lora.objectives.reward_shaping import scale_rewards, soft_overlong_penalty
+from megatron_lora.policy.adapter_start import planned_adapter
+from megatron_lora.policy.critic import critic_spec
 
 
 def check_grpo(recipe: Recipe) -> None:
@@ -19,6 +21,10 @@ def check_grpo(recipe: Recipe) -> None:
             f"{loss.reference_policy_kl_penalty} needs the reference's log-probabilities; set one to false or the "
             "other to 0"
         )
+    if recipe.critic is not None:
+        planned = planned_adapter(recipe.policy)
+        assert planned is not None
+        critic_spec(planned.spec)
     _check_shaping(recipe)
 
 

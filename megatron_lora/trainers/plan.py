@@ -1,6 +1,7 @@
 """What a run will do, told by --dry-run before any weight is loaded."""
 
 import math
+from collections.abc import Sequence
 
 from megatron_lora.config.schema import PolicyConfig, Recipe
 from megatron_lora.data.loader import GroupLoader
@@ -8,6 +9,7 @@ from megatron_lora.lora.four_bit import BLOCK_SIZE, GROUP_SIZE
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.model_spec import LinearSpec, ModelSpec
 from megatron_lora.policy.adapter_start import planned_adapter
+from megatron_lora.policy.critic import critic_spec
 from megatron_lora.policy.weights_check import read_base
 from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.setup import count_steps, count_updates
@@ -32,7 +34,12 @@ def describe_plan(recipe: Recipe, loader: GroupLoader, num_ranks: int) -> list[s
             f"trainable: {trainable:,} parameters in {len(spec.modules)} linears ({kinds})"
             f"{f' and {len(spec.saved)} modules that train whole' if spec.saved else ''}; the base has about {base:,}"
         )
-        lines.append(_memory(recipe, spec, num_ranks))
+        adapters = [spec]
+        if recipe.critic is not None:
+            adapters.append(critic_spec(spec))
+            more = adapters[-1].num_trainable
+            lines.append(f"critic: {more:,} parameters more, adapters and a value head on the same base")
+        lines.append(_memory(recipe, adapters, num_ranks))
     return [*lines, _steps(recipe, loader)]
 
 
@@ -95,9 +102,9 @@ def _full(recipe: Recipe, parameters: int, num_ranks: int) -> list[str]:
     return lines
 
 
-def _memory(recipe: Recipe, spec: AdapterSpec, num_ranks: int) -> str:
-    """The parts that follow from shapes alone, for one rank."""
-    policy, shapes = recipe.policy, spec.shapes
+def _memory(recipe: Recipe, adapters: Sequence[AdapterSpec], num_ranks: int) -> str:
+    """The parts that follow from shapes alone, for one rank. adapters: all on the one base."""
+    policy, shapes = recipe.policy, adapters[0].shapes
     width = BYTES[policy.precision]
     ranks, expert_ranks = num_ranks, num_ranks  # FSDP and TP together split every weight over all ranks
     if policy.backend == "megatron":
@@ -111,8 +118,14 @@ def _memory(recipe: Recipe, spec: AdapterSpec, num_ranks: int) -> str:
     rest = count_parameters(shapes) - experts - linears
     linear_width = _four_bit_width(policy) or width
     weights = (linears * linear_width + rest * width) / ranks + experts * linear_width / expert_ranks
-    of_experts = sum(spec.num_parameters(module) for module in spec.modules if shapes.linear(module.kind).experts)
-    factors = (spec.num_trainable - of_experts) / ranks + of_experts / expert_ranks
+    of_experts = sum(
+        spec.num_parameters(module)
+        for spec in adapters
+        for module in spec.modules
+        if shapes.linear(module.kind).experts
+    )
+    of_others = sum(spec.num_trainable for spec in adapters) - of_experts
+    factors = of_others / ranks + of_experts / expert_ranks
     return (
         f"memory a rank, as far as it is known: base {weights / GIB:.2f} GiB, adapters with gradients and optimizer "
         f"{factors * (width + OPTIMIZER_BYTES) / GIB:.2f} GiB; activations, logits and a rollout engine come on top"

@@ -149,7 +149,7 @@ class RolloutTrainer(ABC):
         scored, scored_tokens = time.perf_counter(), self.policy.model_tokens
         begin(f"training step {number}")
         with span("training"):
-            result, rows = self._update(rows)
+            result, rows = self.update(rows)
         trained, trained_tokens = time.perf_counter(), self.policy.model_tokens
         values = rollout_errors(rows, rollout.groups) | values
         self.session.step += 1
@@ -221,7 +221,7 @@ class RolloutTrainer(ABC):
         generation = self.session.recipe.policy.generation
         return self.policy.sampling(generation.temperature, top_k=generation.top_k or -1, top_p=generation.top_p)
 
-    def _update(self, rows: list[Row]) -> tuple[StepResult, list[Row]]:
+    def update(self, rows: list[Row]) -> tuple[StepResult, list[Row]]:
         """An optimizer step for each `policy.train_global_batch_size` rows, in order: the mean of what they report, and
         the rows, all with the old policy's log-probabilities."""
         size = self.session.recipe.policy.train_global_batch_size

@@ -59,7 +59,6 @@ def check_only(loaded: LoadedRecipe) -> list[str]:
         *start.warnings,
         *start.notices,
         *resumes,
-        *algorithm_of(loaded.recipe).not_ready(loaded.recipe),
     ]
 
 
@@ -191,6 +190,7 @@ def _describe_policy(reporter: RunReporter, policy: Policy) -> int:
     for notice in policy.notices:
         reporter.message(notice)
     trainable, total = policy.trainable_parameters()
+    of_critic = policy.critic.trainable_parameters()[0] if policy.critic is not None else 0
     rows = policy.describe_adapters()
     if rows:
         reporter.table(
@@ -201,4 +201,8 @@ def _describe_policy(reporter: RunReporter, policy: Policy) -> int:
         )
     else:
         reporter.message(f"full fine-tuning: {trainable:,} parameters")
-    return trainable
+    if of_critic:
+        reporter.message(
+            f"critic: {of_critic:,} parameters, adapters of the same form and a value head on the same base"
+        )
+    return trainable + of_critic

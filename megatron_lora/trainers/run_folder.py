@@ -17,6 +17,8 @@ from megatron_lora.errors import UserError
 INFO = "training_info.json"
 LATEST = "latest_step.txt"
 METRICS = "metrics.jsonl"
+# Beside `policy`: PPO's critic, with weights and optimizer as there.
+CRITIC = "critic"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,18 @@ class Step:
     @property
     def optimizer(self) -> Path | None:
         folder = self.path / "policy" / "optimizer"
+        return folder if folder.is_dir() else None
+
+    @property
+    def critic_weights(self) -> Path | None:
+        return self._of_critic("weights")
+
+    @property
+    def critic_optimizer(self) -> Path | None:
+        return self._of_critic("optimizer")
+
+    def _of_critic(self, what: str) -> Path | None:
+        folder = self.path / CRITIC / what
         return folder if folder.is_dir() else None
 
 
@@ -208,7 +222,7 @@ def _find_gap(path: Path, info: Mapping[str, Any]) -> str | None:
 
 def is_read_on_resume(name: str) -> bool:
     """Whether a run that goes on reads this file of a step folder; the others are for people and exports."""
-    return name == INFO or name.startswith(("policy/weights/", "policy/optimizer/"))
+    return name == INFO or name.startswith(("policy/weights/", "policy/optimizer/", f"{CRITIC}/"))
 
 
 def _is_step(path: Path) -> bool:

@@ -67,11 +67,19 @@ class Session:
         if found is None:
             return
         self.policy.load(found.weights, found.optimizer)
+        if self.policy.critic is not None:
+            self._resume_critic(self.policy.critic, found)
         self.loader.load_state_dict(dict(found.info["loader"]))
         self.step = self._saved_step = self._first_step = found.number
         self.state = dict(found.info.get("state", {}))
         note = "" if found.optimizer else "; it has no optimizer state, so the optimizer starts anew"
         self.reporter.message(f"resumed from {found.path}{note}")
+
+    def _resume_critic(self, critic: Policy, found: Step) -> None:
+        if found.critic_weights is None:
+            self.reporter.message(f"{found.path} is of a run without a critic: the critic starts anew")
+        else:
+            critic.load(found.critic_weights, found.critic_optimizer)
 
     def log_train(self, result: StepResult, seconds: float, extra: Mapping[str, Any] | None = None) -> None:
         """One line of metrics.jsonl under the contract's names."""

@@ -118,4 +118,5 @@ def build_policy(recipe: Recipe, world: World, tokenizer: Any, num_updates: int)
         seed=recipe.seed,
         num_steps=num_updates,
         keeps_start=recipe.keeps_start,
+        critic=recipe.critic,
     )

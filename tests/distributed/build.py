@@ -3,8 +3,10 @@
 from importlib import import_module
 from typing import Any
 
+from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.policy.backend import BackendPolicy
 from tests.distributed.cases import SEED
+from tests.support.critic import CRITIC
 
 
 def build_policy(case: dict[str, Any], keys: dict[str, Any] | None = None, seed: int = SEED) -> BackendPolicy:
@@ -35,5 +37,15 @@ def adapter_keys(case: dict[str, Any]) -> dict[str, Any]:
     return {"enabled": case["adapter"] is not None, "init_adapter": case["adapter_folder"], "dim": 4, "alpha": 8}
 
 
+def critic_of(case: dict[str, Any]) -> CriticConfig | None:
+    """options.critic: whether the policy has one."""
+    return CriticConfig.model_validate(CRITIC) if case["options"].get("critic") else None
+
+
 def optimizer_keys(case: dict[str, Any]) -> dict[str, Any]:
-    return {"lr": case["learning_rate"], "weight_decay": 0.1, "adam_beta2": 0.98, "adam_eps": case["adam_eps"]}
+    return {
+        "lr": case["learning_rate"],
+        "weight_decay": 0.1,
+        "adam_beta2": 0.98,
+        "adam_eps": case["options"].get("adam_eps", case["adam_eps"]),
+    }

@@ -7,7 +7,7 @@ import torch
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.runtime.world import init_dtensor_world
-from tests.distributed.build import adapter_keys, optimizer_keys, policy_values
+from tests.distributed.build import adapter_keys, critic_of, optimizer_keys, policy_values
 from tests.distributed.cases import SEED
 
 
@@ -32,4 +32,4 @@ def build_policy(case: dict[str, Any], dtensor: dict[str, Any] | None = None, se
     world = init_dtensor_world(config, seed)
     # Tensors this small only wait for more threads.
     torch.set_num_threads(1)
-    return DTensorPolicy(config, world, pad_token_id=0, seed=seed, num_steps=10)
+    return DTensorPolicy(config, world, pad_token_id=0, seed=seed, num_steps=10, critic=critic_of(case))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.runtime.world import init_megatron_world
-from tests.distributed.build import adapter_keys, optimizer_keys, policy_values
+from tests.distributed.build import adapter_keys, critic_of, optimizer_keys, policy_values
 from tests.distributed.cases import SEED
 
 
@@ -48,4 +48,4 @@ def build_policy(case: dict[str, Any], megatron: dict[str, Any] | None = None, s
     world = init_megatron_world(config, seed)
     # Tensors this small only wait for more threads.
     torch.set_num_threads(1)
-    return MegatronPolicy(config, world, pad_token_id=0, seed=seed, num_steps=10)
+    return MegatronPolicy(config, world, pad_token_id=0, seed=seed, num_steps=10, critic=critic_of(case))

@@ -22,13 +22,14 @@ from megatron_lora.runtime.world import init_distributed
 CHECKS = {
     "megatron": (
         "policy_checks",
+        "critic_checks",
         "megatron_checks",
         "megatron_cost_checks",
         "megatron_failure_checks",
         "megatron_fault_checks",
         "native_checks",
     ),
-    "dtensor": ("policy_checks", "dtensor_checks", "dtensor_fault_checks"),
+    "dtensor": ("policy_checks", "critic_checks", "dtensor_checks", "dtensor_fault_checks"),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_lora.config.loader import check_recipe
-from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema import PolicyConfig, Recipe
 from megatron_lora.data.batch import Row
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.loader import GroupLoader
@@ -19,6 +19,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.batching import BatchingOptions, divide
+from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.dtensor.adapter import adapted_linears
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.dtensor.optim import build_optimizer, build_schedule, clip_norm
@@ -33,6 +34,7 @@ from megatron_lora.trainers.dpo import train_dpo
 from megatron_lora.trainers.grpo import GRPOTrainer
 from megatron_lora.trainers.loop import run_steps
 from megatron_lora.trainers.plan import _layout
+from megatron_lora.trainers.ppo import PPOTrainer
 from megatron_lora.trainers.rollout_setup import build_prompt_loaders
 from megatron_lora.trainers.rollout_validation import validate_answers
 from megatron_lora.trainers.run_folder import RunFolder
@@ -65,7 +67,10 @@ def recipe(folder: Path, keys: Keys, algorithm: str = "sft") -> Recipe:
 
 def optimized(folder: Path, keys: Keys) -> Any:
     """Rates, decays and moments' factors of ten steps."""
-    policy = recipe(folder, keys).policy
+    return optimizer_steps(recipe(folder, keys).policy)
+
+
+def optimizer_steps(policy: PolicyConfig) -> Any:
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optimizer = build_optimizer([matrix, vector], policy, lora_plus={matrix})
     schedule = build_schedule(optimizer, policy, 10)
@@ -75,6 +80,18 @@ def optimized(folder: Path, keys: Keys) -> Any:
         optimizer.step()
         schedule.step(1)
     return seen
+
+
+def criticized(folder: Path, keys: Keys) -> Any:
+    """How a critic is trained."""
+    keys = {"grpo.adv_estimator.name": "gae", f"{LORA}.enabled": True, "critic.optim.lr": 0.01, **keys}
+    found = recipe(folder, keys, "grpo")
+    assert found.critic is not None
+    policy = SimpleNamespace(critic=SimpleNamespace())
+    session = session_of(found, policy=policy, total_steps=1)
+    trainer = PPOTrainer(session, SimpleNamespace(forever=list), None, None, shows_samples=False)
+    optimizer = optimizer_steps(critic_policy(found.policy, found.critic))
+    return [optimizer, trainer.value_objective.clip, trainer.warmup_steps]
 
 
 def planned(folder: Path, keys: Keys) -> Any:
@@ -200,7 +217,7 @@ def advantages(folder: Path, keys: Keys) -> Any:
     found = estimator.within_groups(torch.tensor([[1.0, 0.0, 0.5], [4.0, 3.0, 3.0]])).advantages.flatten()
     rows = [Row(torch.arange(3), torch.arange(3) > 1, token_fields={"advantages": value.expand(3)}) for value in found]
     trainer: Any = SimpleNamespace(options=grpo, estimator=estimator)
-    return [row.token_fields["advantages"].tolist() for row in GRPOTrainer._over_batch(trainer, rows, [True] * 6)]
+    return [row.token_fields["advantages"].tolist() for row in GRPOTrainer.over_batch(trainer, rows, [True] * 6)]
 
 
 def prompts_read(folder: Path, keys: Keys) -> Any:
@@ -220,6 +237,8 @@ def written(folder: Path, keys: Keys) -> Any:
     saved: list[Any] = []
 
     class Weights:
+        critic = None
+
         def save(self, weights: Path, optimizer: Path | None, *, asynchronous: bool) -> None:
             saved.append((optimizer is not None, asynchronous))
             weights.mkdir(parents=True)

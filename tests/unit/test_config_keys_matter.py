@@ -84,6 +84,10 @@ ESTIMATOR: Turns = {
     "normalize_rewards": ({}, False),
     "use_leave_one_out_baseline": ({}, False),
     "minus_baseline": ({"name": "reinforce_plus_plus"}, False),
+    "gae_gamma": ({"name": "gae"}, 0.9),
+    "gae_lambda": ({"name": "gae"}, 0.9),
+    "whiten_rewards": ({"name": "gae", "whiten_advantages": False}, True),
+    "whiten_advantages": ({"name": "gae"}, False),
 }
 SHAPED = {"enabled": True, "max_response_length": 8, "overlong_buffer_length": 6}
 SHAPING: Turns = {
@@ -148,6 +152,10 @@ def dpo_loss(**keys: Any) -> Any:
 def estimated(**keys: Any) -> Any:
     estimator = Estimator.from_config(GrpoConfig.model_validate({"adv_estimator": keys}).adv_estimator)
     advantages = estimator.within_groups(torch.tensor([[1.0, 0.0, 0.5], [4.0, 3.0, 3.0]])).advantages
+    if estimator.gae is not None:
+        rewards = [torch.tensor([0.0, value]) for value in advantages.flatten().tolist()]
+        values, both = [torch.tensor([0.2, 0.5])] * 6, [torch.ones(2, dtype=torch.bool)] * 6
+        return torch.stack(estimator.gae(rewards, values, both)[0]).tolist()
     masks = [torch.ones(1, dtype=torch.bool)] * 6
     return [float(value) for value in estimator.over_tokens(list(advantages.flatten()[:, None]), masks, [True] * 6)]
 

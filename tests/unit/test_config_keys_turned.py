@@ -24,6 +24,7 @@ from tests.support.from_recipe import (
     built,
     configured,
     counted,
+    criticized,
     divided,
     engine,
     laid_out,
@@ -220,6 +221,14 @@ ADVANTAGES: Turns = {
     "grpo.advantage_clip_low": ({}, -0.1),
     "grpo.advantage_clip_high": ({}, 0.1),
 }
+CRITIC: Turns = {
+    "critic.optim.lr": ({}, 0.1),
+    "critic.optim.min_lr": (DECAYING, 1e-6),
+    "critic.optim.weight_decay": ({}, 0.5),
+    "critic.max_grad_norm": ({}, 0.5),
+    "critic.cliprange_value": ({}, None),
+    "critic.warmup_steps": ({}, 3),
+}
 PROMPTS: Turns = {
     "grpo.max_val_samples": ({}, 3),
     "grpo.val_batch_size": ({}, 3),
@@ -250,6 +259,7 @@ OBSERVED: list[tuple[Callable[[Path, Keys], Any], Turns]] = [
     (configured, CONFIGURED),
     (engine, ENGINE),
     (advantages, ADVANTAGES),
+    (criticized, CRITIC),
     (prompts_read, PROMPTS),
     (written, WRITTEN),
     (validated, VALIDATED),

@@ -182,7 +182,7 @@ def test_the_name_decides_and_one_answer_is_enough_without_a_baseline():
         ({"num_generations_per_prompt": 1, "adv_estimator": {"name": "rloo"}}, "leaves no other answer"),
         ({"num_generations_per_prompt": 1, "adv_estimator": alone, "use_dynamic_sampling": True}, "no groups of"),
         ({"adv_estimator": {"minus_baseline": False}}, "minus_baseline=false is for name=reinforce_plus_plus"),
-        ({"adv_estimator": {"name": "gdpo"}}, "'grpo', 'rloo', 'dr_grpo' or 'reinforce_plus_plus'"),
+        ({"adv_estimator": {"name": "gdpo"}}, "'grpo', 'rloo', 'dr_grpo', 'reinforce_plus_plus' or 'gae'"),
     ):
         with pytest.raises(ValidationError, match=message):
             GrpoConfig.model_validate(wrong)

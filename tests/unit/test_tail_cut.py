@@ -46,7 +46,7 @@ def test_a_score_that_is_no_number_stops_and_names_the_row(value: str) -> None:
     for number, row in enumerate(rows, start=7):
         row.index = number
     scores = [torch.zeros(len(row)) for row in rows]
-    check_scores(rows, scores)
+    check_scores(rows, scores, "log-probability of a token")
     scores[1][2] = float(value)
     with pytest.raises(NonFiniteLoss, match=rf"log-probability of a token is {value} for data rows \[8\]"):
-        check_scores(rows, scores)
+        check_scores(rows, scores, "log-probability of a token")

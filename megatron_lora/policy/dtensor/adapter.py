@@ -2,9 +2,13 @@
 
 peft gives each HF linear its own pair of factors. Here the linears that a fused Megatron linear covers share one A
 Parameter, so that the model is the same on both backends and one key swaps them with equal numbers.
+
+A model may have two sets of factors, the policy's and a critic's with its value head: what is asked of the linears, and
+of the functions below, is of the set in use.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +29,12 @@ from megatron_lora.lora.peft_config import FLAG_OF_TYPE
 from megatron_lora.lora.peft_format import PREFIX, hf_name, peft_name, to_hf
 from megatron_lora.policy.adapter_start import DrawnStart, base_reader, draw_start, starting_adapter
 from megatron_lora.policy.checksums import Pieces, checksum
+from megatron_lora.policy.critic import VALUE_HEAD_WEIGHT
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear
 
+# The sets of factors: the policy's, under peft's name, and the critic's.
 ADAPTER_NAME = "default"
+CRITIC = "critic"
 _WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
 
 
@@ -68,7 +75,7 @@ def start(
 
 def factor_of(parameter: str) -> Factor | None:
     """The factor that a parameter of an adapted linear is, by its name there; None for the base's own."""
-    start = parameter.partition(".")[0]
+    start = parameter.partition(".")[0].removesuffix(f"_{CRITIC}")
     return next((factor for factor in FACTORS.values() if factor.peft_name.partition(".")[0] == start), None)
 
 
@@ -77,8 +84,12 @@ class AdaptedLinear(PeftLoraLinear):
     are whole, the fused product of `lora.arithmetic`.
 
     Under tensor parallelism weights, inputs and outputs are DTensors and the layout follows from theirs.
+
+    sets: of factors that it has. in_use: the one that it computes with; None where the set in use has none here.
     """
 
+    sets: tuple[str, ...] = (ADAPTER_NAME,)
+    in_use: str | None = ADAPTER_NAME
     dropout = 0.0
     dropout_before = False
     fused = False
@@ -102,12 +113,16 @@ class AdaptedLinear(PeftLoraLinear):
         self._disable_adapters = not value
 
     def _parameter(self, factor: Factor) -> nn.Parameter:
+        assert self.in_use is not None
         holder: Any = getattr(self, factor.peft_name.partition(".")[0])
-        return holder if isinstance(holder, nn.Parameter) else holder[ADAPTER_NAME].weight
+        if isinstance(holder, nn.Parameter):
+            return holder if self.in_use == ADAPTER_NAME else getattr(self, f"{factor.peft_name}_{self.in_use}")
+        return holder[self.in_use].weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
+        assert self.in_use is not None
         scale = self.scaling[ADAPTER_NAME]
         drops = self.training and self.dropout > 0.0
         if self.fused:
@@ -115,7 +130,7 @@ class AdaptedLinear(PeftLoraLinear):
         base: Any = self.base_layer
         result = self._base_product(x)
         inner = x * self._mask(x) if drops and self.dropout_before else x
-        update = self.lora_B[ADAPTER_NAME](self.lora_A[ADAPTER_NAME](inner.to(self.factors["A"].dtype)) * scale)
+        update = self.lora_B[self.in_use](self.lora_A[self.in_use](inner.to(self.factors["A"].dtype)) * scale)
         if drops and not self.dropout_before:
             update = update * self._mask(update)
         result = result + update.to(result.dtype)
@@ -206,8 +221,11 @@ class AdaptedLinear(PeftLoraLinear):
         return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(keep, generator=generator).div_(keep)
 
 
-def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, tp_rank: int) -> None:
-    """Freeze the model and adapt the linears of `start`; the factors' values are put in later."""
+def inject(
+    model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, tp_rank: int, critic: bool = False
+) -> None:
+    """Freeze the model and adapt the linears of `start`; the factors' values are put in later. critic: give the linears
+    of the layers a critic's factors too."""
     wanted = peft.LoraConfig.__dataclass_fields__
     kinds = FLAG_OF_TYPE.values()  # peft would add a kind's own factors and product: both are ours
     settings = {key: value for key, value in start.peft_config.items() if key in wanted and key not in kinds}
@@ -222,6 +240,8 @@ def inject(model: nn.Module, start: Start, config: LoraConfig, *, fused: bool, t
         module.fused, module.tp_rank, module.method = fused, tp_rank, method_of(start.spec.type)
         module.keeps_derived = config.dora_cached_norms
         _add_own_factors(module, start.tensors[peft_name(name, FACTORS["B"])].shape[0])
+        if critic and name != "lm_head":
+            _add_critics_factors(module)
     tie_shared_factors(model, start.spec)
     for parameter in saved_parameters(model, start.spec).values():
         parameter.requires_grad_(True)
@@ -241,9 +261,66 @@ def _add_own_factors(linear: AdaptedLinear, outputs: int) -> None:
             linear.register_parameter(factor.peft_name, nn.Parameter(torch.empty(outputs, device="meta")))
 
 
+def _add_critics_factors(linear: AdaptedLinear) -> None:
+    """Another empty parameter of each factor's shape."""
+    linear.sets = (ADAPTER_NAME, CRITIC)
+    for factor, parameter in zip(linear.method.factors, linear.factors.values(), strict=True):
+        copy = nn.Parameter(torch.empty_like(parameter))
+        holder: Any = getattr(linear, factor.peft_name.partition(".")[0])
+        if isinstance(holder, nn.Parameter):
+            linear.register_parameter(f"{factor.peft_name}_{CRITIC}", copy)
+        else:
+            holder[CRITIC] = nn.Linear(parameter.shape[1], parameter.shape[0], bias=False, device="meta")
+            holder[CRITIC].weight = copy
+
+
+@contextmanager
+def using_critic(model: Any) -> Iterator[None]:
+    """Within it the critic's factors and head are in use."""
+    linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    try:
+        _use(model, linears, CRITIC)
+        yield
+    finally:
+        _use(model, linears, ADAPTER_NAME)
+
+
+def _use(model: Any, linears: list[AdaptedLinear], name: str) -> None:
+    model.adapter_in_use = name
+    for linear in linears:
+        linear.in_use = name if name in linear.sets else None
+        linear.factors_changed()
+
+
+def gives_values(model: Any) -> bool:
+    """Whether the critic is in use."""
+    return getattr(model, "adapter_in_use", ADAPTER_NAME) == CRITIC
+
+
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """HF module name -> adapted linear."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    """HF module name -> adapted linear, of those that the set in use adapts."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear) and module.in_use
+    }
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameter -> HF name, of the base and the set in use: factors under the same names whichever that is."""
+    critic = gives_values(model)
+    return {
+        parameter: without_set(name)
+        for name, parameter in model.named_parameters()
+        if not (_is_critics(name) or _is_factor(name)) or _is_critics(name) == critic
+    }
+
+
+def without_set(name: str) -> str:
+    """A critic's parameter's name as the policy's has it."""
+    return name.replace(f".{CRITIC}.", f".{ADAPTER_NAME}.").removesuffix(f"_{CRITIC}")
+
+
+def _is_critics(name: str) -> bool:
+    return name == VALUE_HEAD_WEIGHT or without_set(name) != name
 
 
 def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
@@ -252,9 +329,11 @@ def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:
     for module in spec.modules:
         for block in module.blocks:
             first, *others = (model.get_submodule(hf_name(module, segment, spec.shapes)) for segment in block.segments)
+            sets: tuple[str, ...] = first.sets  # type: ignore[assignment]
             for linear in others:
                 for name in shared:
-                    getattr(linear, name)[ADAPTER_NAME].weight = getattr(first, name)[ADAPTER_NAME].weight
+                    for kind in sets:
+                        getattr(linear, name)[kind].weight = getattr(first, name)[kind].weight
 
 
 def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -263,7 +342,7 @@ def peft_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, linear in adapted_linears(model).items():
         for key, parameter in linear.factors.items():
             yield peft_name(name, FACTORS[key]), parameter
-    for name, parameter in model.named_parameters():
+    for parameter, name in parameter_names(model).items():
         if parameter.requires_grad and not _is_factor(name):
             yield f"{PREFIX}{name}", parameter
 

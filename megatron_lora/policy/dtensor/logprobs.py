@@ -18,7 +18,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
-from megatron_lora.policy.dtensor.adapter import AdaptedLinear
+from megatron_lora.policy.dtensor.adapter import AdaptedLinear, gives_values
 from megatron_lora.policy.dtensor.attention import Packing
 from megatron_lora.policy.frozen_head import FrozenHead, HeadOptions
 
@@ -43,14 +43,16 @@ class PolicyModule(nn.Module):
         self.softcap = softcap
 
     def forward(self, batch: MicroBatch, after: int | None = None) -> Tensor:
-        """A log-probability for each of the batch's targets, fp32 nats, on every TP rank. after: instead of these the
-        most likely token behind that place of the batch."""
+        """A log-probability for each of the batch's targets, fp32 nats, on every TP rank; a value for each while a
+        critic is in use. after: instead of these the most likely token behind that place of the batch."""
         hidden = self.model.model(
             input_ids=batch.tokens.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
             use_cache=False,
             packing=Packing(batch.bounds, batch.cu_seqlens, batch.shared_keys),
         ).last_hidden_state
+        if gives_values(self.model):
+            return self._values(hidden, batch.sources)
         head = self.model.lm_head
         if after is not None:
             return self._most_likely(hidden, head, after)
@@ -62,6 +64,13 @@ class PolicyModule(nn.Module):
         return FrozenHead.apply(  # type: ignore[return-value]
             hidden.squeeze(0), local, batch.targets, batch.sources, self.tp, self.head
         )
+
+    def _values(self, hidden: Tensor, sources: Tensor | None) -> Tensor:
+        """[N] fp32. Every TP rank computes all of them, so each has the head's whole gradient."""
+        hidden = self._whole(hidden).squeeze(0)
+        if sources is not None:
+            hidden = hidden.index_select(0, sources)
+        return F.linear(hidden.float(), self.model.score.weight.float()).squeeze(1)
 
     def _recomputed(self, hidden: Tensor, head: nn.Module, targets: Tensor, sources: Tensor | None) -> Tensor:
         hidden = self._whole(hidden)

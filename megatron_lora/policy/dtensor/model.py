@@ -20,6 +20,7 @@ from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.model_spec import LinearSpec
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.backend import DTYPES
+from megatron_lora.policy.critic import VALUE_HEAD, VALUE_HEAD_WEIGHT, draw_value_head
 from megatron_lora.policy.dtensor import adapter, attention
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears, weight_name
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
@@ -43,9 +44,11 @@ class BaseModel:
     notices: list[str] = field(default_factory=list)
 
 
-def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
-    """Build the recipe's model in its layout. Raises UserError for an unknown architecture, and for weights that are
-    missing, truncated or of other shapes."""
+def build_model(policy: PolicyConfig, world: World, seed: int, *, critic: bool = False) -> BaseModel:
+    """Build the recipe's model in its layout. critic: with a second set of factors and a value head.
+
+    Raises UserError for an unknown architecture, and for weights that are missing, truncated or of other shapes.
+    """
     options = policy.dtensor_cfg
     model, weights = open_base(policy)
     dtype = DTYPES[policy.precision]
@@ -58,7 +61,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
         start = adapter.start(options.lora_cfg, shapes, policy.model_name, seed, weights, dtype)
         fused = options.lora_cfg.use_triton and world.tp == 1 and not options.compile
         notices = [*start.notices, *_fused_notices(policy, world)]
-        adapter.inject(hf, start, options.lora_cfg, fused=fused, tp_rank=world.tp_rank)
+        adapter.inject(hf, start, options.lora_cfg, fused=fused, tp_rank=world.tp_rank, critic=critic)
     if isinstance(weights, FourBitSource):
         replace_linears(hf, weights)
     plan = ParallelPlan()
@@ -67,7 +70,10 @@ def build_model(policy: PolicyConfig, world: World, seed: int) -> BaseModel:
     if options.activation_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     root = PolicyModule(hf, policy, mesh["tp"], shapes, model.final_softcap)
-    values = start.tensors if start is not None else {}
+    values = dict(start.tensors) if start is not None else {}
+    if critic:
+        setattr(hf, VALUE_HEAD, nn.Linear(shapes.hidden_size, 1, bias=False, device="meta"))
+        values[f"{PREFIX}{VALUE_HEAD_WEIGHT}"] = draw_value_head(shapes.hidden_size, seed)
     changed = start.drawn.changed_base if start is not None else None
     read = weights.read if changed is None else changed(weights.read)
     source = _Source(weights, read, values, policy, world, shapes, fused_tensors(shapes))
@@ -100,7 +106,7 @@ class _Source:
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """The value of the transformers model's parameter `name`, on this rank's device."""
-        full = name.replace(f".{adapter.ADAPTER_NAME}.", ".")
+        full = adapter.without_set(name).replace(f".{adapter.ADAPTER_NAME}.", ".")
         if f"{PREFIX}{full}" in self.factors:
             # Factors train: fp32, whatever the base is in.
             return self.factors[f"{PREFIX}{full}"].to(self.world.device, torch.float32)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.conversion.experts import split_fused
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch, Row
@@ -24,6 +25,7 @@ from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.backend import BackendPolicy, local_part
 from megatron_lora.policy.batching import BatchingOptions, Groups
 from megatron_lora.policy.checksums import Pieces
+from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.dtensor import adapter, checkpoint, optim
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 from megatron_lora.policy.dtensor.model import build_model
@@ -47,7 +49,7 @@ class DTensorPolicy(BackendPolicy):
 
     def _build(self, seed: int, num_steps: int) -> WeightSource:
         policy, world = self.config, self.world
-        self.base = build_model(policy, world, seed)
+        self.base = build_model(policy, world, seed, critic=self.has_critic)
         self.root = self.base.root
         self.mesh = self.base.mesh
         self.spec = self.base.start.spec if self.base.start is not None else None
@@ -56,11 +58,20 @@ class DTensorPolicy(BackendPolicy):
             drawn = self.base.start.drawn
             self._principal = drawn.principal_of([module.name for module in drawn.spec.modules])
         self.unshared_reason = "policy.shared_prefix=false" if policy.shared_prefix is False else None
-        self.names: dict[nn.Parameter, str] = {p: name for name, p in self.base.hf.named_parameters()}
-        self.trained = [parameter for parameter in self.names if parameter.requires_grad]
-        self.optimizer = optim.build_optimizer(self.trained, policy, adapter.lora_plus_parameters(self.base.hf))
-        self.scheduler = optim.build_schedule(self.optimizer, policy, num_steps)
+        self._build_optimizer(num_steps)
         return self.base.weights
+
+    def _build_optimizer(self, num_steps: int) -> None:
+        """For what trains of the model."""
+        self.names = adapter.parameter_names(self.base.hf)
+        self.trained = [parameter for parameter in self.names if parameter.requires_grad]
+        self.optimizer = optim.build_optimizer(self.trained, self.config, adapter.lora_plus_parameters(self.base.hf))
+        self.scheduler = optim.build_schedule(self.optimizer, self.config, num_steps)
+
+    def _build_critic(self, options: CriticConfig, seed: int, num_steps: int) -> "DTensorPolicy":
+        from megatron_lora.policy.dtensor.critic import DTensorCritic
+
+        return DTensorCritic(self, critic_policy(self.config, options), seed=seed, num_steps=num_steps)
 
     def _batching_options(self, pad_token_id: int) -> BatchingOptions:
         multiple = self.world.tp if self.root.tp.sequence_parallel else 1

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_lora.config.schema import PolicyConfig
+from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.conversion.model_names import model_parameters
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.data.batch import MicroBatch
@@ -27,6 +28,7 @@ from megatron_lora.policy.adapter_start import DrawnStart, check_same_adapter, d
 from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.batching import BatchingOptions, Groups
 from megatron_lora.policy.checksums import Pieces
+from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.cuda_graphs import ungraphed_reason
 from megatron_lora.policy.frozen_head import HeadOptions
 from megatron_lora.policy.interface import (
@@ -182,6 +184,11 @@ class MegatronPolicy(LanePolicy):
             num_tokens=num_tokens,
             logps=self._collect([outcome.logps], share, groups)[0] if outcome.logps is not None else None,
         )
+
+    def _build_critic(self, options: CriticConfig, seed: int, num_steps: int) -> "MegatronPolicy":
+        from megatron_lora.policy.megatron.critic import MegatronCritic
+
+        return MegatronCritic(self, critic_policy(self.config, options), seed=seed, num_steps=num_steps)
 
     @property
     def _linears(self) -> Mapping[str, Adapted]:

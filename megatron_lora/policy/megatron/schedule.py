@@ -22,6 +22,7 @@ from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
 from megatron_lora.policy.megatron.router import padding_mask
+from megatron_lora.policy.megatron.value_head import ValueHead
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.context_parallel import local_token_indices
 from megatron_lora.runtime.spans import span
@@ -32,7 +33,8 @@ from megatron_lora.runtime.world import World
 class Engine:
     """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not.
     rotary: of those stages. graphs: what runs a whole model's passes as CUDA graphs, where the recipe allows.
-    names_padding: the layers are told which tokens are padding."""
+    names_padding: the layers are told which tokens are padding. value_head: on the last stage of a critic, whose passes
+    give values in the place of log-probabilities."""
 
     chunks: Sequence[Any]
     config: Any
@@ -42,6 +44,7 @@ class Engine:
     rotary: RotaryPositions
     graphs: GraphedPasses | None = None
     names_padding: bool = False
+    value_head: ValueHead | None = None
     metric_names: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -117,7 +120,8 @@ def _forward_step(iterator: Iterator[MicroBatch], model: Any, engine: Engine, lo
 
 
 def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: MicroBatch) -> Tensor:
-    """One chunk's forward: a log-probability for each target on the last stage, hidden states elsewhere."""
+    """One chunk's forward: a log-probability (a critic's value) for each target on the last stage, hidden states
+    elsewhere."""
     tokens, positions, targets = batch.tokens, batch.positions, batch.targets
     world = engine.world
     indices = mine = None
@@ -127,10 +131,13 @@ def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: Micr
         tokens, positions, targets = tokens[mine], positions[mine], targets[mine]
 
     def head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
-        logps = target_logprobs(
-            hidden_states, output_layer, output_weight, targets, engine.tp, engine.head, batch.sources
-        )
-        return logps if indices is None else _gather_over_cp(logps, indices, world.cp_rank)
+        if engine.value_head is not None:
+            found = engine.value_head(hidden_states, batch.sources, engine.tp)
+        else:
+            found = target_logprobs(
+                hidden_states, output_layer, output_weight, targets, engine.tp, engine.head, batch.sources
+            )
+        return found if indices is None else _gather_over_cp(found, indices, world.cp_rank)
 
     padding = None
     if engine.names_padding:
