@@ -107,6 +107,7 @@ def markdown(found: Mapping[str, Outcome]) -> str:
 
 def draw(found: Mapping[str, Outcome], path: Path) -> None:
     """The smoothed reward of every kind over the steps, in one PNG."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=140, layout="constrained")
@@ -114,7 +115,8 @@ def draw(found: Mapping[str, Outcome], path: Path) -> None:
     for number, (name, outcome) in enumerate(found.items()):
         style = "--" if "vLLM" in name else "-"
         values = smooth(outcome.rewards, 1.5)
-        axes.plot(range(1, len(values) + 1), values, style, color=f"C{number}", linewidth=1.5, label=name)
+        color = colormaps["tab20"](number)  # a colour each: the default cycle has ten
+        axes.plot(range(1, len(values) + 1), values, style, color=color, linewidth=1.5, label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward")
     axes.set_title("GRPO with each kind of adapter, the quickstart's base", loc="left", fontsize=11)
