@@ -190,8 +190,14 @@ def _check_experts(megatron: MegatronConfig, shape: ModelSpec, world_size: int) 
         raise UserError(
             f"{_MEGATRON}: expert_model_parallel_size={experts} x expert_tensor_parallel_size={tensor} x "
             f"pipeline_model_parallel_size={megatron.pipeline_model_parallel_size} = {ranks} does not divide the "
-            f"{world_size} ranks"
+            f"{world_size} ranks; start a multiple of {ranks}{_experts_that_fit(shape, ranks // experts, world_size)}"
         )
+
+
+def _experts_that_fit(shape: ModelSpec, others: int, world_size: int) -> str:
+    """The sizes of EP for as many ranks, where the other sizes (their product is `others`) leave any."""
+    fits = [size for size in _divisors(shape.num_experts) if world_size % (size * others) == 0]
+    return f", or use expert_model_parallel_size={_choices(fits)}" if fits else ", or lower one of the sizes"
 
 
 def _check_world(megatron: MegatronConfig, world_size: int) -> None:

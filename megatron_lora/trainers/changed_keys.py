@@ -24,6 +24,8 @@ HARMLESS = (
     r"policy\.(sequence_packing|dynamic_batching)\..*",
     r"policy\.megatron_cfg\.(enabled|.*_parallel.*|num_layers_in_.*|activation_checkpointing|recompute_.*)",
     r"policy\.megatron_cfg\.(.*fusion|use_fused_linear_logprobs|fused_linear_logprobs_chunk_size|checkpoint\..*)",
+    r"policy\.megatron_cfg\.moe_(grouped_gemm|token_dispatcher_type|shared_expert_overlap|per_layer_logging)",
+    r"policy\.megatron_cfg\.(freeze_moe_router|moe_router_enable_expert_bias|moe_router_bias_update_rate)",
     r"policy\.megatron_cfg\.(peft\.a2a_experimental|optimizer\.use_distributed_optimizer)",
     r"policy\.megatron_cfg\.peft\.lora_[AB]_init_method|policy\.dtensor_cfg\.lora_cfg\.lora_A_init",
     r"policy\.dtensor_cfg\.(tensor_parallel_size|sequence_parallel|activation_checkpointing|cpu_offload|compile)",

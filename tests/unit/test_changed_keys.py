@@ -59,6 +59,15 @@ def test_one_line_with_two_groups(tmp_path: Path):
     assert changing == "policy.megatron_cfg.optimizer.lr 5e-06 -> 0.5, policy.megatron_cfg.peft.dropout 0.0 -> 0.1"
 
 
+def test_the_way_to_the_experts_is_harmless_and_their_loss_is_not(tmp_path: Path):
+    megatron = {"enabled": True, "peft": {"enabled": True}, "moe_token_dispatcher_type": "allgather"}
+    megatron |= {"moe_grouped_gemm": False, "moe_per_layer_logging": True, "moe_router_load_balancing_type": "aux_loss"}
+    line = told(tmp_path, recipe(policy__megatron_cfg=megatron | {"moe_router_dtype": "fp64"}))
+    harmless, changing = line.split("; changing the run: ")
+    assert all(key in harmless for key in ("moe_token_dispatcher_type", "moe_grouped_gemm", "moe_per_layer_logging"))
+    assert "moe_router_load_balancing_type none -> aux_loss" in changing and "moe_router_dtype fp32 -> fp64" in changing
+
+
 def test_what_was_compared_itself_is_harmless(tmp_path: Path):
     now = recipe(data__train={"data_path": "moved.jsonl"})
     assert "changing the run: data.train.data_path rows.jsonl -> moved.jsonl" in told(tmp_path, now)

@@ -126,6 +126,13 @@ def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelSpec, world_size
         ({EP: 8, PP: 8}, DEEPSEEK_V3, 64, "or set num_layers_in_first_pipeline_stage"),
         ({EP: 8}, MIXTURE, 4, "expert_model_parallel_size=8 x expert_tensor_parallel_size=1"),
         (
+            {EP: 8},
+            MIXTURE,
+            4,
+            "does not divide the 4 ranks; start a multiple of 8, or use expert_model_parallel_size=1, 2",
+        ),
+        ({EP: 2, PP: 4}, MIXTURE, 2, "does not divide the 2 ranks; start a multiple of 8, or lower one of the sizes"),
+        (
             {TP: 2, "peft": {"enabled": True, "a2a_experimental": True}},
             LLAMA_8B,
             2,
