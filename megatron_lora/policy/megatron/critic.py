@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+import torch
+
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.model_names import ModelParameter
 from megatron_lora.conversion.weight_source import WeightSource
@@ -55,8 +57,10 @@ class MegatronCritic(MegatronPolicy):
         self._head: ValueHead | None = None
         self.saved = []
         if self.base.has_last_stage:
+            # Of the factors' dtype: Megatron's distributed optimizer loses count where a group has masters of some.
+            dtype = getattr(torch, policy.megatron_cfg.peft.lora_dtype or policy.precision)
             weight = draw_value_head(self.shapes.hidden_size, seed)
-            self._head = ValueHead(weight.to(self.world.device))
+            self._head = ValueHead(weight.to(self.world.device, dtype))
             entry = ModelParameter(VALUE_HEAD_WEIGHT, (VALUE_HEAD_WEIGHT,), tuple(weight.shape))
             self.saved.append(SavedTensor(VALUE_HEAD_WEIGHT, entry, self._head.weight, self.shapes))
         with self._parameters_in_place():

@@ -8,7 +8,7 @@ from megatron_lora.lora.arithmetic import TensorParallel
 
 
 class ValueHead(nn.Module):
-    """hidden [t, 1, h] -> a value of each target [N] fp32. weight: [1, h] fp32.
+    """hidden [t, 1, h] -> a value of each target [N] fp32. weight: [1, h], of the factors' dtype.
 
     Every rank computes every value, so each has the whole gradient of the weight and of its own tokens: none is summed
     over tensor-parallel ranks.
