@@ -32,14 +32,14 @@ CASES = [
     case("ep", 2, EP, options=MERGED),
     case("ep_packing", 2, EP | FULL_RECOMPUTE, policy=PACKED),
     case("ep_shared", 2, EP | SHARED, "shared_experts", options=MERGED),
-    case("sp", 2, SP, "attention"),
     case("etp", 2, ETP, options=MERGED),
     case("pp", 2, PP, options=MERGED),
-    case("cp", 2, CP, "attention"),
     *(
         pytest.param(one, marks=pytest.mark.long)
         for one in (
             case("attention", 2, EP, "attention", options=MERGED),
+            case("sp", 2, SP, "attention"),
+            case("cp", 2, CP, "attention"),
             case("etp_shared", 2, ETP | SHARED, "shared_experts", options=MERGED),
             case("dp_shared", 2, SHARED, "shared_experts"),
             case("sp_shared", 2, SP | SHARED, "shared_experts"),
