@@ -41,7 +41,10 @@ BY_ITSELF = ("policy.generation.backend=megatron",)
 WINDOW = 5  # steps that the table's first and last numbers are means over
 AGES = (0, 1, 4)
 # Of the rows that warm a policy up for the calculator: how many call it.
-CALL_SHARE = 0.3
+CALL_SHARE = 0.5
+WARM_UP_STEPS = 200
+# The base has never written a sign: its head has to learn to.
+LINEARS = "policy.megatron_cfg.peft.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2,output_layer]"
 SERVER_START_SECONDS = 600
 
 
@@ -96,15 +99,17 @@ def calculator(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
     path = folder / "warm-up.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ("data.train.dataset_name=null", f"data.train.data_path={path}", "data.train.split=null")
-    quiet = ("sft.max_num_steps=60", "sft.val_period=0", "sft.val_at_start=false")
-    warm = train(SFT, base, folder / "warm-up", *data, *quiet)
+    quiet = (f"sft.max_num_steps={WARM_UP_STEPS}", "sft.val_period=0", "sft.val_at_start=false")
+    faster = (LINEARS, "policy.megatron_cfg.optimizer.lr=5.0e-3")
+    warm = train(SFT, base, folder / "warm-up", *data, *quiet, *faster)
     reward = "{kind: python, name: exact_at_last, function: 'tools.curves:final_answer_is_right'}"
     run_dir = train(
         GRPO,
         base,
         folder / "calculator",
         *BY_ITSELF,
-        f"policy.megatron_cfg.peft.init_adapter={warm / 'step_60' / 'hf_adapter'}",
+        LINEARS,
+        f"policy.megatron_cfg.peft.init_adapter={warm / f'step_{WARM_UP_STEPS}' / 'hf_adapter'}",
         f"grpo.max_num_steps={steps}",
         "grpo.max_rollout_turns=2",
         "env.environment.path=megatron_lora.rollout.calculator:Calculator",

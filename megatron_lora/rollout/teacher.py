@@ -1,7 +1,8 @@
 """A teacher that vLLM servers serve: log-probabilities of given tokens, over their own HTTP interface."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,32 +26,47 @@ class TeacherServers:
     max_length: int
     failures: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.clients = [ServerClient(url, self.timeout) for url in self.urls]
+
     def start(self, tokenizer: Any, texts: Sequence[str]) -> None:
         """Ask each what it serves. texts: of the run's data. Raises UserError where one does not answer, serves
         sequences that are too short, has no model of that name, or makes other tokens of a text."""
-        self.clients = [ServerClient(url, self.timeout) for url in self.urls]
+        for client in self.clients:
+            self._check(client)
+            for text in texts:
+                with _as_mistake():
+                    theirs = client.tokenize(self.model_name or client.base, text)
+                ours = tokenizer.encode(text, add_special_tokens=False)
+                if theirs != ours:
+                    raise UserError(
+                        f"the teacher at {client.url} makes other tokens of {text[:60]!r} than the policy's "
+                        f"tokenizer ({theirs[:8]}, {ours[:8]}): it has to have the same"
+                    )
+
+    def not_ready(self) -> list[str]:
+        """What keeps a run from starting now, for --dry-run."""
+        found = []
         for client in self.clients:
             try:
-                client.describe()
-                served = [client.base, *client.loaded]
-                name = self.model_name or client.base
-                if name not in served:
-                    raise UserError(f"teacher.model_name={name}: {client.url} serves {', '.join(served)}")
-                if client.max_length <= self.max_length:
-                    raise UserError(
-                        f"{client.url} serves sequences of up to {client.max_length} tokens, and to score one of "
-                        f"policy.max_total_sequence_length={self.max_length} takes {self.max_length + 1}: start it "
-                        f"with --max-model-len {self.max_length + 1} or more"
-                    )
-                for text in texts:
-                    theirs, ours = client.tokenize(name, text), tokenizer.encode(text, add_special_tokens=False)
-                    if theirs != ours:
-                        raise UserError(
-                            f"the teacher at {client.url} makes other tokens of {text[:60]!r} than the policy's "
-                            f"tokenizer ({theirs[:8]}, {ours[:8]}): it has to have the same"
-                        )
-            except ServerFailed as error:
-                raise UserError(f"teacher.urls: {error}; start it with vLLM's server of the teacher's model") from error
+                self._check(client)
+            except UserError as error:
+                found.append(f"not ready yet: {error}")
+        return found
+
+    def _check(self, client: ServerClient) -> None:
+        with _as_mistake():
+            client.describe()
+        served = [client.base, *client.loaded]
+        name = self.model_name or client.base
+        if name not in served:
+            raise UserError(f"teacher.model_name={name}: {client.url} serves {', '.join(served)}")
+        if client.max_length <= self.max_length:
+            raise UserError(
+                f"{client.url} serves sequences of up to {client.max_length} tokens, and to score one of "
+                f"policy.max_total_sequence_length={self.max_length} takes {self.max_length + 1}: start it with "
+                f"--max-model-len {self.max_length + 1} or more"
+            )
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Each row's token log-probabilities [S] fp32, nats, at temperature 1; [0] is 0. A server that fails is left
@@ -68,3 +84,11 @@ class TeacherServers:
             except ServerFailed as error:
                 self.failures[client.url] = str(error)
         raise RolloutError(f"no server of the teacher is left: {'; '.join(self.failures.values())}")
+
+
+@contextmanager
+def _as_mistake() -> Iterator[None]:
+    try:
+        yield
+    except ServerFailed as error:
+        raise UserError(f"teacher.urls: {error}; start it with vLLM's server of the teacher's model") from error

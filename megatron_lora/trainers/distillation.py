@@ -53,13 +53,7 @@ class DistillationTrainer(RolloutTrainer):
         if teacher.adapter is not None:
             self.policy.keep_other(other_adapter(recipe.policy, teacher.adapter, "teacher.adapter"))
         elif teacher.urls:
-            self.servers = TeacherServers(
-                teacher.urls,
-                teacher.model_name,
-                teacher.timeout_seconds,
-                teacher.requests_at_once,
-                recipe.policy.max_total_sequence_length,
-            )
+            self.servers = teacher_servers(recipe)
             texts = [loader.dataset[number].text for number in range(min(COMPARED_TEXTS, len(loader.dataset)))]
             servers = self.servers
             from_first_rank(session.world, lambda: servers.start(session.tokenizer, texts))
@@ -95,6 +89,11 @@ class DistillationTrainer(RolloutTrainer):
         return self.policy.train_step([[row] for row in rows], objective, keep_logps=OLD not in rows[0].token_fields)
 
 
+def teacher_servers(recipe: Recipe) -> TeacherServers:
+    teacher, longest = recipe.teacher, recipe.policy.max_total_sequence_length
+    return TeacherServers(teacher.urls, teacher.model_name, teacher.timeout_seconds, teacher.requests_at_once, longest)
+
+
 class Distillation(RolloutAlgorithm):
     """The algorithm of the section `distillation`."""
 
@@ -119,6 +118,9 @@ class Distillation(RolloutAlgorithm):
         if wrong or len(set(teacher.urls)) < len(teacher.urls):
             raise UserError(f"teacher.urls={teacher.urls}: wanted each server once, as http://host:port")
         super().check(recipe, world)
+
+    def not_ready(self, recipe: Recipe) -> list[str]:
+        return super().not_ready(recipe) + teacher_servers(recipe).not_ready()
 
     def metric_names(self, recipe: Recipe, kind: str) -> Sequence[str]:
         names = super().metric_names(recipe, kind)
