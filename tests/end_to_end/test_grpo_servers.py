@@ -1,6 +1,5 @@
 """GRPO whose answers come from two real rollout servers (`megatron-lora serve`), one of which is killed."""
 
-import json
 import os
 import signal
 import socket
@@ -93,8 +92,11 @@ ASYNCHRONOUS = {
 def test_answers_asked_ahead(base: Path, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", values(base, list(servers)), 2)
     found = {}
-    for name in ASYNCHRONOUS:
-        found[name] = run(tmp_path / name.replace(" ", "-"), ahead(base, servers, name), 2)
+    for name, (asynchronous, loss) in ASYNCHRONOUS.items():
+        given = values(base, list(servers))
+        given["grpo"]["async_grpo"] = {"enabled": True} | asynchronous
+        given["loss_fn"] |= loss
+        found[name] = run(tmp_path / name.replace(" ", "-"), given, 2)
         assert_names_are_known(found[name])
     # Age 0 is the synchronous run.
     for ours, theirs in zip(metrics(found["age 0"]), metrics(plain), strict=True):
@@ -110,61 +112,6 @@ def test_answers_asked_ahead(base: Path, servers: dict[str, subprocess.Popen[byt
         # The distance to the policy that drew the answers is that of a step, far above rounding.
         assert lines[0]["rollout_logprob_error"] < 1e-4 < lines[-1]["rollout_logprob_error"] < 1.0
         assert max(line["refit_probe_error"] for line in lines) < 1e-4
-
-
-def ahead(base: Path, servers: dict[str, subprocess.Popen[bytes]], name: str) -> dict[str, Any]:
-    given = values(base, list(servers))
-    asynchronous, loss = ASYNCHRONOUS[name]
-    given["grpo"]["async_grpo"] = {"enabled": True} | asynchronous
-    given["loss_fn"] |= loss
-    return given
-
-
-def position(folder: Path) -> dict[str, Any]:
-    """Of the data, after the last step."""
-    return json.loads((folder / f"step_{STEPS}" / "training_info.json").read_text())["loader"]
-
-
-def test_a_trainer_killed_while_it_refits_goes_on_as_if_it_had_not_been(
-    base: Path, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path
-) -> None:
-    """What was asked ahead is asked again with the weights that the run has: of age 0 the very same answers."""
-    whole = run(tmp_path / "whole", ahead(base, servers, "age 0"), 2)
-    process = start(tmp_path / "killed", ahead(base, servers, "age 0"), 2)
-    folder = tmp_path / "killed" / "run"
-    wait_until(lambda: (folder / "step_2" / "training_info.json").is_file(), process)
-    # Of each refit the weights lie here from before they are handed over until they are proven.
-    wait_until(lambda: any((folder / "rollout-weights").glob("version-3-*/adapter_config.json")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    trained = [line["step"] for line in metrics(folder)]
-    run(tmp_path / "killed", ahead(base, servers, "age 0"), 2)
-    lines = metrics(folder)
-    assert max(trained) < STEPS and [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for ours, theirs in zip(lines, metrics(whole), strict=True):
-        assert [ours[key] for key in SAME] == pytest.approx([theirs[key] for key in SAME], rel=1e-5, abs=1e-7)
-    assert position(folder) == position(whole)
-
-
-def test_a_run_with_answers_asked_ahead_is_stopped_and_goes_on(
-    base: Path, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path
-) -> None:
-    process = start(tmp_path / "stopped", ahead(base, servers, "in flight"), 2)
-    folder = tmp_path / "stopped" / "run"
-    wait_until(lambda: (folder / "step_2" / "training_info.json").is_file(), process)
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    done = len(metrics(folder))
-    assert 2 <= done < STEPS, output
-    run(tmp_path / "stopped", ahead(base, servers, "in flight"), 2)
-    lines = metrics(folder)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    # The run that goes on has asked for nothing yet: its first answers are of the weights that it has.
-    ages = [line["staleness_mean"] for line in lines]
-    assert ages == [0.0] + [1.0] * (done - 1) + [0.0] + [1.0] * (STEPS - done - 1)
-    assert [line["adapter_version"] for line in lines] == [step - int(age) for step, age in enumerate(ages)]
-    assert position(folder) == position(run(tmp_path / "whole", ahead(base, servers, "in flight"), 2))
 
 
 def test_servers_answer_as_colocated_engines_and_one_may_die(
