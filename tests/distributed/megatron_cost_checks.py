@@ -115,24 +115,4 @@ def loading(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def handing_over(case: dict[str, Any]) -> dict[str, Any]:
-    """Floating-point bytes that are made while merged weights are handed over one by one: the most that are alive
-    together. layer: bytes of one layer's linears; sent: of all weights."""
-    policy = build_policy(case)
-    with LiveFloats() as live:
-        sent = sum(weight.nbytes for _, weight in policy.hf_weights(merged=True))
-    linears = [linear for linear in policy.shapes.linears if linear.is_in(0)]
-    return {
-        "peak": live.peak,
-        "sent": sent,
-        "layer": 4 * sum(linear.in_features * linear.out_features for linear in linears),
-    }
-
-
-CHECKS = {
-    "handing_over": handing_over,
-    "loading": loading,
-    "communication": communication,
-    "arithmetic": arithmetic,
-    "dropout": dropout,
-}
+CHECKS = {"loading": loading, "communication": communication, "arithmetic": arithmetic, "dropout": dropout}
