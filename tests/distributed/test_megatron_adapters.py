@@ -289,12 +289,3 @@ def test_a_base_in_four_bits_is_never_there_in_full(case: Case, beside: Case, wo
     assert held["dense_size"] == dense["dense_linears"] > 5.5 * held["stored"]
     # All but the passing copies of one linear at a time.
     assert dense["peak"] - held["peak"] > 0.9 * held["dense_size"]
-
-
-@pytest.mark.parametrize(
-    "case", [Case(f"handing_over_{name}", 2, "handing_over", megatron=way) for name, way in (("tp", TP), ("pp", PP))],
-    ids=str,
-)  # fmt: skip
-def test_merged_weights_are_handed_over_by_less_than_a_layer(case: Case, ranks_found: list[dict[str, int]]) -> None:
-    for found in ranks_found:
-        assert found["sent"] > 4 * found["layer"] > 4 * found["peak"] > 0
