@@ -136,7 +136,9 @@ def from_adapter(room: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tens
     return trl_run(room, room / "trl", None)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.long] if name != "tp2" else []) for name in LAYOUTS]
+)
 def test_ten_steps_from_an_adapter_equal_trl(layout: str, room: Path, tmp_path: Path, from_adapter: Any) -> None:
     ranks = 1 if layout == "tp1" else 2
     folder = run(tmp_path, recipe(room, megatron=LAYOUTS[layout]), ranks)
