@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import PP, SEED, SP, SP2, Case, training_rows
+from tests.distributed.cases import CP, EP, PP, SEED, SP, SP2, TP2, VPP, Case, training_rows
 from tests.distributed.conftest import Room
 from tests.distributed.critic_checks import NUM_STEPS
 from tests.support.compare import drift, largest_difference, relative_differences
@@ -40,8 +40,20 @@ CASES = [
     case("sp", 2, SP, {"pp": PP}, policy=PACKED),
     dtensor("one", 1, {}, adapter="head", family="llama3"),
     dtensor("sp", 2, SP2, {"dp": {}}, policy=PACKED),
-    *long(case("pp", 2, PP)),
+    *long(
+        case("pp", 2, PP),
+        case("vpp", 2, VPP),
+        case("cp", 2, CP),
+        case("dp_head", 2, {}, adapter="head"),
+        case("sp_dora", 2, SP | {"peft": {"type": "dora"}}, adapter="dora"),
+        dtensor("tp", 2, TP2),
+        dtensor("dora", 1, {"lora_cfg": {"type": "dora"}}, family="llama3", adapter="dora"),
+    ),
 ]
+
+
+# peft holds one adapter on experts' parameters at most.
+EXPERTS = long(case("experts", 2, EP, {"dp": {}}, family="qwen3_moe", adapter="experts"))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +90,7 @@ def test_policy_and_critic_train_as_pefts_two_adapters(
     assert all(not torch.equal(value, policy[name]) for name, value in factors.items() if name in policy)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *EXPERTS], ids=str)
 def test_a_resumed_run_is_the_same_bit_for_bit(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
         whole, again = found["whole"], found["continued"]["same"]
@@ -92,7 +104,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case: Case, ranks_found: list[dic
 TAKEN_OVER = [one for one in CASES if isinstance(one, Case) and len(one.options["layouts"]) > 1]
 
 
-@pytest.mark.parametrize("case", TAKEN_OVER, ids=str)
+@pytest.mark.parametrize("case", [*TAKEN_OVER, *EXPERTS], ids=str)
 def test_another_layout_goes_on(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
         for name in case.options["layouts"]:
