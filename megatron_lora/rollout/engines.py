@@ -44,6 +44,10 @@ class Engine(ABC):
     def check(self, policy: PolicyConfig, world: World) -> None:
         """Raise UserError for what it could not serve, before weights load."""
 
+    def not_ready(self, policy: PolicyConfig) -> list[str]:
+        """What has to be there when a run begins, and is not yet."""
+        return []
+
     @abstractmethod
     def build(self, trainer: Trainer) -> Generator:
         """The generator, not yet started. Collective."""
@@ -97,6 +101,17 @@ class VllmServers(Engine):
         vllm_engine.check_servers(policy)
         rank, _ = vllm_engine.planned_slots(policy, world)
         vllm_engine.check_rank(policy, rank)
+
+    def not_ready(self, policy: PolicyConfig) -> list[str]:
+        from megatron_lora.rollout.servers import ServerClient, check_server, needed_length
+
+        found = []
+        for url in policy.generation.servers.urls:
+            try:
+                check_server(ServerClient(url, policy.generation.servers.timeout_seconds), needed_length(policy))
+            except UserError as error:
+                found.append(f"not ready yet: {error}")
+        return found
 
     def build(self, trainer: Trainer) -> Generator:
         from megatron_lora.rollout.servers import ServerGenerator

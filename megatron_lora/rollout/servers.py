@@ -44,6 +44,32 @@ SHARD_BYTES = 2 << 30
 BLOCK = 128
 
 
+def needed_length(policy: PolicyConfig) -> int:
+    """Tokens of the longest answer with its prompt that a server is asked for."""
+    return policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
+
+
+def check_server(client: ServerClient, length: int) -> None:
+    """Raise UserError for a server that does not answer, or not with so many tokens."""
+    with _as_mistake():
+        client.describe()
+    if client.max_length < length:
+        raise UserError(
+            f"{client.url} serves sequences of up to {client.max_length} tokens, the run needs {length}: start it with "
+            f"--max-model-len {length} or more"
+        )
+
+
+@contextmanager
+def _as_mistake() -> Iterator[None]:
+    try:
+        yield
+    except ServerFailed as error:
+        raise UserError(
+            f"policy.generation.servers.urls: {error}; start it with `megatron-lora serve RECIPE --port PORT`"
+        ) from error
+
+
 class ServerGenerator(AheadGenerator):
     """The servers of `policy.generation.servers.urls`. Each answers whole prompts, dealt out in turn.
 
@@ -66,7 +92,7 @@ class ServerGenerator(AheadGenerator):
         self.requests = ServerRequests(self.clients, servers.requests_at_once)
         self.dtype = getattr(torch, policy.generation.vllm_cfg.precision or policy.precision)
         self.block_size = BLOCK
-        self.max_length = policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
+        self.max_length = needed_length(policy)
         self.num_replicas = len(self.clients)
         self._ahead: dict[int, Batch] = {}
         self._kind = "base"
@@ -77,18 +103,9 @@ class ServerGenerator(AheadGenerator):
 
     def _look(self) -> None:
         for client in self.clients:
-            try:
-                client.describe()
+            check_server(client, self.max_length)
+            with _as_mistake():
                 client.restore_base()
-            except ServerFailed as error:
-                raise UserError(
-                    f"policy.generation.servers.urls: {error}; start it with `megatron-lora serve RECIPE --port PORT`"
-                ) from error
-            if client.max_length < self.max_length:
-                raise UserError(
-                    f"{client.url} serves sequences of up to {client.max_length} tokens, the run needs "
-                    f"{self.max_length}: start it with --max-model-len {self.max_length} or more"
-                )
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)

@@ -47,6 +47,10 @@ class Algorithm(ABC):
     def describe_steps(self, recipe: Recipe, loader: Loader, steps: int, updates: int) -> str:
         """A line of --dry-run."""
 
+    def not_ready(self, recipe: Recipe) -> list[str]:
+        """Lines of --dry-run: what has to be there when a run begins, and is not yet."""
+        return []
+
     @abstractmethod
     def metric_names(self, recipe: Recipe, kind: str) -> Sequence[str]:
         """Names of the numbers in lines of this kind ("train", "validation"); some are there under some settings."""

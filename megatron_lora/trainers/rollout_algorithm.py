@@ -55,6 +55,9 @@ class RolloutAlgorithm(Algorithm):
         self.check_loss(recipe)
         engine_of(generation).check(recipe.policy, world)
 
+    def not_ready(self, recipe: Recipe) -> list[str]:
+        return engine_of(recipe.policy.generation).not_ready(recipe.policy)
+
     def check_loss(self, recipe: Recipe) -> None:
         """Raise UserError where the loss cannot take the answers that the run draws."""
 

@@ -59,6 +59,7 @@ def check_only(loaded: LoadedRecipe) -> list[str]:
         *start.warnings,
         *start.notices,
         *resumes,
+        *algorithm_of(loaded.recipe).not_ready(loaded.recipe),
     ]
 
 

@@ -63,6 +63,12 @@ def test_of_prompts_no_target_tokens_are_told(dense: Path) -> None:
     assert "prompts kept" in told and "tokens a prompt: " in told and "target tokens" not in told
 
 
+def test_servers_that_do_not_answer_yet_are_told_of_and_refuse_nothing(dense: Path) -> None:
+    urls = "policy.generation.servers.urls=[http://127.0.0.1:9]"
+    *_, told = dry_run(dense, GRPO, *ONE_RANK, "policy.generation.colocated.enabled=false", urls)
+    assert told.startswith("not ready yet: ") and "127.0.0.1:9" in told and "megatron-lora serve" in told
+
+
 def test_sequences_beyond_the_models_positions_are_told_of(tmp_path: Path) -> None:
     base = save_base(tmp_path / "short", max_position_embeddings=8)
     assert any("longer than the 8 positions" in line for line in dry_run(base, SFT, *ONE_RANK))
