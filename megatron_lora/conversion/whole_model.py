@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def convert_hf_to_megatron(
         _write_weights(weights, parameters, source.weights, shapes, show_progress)
         (out / HF_FOLDER).mkdir()
         source.copy_small_files(out / HF_FOLDER)
-        record = {"hf_model_name": hf_model_name, "fingerprint": fingerprint_weights(source.weights)}
+        record: dict[str, Any] = {"hf_model_name": hf_model_name, "fingerprint": fingerprint_weights(source.weights)}
         if model.tower:
             record[NAMES] = dataclasses.asdict(file_names([entry.name for entry in stored], folder))
         (out / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
