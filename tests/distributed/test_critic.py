@@ -56,6 +56,9 @@ CASES = [
 EXPERTS = long(case("experts", 2, EP, {"dp": {}}, family="qwen3_moe", adapter="experts"))
 
 
+IN_BFLOAT16 = [one("bfloat16", 1, {}, policy={"precision": "bfloat16"}) for one in (case, dtensor)]
+
+
 @pytest.fixture(scope="module")
 def wanted(room: Room) -> Callable[[Case], Both]:
     known: dict[tuple[str, str], Both] = {}
@@ -90,7 +93,7 @@ def test_policy_and_critic_train_as_pefts_two_adapters(
     assert all(not torch.equal(value, policy[name]) for name, value in factors.items() if name in policy)
 
 
-@pytest.mark.parametrize("case", [*CASES, *EXPERTS], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *IN_BFLOAT16, *EXPERTS], ids=str)
 def test_a_resumed_run_is_the_same_bit_for_bit(case: Case, ranks_found: list[dict[str, Any]]) -> None:
     for found in ranks_found:
         whole, again = found["whole"], found["continued"]["same"]
