@@ -69,14 +69,23 @@ def select_linears(
         )
     notices = list(matcher.notices)
     if shapes.num_experts and not target_modules:
-        notices.append(
-            f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; to adapt the experts "
-            "name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, up_proj, down_proj), to adapt "
-            "the router name it (router)"
-        )
+        notices.append(_frozen_experts(shapes, key))
     chosen = [linear for linear in linears if linear.name in wanted]
     _check_whole_experts(shapes, chosen, key)
     return Selection(chosen, notices)
+
+
+def _frozen_experts(shapes: ModelSpec, key: str) -> str:
+    experts = (
+        "such experts carry no adapters here"
+        if any(linear.packed for linear in shapes.linears)
+        else "to adapt the experts name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, "
+        "up_proj, down_proj)"
+    )
+    return (
+        f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; {experts}; to adapt the "
+        "router name it in target_modules (router)"
+    )
 
 
 def _packed_names(shapes: ModelSpec) -> dict[tuple[str, int | None], str]:
