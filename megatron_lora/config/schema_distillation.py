@@ -41,11 +41,15 @@ class DistillationConfig(RolloutSection):
     num_generations_per_prompt: PositiveInt = Field(default=1, description="Answers a prompt.")
 
     def unread(self, name: str, resolved: dict[str, Any]) -> list[str]:
-        """Keys of `loss_fn` that are for losses of rewards."""
+        """Keys of `loss_fn` that are for losses of rewards, where they say something else than the default."""
         from megatron_lora.config.schema_algorithms import LossFnConfig
 
         written, fields = resolved.get("loss_fn") or {}, LossFnConfig.model_fields
-        return [f"loss_fn.{key}" for key in written if key in fields and key not in READ]
+        return [
+            f"loss_fn.{key}"
+            for key, value in written.items()
+            if key in fields and key not in READ and value != fields[key].get_default(call_default_factory=True)
+        ]
 
     def complete(self, recipe: "Recipe") -> None:
         super().complete(recipe)
