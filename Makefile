@@ -5,7 +5,8 @@ SHELL := /bin/sh
 PYTHON := .venv/bin/python
 SITE_PACKAGES := $(CURDIR)/.venv/lib/python3.12/site-packages
 # Which tests stay together: tests/conftest.py.
-PARALLEL := --numprocesses 2
+# Long groups first (ranks, whole runs, then units), as the folders are named: no process waits for the other at the end.
+PARALLEL := --numprocesses 2 --no-loadscope-reorder
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help install quickstart quickstart-grpo compare test test-fast test-long lint format clean

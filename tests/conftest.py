@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-# Files whose tests share ranks or a run that is started once for all of them, by the start of their names. Every other
-# file is a group of its own.
+# Files whose tests share ranks or a run that is started once for all of them, by the start of their names. Every
+# other file is a group of its own.
 TOGETHER = {
     "test_megatron_": "Megatron's ranks",
+    "test_critic": "Megatron's ranks",
     "test_dtensor": "DTensor's ranks",
     "test_config_sweep": "Megatron's ranks",
     "test_rollout_native": "Megatron's ranks",
@@ -29,6 +30,8 @@ FAST = (
 def group(nodeid: str) -> str:
     """The tests that run in one process with this one."""
     file = nodeid.split("::")[0]
+    if "[critic_dtensor" in nodeid:
+        return TOGETHER["test_dtensor"]
     return next((name for start, name in TOGETHER.items() if PurePath(file).name.startswith(start)), file)
 
 

@@ -108,7 +108,9 @@ def _table() -> Iterator[tuple[str, ...]]:
     for family in WITH_TOWER:
         with tempfile.TemporaryDirectory() as name:
             config = tower_config(family, SIZES, tied=False)
-            model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+            model = AutoModelForImageTextToText.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
             yield (f"`{family}`", f"`{type(model).__name__}`", *_try(model, Path(name)))
 
 

@@ -143,7 +143,7 @@ def test_a_megatron_checkpoint_is_a_base_to_merge_into(
 VLLM = {"llama3": ("llama3", "llama3_head"), "qwen2_wide": ("qwen2_wide",)}
 
 
-@pytest.mark.parametrize("base", VLLM)
+@pytest.mark.parametrize("base", ["llama3", pytest.param("qwen2_wide", marks=pytest.mark.long)])
 def test_vllm_gives_pefts_log_probabilities(base: str, folder: Path, found: Any) -> None:
     """Exports of TP=2 checkpoints, unmerged and merged: GQA, qkv biases, padded vocabulary, an adapter on lm_head."""
     expected = {base: target_logps(AutoModelForCausalLM.from_pretrained(folder / base))}

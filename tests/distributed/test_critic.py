@@ -56,7 +56,7 @@ CASES = [
 EXPERTS = long(case("experts", 2, EP, {"dp": {}}, family="qwen3_moe", adapter="experts"))
 
 
-IN_BFLOAT16 = [one("bfloat16", 1, {}, policy={"precision": "bfloat16"}) for one in (case, dtensor)]
+IN_BFLOAT16 = long(*(one("bfloat16", 1, {}, policy={"precision": "bfloat16"}) for one in (case, dtensor)))
 
 
 @pytest.fixture(scope="module")

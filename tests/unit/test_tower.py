@@ -25,7 +25,7 @@ from tests.support.models import family_config, random_model
 
 FILE = "model.safetensors"
 # As their files name the language model: those of before transformers 4.52, Qwen2-VL's, and the whole model's own.
-FAMILIES = ("gemma3_tower", "qwen2_vl_tower", "qwen3_vl_tower")
+FAMILIES = ("gemma3_tower", pytest.param("qwen2_vl_tower", marks=pytest.mark.long), "qwen3_vl_tower")
 TARGETS = r".*language_model.*\.(q_proj|v_proj|o_proj|up_proj)"
 # peft says so where a vision tower's linears have the same names.
 pytestmark = pytest.mark.filterwarnings("error:Found missing adapter keys")
