@@ -116,6 +116,8 @@ def _table() -> Iterator[tuple[str, ...]]:
 
 def _of_families() -> Iterator[tuple[str, ...]]:
     for family, entry in families().items():
+        if family in WITH_TOWER:
+            continue
         reason = unknown_reason(family)
         start = (f"`{family}`", f"`{entry['architecture']}`")
         if reason is not None:
