@@ -145,6 +145,7 @@ def test_ten_steps_from_an_adapter_equal_trl(layout: str, room: Path, tmp_path: 
     assert_equal_runs(folder, *from_adapter)
 
 
+@pytest.mark.long
 def test_ten_steps_of_the_dtensor_backend_equal_trl(room: Path, tmp_path: Path, from_adapter: Any) -> None:
     folder = run(tmp_path, recipe(room), 2, "policy.megatron_cfg.enabled=false")
     assert_equal_runs(folder, *from_adapter)
