@@ -36,12 +36,12 @@ def dry_run(base: Path, recipe: str, *overrides: str) -> list[str]:
         (SFT, [*ON_DTENSOR, "policy.optimizer={name: torch.optim.AdamW, kwargs: {rate: 1}}"], "not take kwargs"),
         (SFT, [*ON_DTENSOR, ADAMW, f"policy.scheduler=[{{name: {LINEAR}x}}]"], f"'{LINEAR}x' cannot be imported"),
         (SFT, [*ON_DTENSOR, ADAMW, f"policy.scheduler=[{{name: {LINEAR}, kwargs: {{x: 1}}}}]"], "not take kwargs"),
-        (GRPO, [*VLLM, "policy.generation.vllm_kwargs.max_num_seq=3"], "did you mean max_num_seqs?"),
         *(
-            pytest.param(GRPO, [*VLLM, key], wanted, marks=pytest.mark.long)  # each starts a process that imports vLLM
-            for key, wanted in (
-                ("policy.max_total_sequence_length=512", "longer than the model's 256 positions"),
-                ("policy.generation.vllm_kwargs.max_num_seqs=-1", "greater than or equal to 1"),
+            pytest.param(GRPO, [*VLLM, key], wanted, marks=mark)  # each starts a process that imports vLLM
+            for key, wanted, mark in (
+                ("policy.generation.vllm_kwargs.max_num_seq=3", "did you mean max_num_seqs?", pytest.mark.slow),
+                ("policy.max_total_sequence_length=512", "the model's 256 positions", pytest.mark.long),
+                ("policy.generation.vllm_kwargs.max_num_seqs=-1", "greater than or equal to 1", pytest.mark.long),
             )
         ),
     ],
@@ -81,6 +81,7 @@ def memory_of(base: Path, monkeypatch: pytest.MonkeyPatch, *keys: str) -> float:
     return float(line.partition("base ")[2].split()[0])
 
 
+@pytest.mark.slow
 def test_the_bases_memory_follows_from_its_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     base = save_base(tmp_path / "experts", "qwen3_moe", moe_intermediate_size=256)
@@ -90,6 +91,7 @@ def test_the_bases_memory_follows_from_its_layout(tmp_path: Path, monkeypatch: p
     assert any("4 experts a layer over EP 2 x ETP 1" in line for line in dry_run(base, SFT, *ONE_RANK, divided))
 
 
+@pytest.mark.slow
 def test_a_base_in_four_bits_is_counted_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_base(tmp_path / "wide", intermediate_size=2048)
     four_bits = [f"{MEGATRON}.peft.quantization=nf4", f"{MEGATRON}.peft.lora_dtype=float32"]
