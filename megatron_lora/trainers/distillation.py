@@ -11,20 +11,16 @@ import torch
 
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.batch import Row
-from megatron_lora.data.dataset import Prompt
-from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.distillation import OLD, TEACHER, DistillationObjective
 from megatron_lora.policy.interface import StepResult
 from megatron_lora.policy.other_adapter import other_adapter
-from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.rollout.teacher import TeacherServers
 from megatron_lora.runtime.agreement import from_first_rank
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.algorithm import Loader
 from megatron_lora.trainers.rollout_algorithm import RolloutAlgorithm
 from megatron_lora.trainers.rollout_batch import Group, build_rows
-from megatron_lora.trainers.rollout_engine import RolloutEngine
 from megatron_lora.trainers.rollout_loop import RolloutTrainer, train_on_rollouts
 from megatron_lora.trainers.rollout_scores import with_field, with_scores
 from megatron_lora.trainers.session import Session
@@ -37,26 +33,18 @@ METRICS = ("teacher_kl", "teacher_kl_k3", "teacher_nll", "clip_fraction")
 class DistillationTrainer(RolloutTrainer):
     """Steps of on-policy distillation."""
 
-    def __init__(
-        self,
-        session: Session,
-        loader: GroupLoader[Prompt],
-        engine: RolloutEngine,
-        runner: RewardRunner,
-        *,
-        shows_samples: bool,
-    ):
-        super().__init__(session, loader, engine, runner, shows_samples=shows_samples)
-        recipe, teacher = session.recipe, session.recipe.teacher
+    def prepare(self) -> None:
+        recipe, teacher = self.session.recipe, self.session.recipe.teacher
         self.adapter = teacher.adapter
         self.servers: TeacherServers | None = None
         if teacher.adapter is not None:
             self.policy.keep_other(other_adapter(recipe.policy, teacher.adapter, "teacher.adapter"))
         elif teacher.urls:
             self.servers = teacher_servers(recipe)
-            texts = [loader.dataset[number].text for number in range(min(COMPARED_TEXTS, len(loader.dataset)))]
+            rows = self.loader.dataset
+            texts = [rows[number].text for number in range(min(COMPARED_TEXTS, len(rows)))]
             servers = self.servers
-            from_first_rank(session.world, lambda: servers.start(session.tokenizer, texts))
+            from_first_rank(self.session.world, lambda: servers.start(self.session.tokenizer, texts))
 
     def score(self, groups: list[Group]) -> tuple[list[Row], dict[str, float]]:
         """Rows with the teacher's log-probabilities, and the policy's own where an update does not compute them."""

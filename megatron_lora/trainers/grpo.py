@@ -9,21 +9,18 @@ from collections.abc import Sequence
 from megatron_lora.config.schema import Recipe
 from megatron_lora.data.batch import Row
 from megatron_lora.data.dataset import Prompt
-from megatron_lora.data.loader import GroupLoader
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.advantages import clip_advantages, informative_groups, subtract_kl
 from megatron_lora.objectives.estimators import Estimator
 from megatron_lora.objectives.grpo import GRPOObjective, set_positive_example_weights
 from megatron_lora.objectives.row_filters import filter_overlong, mask_by_logprob_error
 from megatron_lora.policy.interface import StepResult
-from megatron_lora.rollout.rewards import RewardRunner
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.algorithm import Loader
 from megatron_lora.trainers.grpo_setup import check_async, check_grpo, loss_config, scores_all_ahead
 from megatron_lora.trainers.loop import DataSpent
 from megatron_lora.trainers.rollout_algorithm import RolloutAlgorithm
 from megatron_lora.trainers.rollout_batch import Group, build_rows, is_truncated, raw_rewards, shaped_rewards
-from megatron_lora.trainers.rollout_engine import RolloutEngine
 from megatron_lora.trainers.rollout_loop import Rollout, RolloutTrainer, rollout_errors, train_on_rollouts
 from megatron_lora.trainers.rollout_scores import OLD, REFERENCE, mean_kl, with_field, with_scores
 from megatron_lora.trainers.session import Session
@@ -32,19 +29,11 @@ from megatron_lora.trainers.session import Session
 class GRPOTrainer(RolloutTrainer):
     """Steps of GRPO."""
 
-    def __init__(
-        self,
-        session: Session,
-        loader: GroupLoader[Prompt],
-        engine: RolloutEngine,
-        runner: RewardRunner,
-        *,
-        shows_samples: bool,
-    ):
-        super().__init__(session, loader, engine, runner, shows_samples=shows_samples)
-        assert session.recipe.grpo is not None
-        self.options = session.recipe.grpo
-        self.objective = GRPOObjective(loss_config(session.recipe))
+    def prepare(self) -> None:
+        recipe = self.session.recipe
+        assert recipe.grpo is not None
+        self.options = recipe.grpo
+        self.objective = GRPOObjective(loss_config(recipe))
         self.estimator = Estimator.from_config(self.options.adv_estimator)
 
     def sample(self) -> Rollout:

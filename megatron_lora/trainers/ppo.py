@@ -4,7 +4,6 @@ critic's values, and the critic's own updates."""
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -23,8 +22,8 @@ REWARDED = "rewarded"
 class PPOTrainer(GRPOTrainer):
     """Steps of PPO. The critic learns first, on the same parts of a step's rows as the policy."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
+    def prepare(self) -> None:
+        super().prepare()
         critic, config, gae = self.policy.critic, self.session.recipe.critic, self.estimator.gae
         assert critic is not None and config is not None and gae is not None
         self.critic, self.gae = critic, gae

@@ -100,6 +100,11 @@ class RolloutTrainer(ABC):
         self.ahead: RolloutsAhead | None = None
         if self.rollouts.oldest_answer >= 0:
             self.ahead = RolloutsAhead(engine, loader, self.rollouts, session.total_steps)
+        self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make what a subclass keeps, once the rest is there. Collective."""
 
     @abstractmethod
     def score(self, groups: list[Group]) -> tuple[list[Row], dict[str, float]]:

@@ -2,10 +2,7 @@
 
 The servers are small ones that answer in vLLM's form and fail on command."""
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.rollout.teacher import TeacherServers
 from megatron_lora.runtime.world import World
 from megatron_lora.trainers.distillation import Distillation
+from tests.support.http_server import JsonServer
 from tests.support.models import save_model
 from tests.support.reference import save_adapter
 from tools.tiny_model import build_tokenizer
@@ -107,35 +105,17 @@ def test_another_scale_is_in_b(room: Path) -> None:
         assert torch.equal(halved[name], tensor / 2 if name.endswith("lora_B") else tensor)
 
 
-class Server:
+class Server(JsonServer):
     """A token's log-probability is minus its id, a text's tokens are its bytes. behaviour: ok, error, garbage or other
     tokens. asked: models of the requests."""
 
     def __init__(self, max_length: int = 65):
-        self.behaviour, self.asked, outer = "ok", [], self
+        self.behaviour, self.asked, self.max_length = "ok", [], max_length
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                models = [{"id": "big", "parent": None, "max_model_len": max_length}, {"id": "tuned", "parent": "big"}]
-                self.reply(200, {"data": models})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.reply(*outer.post(self.path, body))
-
-            def reply(self, status: int, body: Any) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+    def get(self, path: str) -> Any:
+        models = [{"id": "big", "parent": None, "max_model_len": self.max_length}, {"id": "tuned", "parent": "big"}]
+        return {"data": models}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         self.asked.append(body["model"])

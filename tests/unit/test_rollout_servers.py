@@ -1,10 +1,8 @@
 """What the trainer does where a rollout server fails, against small HTTP servers that fail on command. Real servers:
 tests/end_to_end/test_grpo_servers.py."""
 
-import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,13 @@ from megatron_lora.rollout.generator import RolloutError, SamplingOptions
 from megatron_lora.rollout.server_client import ServerClient, ServerFailed
 from megatron_lora.rollout.servers import ServerGenerator
 from megatron_lora.runtime.world import World
+from tests.support.http_server import JsonServer
 
 LINEAR = "model.layers.0.self_attn.q_proj"
 OPTIONS = SamplingOptions(max_new_tokens=4, seed=1)
 
 
-class Server:
+class Server(JsonServer):
     """Answers each prompt with its first token, `n` times, while its gate is open. behaviour: ok, error, hang, other
     (other weights), by another (answers of another adapter) or garbage. models: that were asked, in order."""
 
@@ -32,32 +31,12 @@ class Server:
         self.behaviour, self.adapters, self.models = "ok", {}, []
         self.gate = threading.Event()
         self.gate.set()
-        outer = self
+        super().__init__(port)
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                models = [{"id": "base", "parent": None, "max_model_len": 64}]
-                models += [{"id": name, "parent": "base"} for name in outer.adapters]
-                self.reply(200, {"data": models} if self.path == "/v1/models" else {})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.reply(*outer.post(self.path, body))
-
-            def reply(self, status: int, body: Any) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.port = self.http.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+    def get(self, path: str) -> Any:
+        models = [{"id": "base", "parent": None, "max_model_len": 64}]
+        models += [{"id": name, "parent": "base"} for name in self.adapters]
+        return {"data": models} if path == "/v1/models" else {}
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/v1/load_lora_adapter":
