@@ -99,6 +99,9 @@ class RunConsole:
                 console=self.console,
                 expand=True,
                 refresh_per_second=4,
+                # What libraries print belongs into the log, where the streams lead.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._main = self._live.add_task(title, total=total_steps, completed=first_step, metrics="", left="")
             self._live.start()

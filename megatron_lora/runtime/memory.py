@@ -10,7 +10,8 @@ _graph_pool = 0
 
 
 def hold_graph_pool(num_bytes: int) -> None:
-    """Note that CUDA graphs keep so many bytes more for what their replays write, which torch counts as free."""
+    """Note that CUDA graphs keep so many bytes more (or, below 0, no longer) for what their replays write, which torch
+    counts as free."""
     global _graph_pool
     _graph_pool += num_bytes
     activity.hold("CUDA graphs (activations)", _graph_pool)

@@ -1,13 +1,16 @@
 """What people read reaches the terminal, what libraries print the log: at the level of file descriptors."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_lora.errors import UserError
+from megatron_lora.reporting.console import RunConsole
 from megatron_lora.runtime import terminal
 
 NOISE = """
@@ -61,3 +64,17 @@ def test_a_mistake_removes_a_temporary_log_and_a_crash_keeps_it(capfd: pytest.Ca
         log.path.unlink(missing_ok=True)
     print("back")
     assert capfd.readouterr().out == "back\n"
+
+
+def test_a_live_bar_leaves_noise_in_the_log(monkeypatch: pytest.MonkeyPatch):
+    """Such as the bars of vLLM's captures: Rich's live display would take the streams over and print them above it."""
+    screen, log = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", log)
+    monkeypatch.setattr(sys, "stderr", log)
+    console = RunConsole("grpo", 4, console=Console(file=screen, force_terminal=True, width=100))
+    for stream in (sys.stdout, sys.stderr):
+        print("Capturing CUDA graphs", file=stream)
+    console.train_step(4, {})
+    console.close()
+    assert "4/4" in screen.getvalue() and "Capturing" not in screen.getvalue()
+    assert log.getvalue().count("Capturing CUDA graphs") == 2

@@ -10,6 +10,7 @@ are and change in place.
 """
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -101,7 +102,9 @@ class GraphedPasses:
             self._graphs.clear()
             return None
         torch.cuda.empty_cache()
-        hold_graph_pool(torch.cuda.memory_reserved() - before)
+        held = torch.cuda.memory_reserved() - before
+        hold_graph_pool(held)
+        weakref.finalize(graph, hold_graph_pool, -held)
         return graph
 
 
