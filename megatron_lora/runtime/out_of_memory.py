@@ -5,7 +5,7 @@ import re
 import psutil
 import torch
 
-from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema import PolicyConfig, Recipe
 from megatron_lora.runtime import activity
 
 GIB = 2**30
@@ -29,7 +29,7 @@ def describe_out_of_memory(error: Exception, recipe: Recipe, rank: int) -> str:
     lines = [
         f"out of {what} on rank {rank} while {activity.current().what}{_wanted(source)}",
         *([f"  {_first_line(error)}"] if in_engine else []),
-        f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens",
+        *([] if in_engine else [f"  micro-batch: at most {micro_batch_tokens(recipe):,} tokens"]),
         *(f"  held: {line}" for line in (_held_by_machine() if _of_the_machine(source) else _held())),
         "  to lower it, most effective first:",
         *(f"    {line}" for line in remedies(recipe, in_engine=in_engine)),
@@ -104,11 +104,27 @@ def micro_batch_tokens(recipe: Recipe) -> int:
 
 def remedies(recipe: Recipe, *, in_engine: bool = False) -> list[str]:
     """`key=value  (what it is now)` of the keys that this recipe still can turn. in_engine: it is the rollout engine
-    that had not enough."""
-    policy, megatron = recipe.policy, recipe.policy.megatron_cfg
+    that had not enough, while nothing of a micro-batch was held."""
+    policy = recipe.policy
     backend = "policy.megatron_cfg" if policy.backend == "megatron" else "policy.dtensor_cfg"
-    found: list[str] = []
-    section = megatron if policy.backend == "megatron" else policy.dtensor_cfg
+    section = policy.megatron_cfg if policy.backend == "megatron" else policy.dtensor_cfg
+    found = [] if in_engine else _of_a_micro_batch(policy, backend)
+    if recipe.draws_answers and policy.generation.engine.wants_memory:
+        part = policy.generation.vllm_cfg.gpu_memory_utilization
+        less = max(0.1, part - 0.1)
+        found.append(f"policy.generation.vllm_cfg.gpu_memory_utilization={less:.2g} (now {part:g})")
+    if not in_engine:
+        half_length = max(1, policy.max_total_sequence_length // 2)
+        found.append(f"policy.max_total_sequence_length={half_length} (now {policy.max_total_sequence_length})")
+    size_name = "tensor_model_parallel_size" if policy.backend == "megatron" else "tensor_parallel_size"
+    size = getattr(section, size_name)
+    found.append(f"{backend}.{size_name}={2 * size} (now {size}), with as many GPUs")
+    return found
+
+
+def _of_a_micro_batch(policy: PolicyConfig, backend: str) -> list[str]:
+    """What makes the passes of a micro-batch need less."""
+    found = []
     for name in ("sequence_packing", "dynamic_batching"):
         packing = getattr(policy, name)
         if packing.enabled and packing.train_mb_tokens > policy.max_total_sequence_length:
@@ -118,17 +134,9 @@ def remedies(recipe: Recipe, *, in_engine: bool = False) -> list[str]:
     if not packed and policy.train_micro_batch_size > 1:
         half = policy.train_micro_batch_size // 2
         found.append(f"policy.train_micro_batch_size={half} (now {policy.train_micro_batch_size})")
-    if policy.backend == "megatron" and not megatron.use_fused_linear_logprobs:
+    if policy.backend == "megatron" and not policy.megatron_cfg.use_fused_linear_logprobs:
         found.append("policy.megatron_cfg.use_fused_linear_logprobs=true (now false)")
+    section = policy.megatron_cfg if policy.backend == "megatron" else policy.dtensor_cfg
     if not section.activation_checkpointing:
         found.append(f"{backend}.activation_checkpointing=true (now false)")
-    if recipe.draws_answers and policy.generation.engine.wants_memory:
-        part = policy.generation.vllm_cfg.gpu_memory_utilization
-        less = f"policy.generation.vllm_cfg.gpu_memory_utilization={max(0.1, part - 0.1):.2g} (now {part:g})"
-        found.insert(0 if in_engine else len(found), less)
-    half_length = max(1, policy.max_total_sequence_length // 2)
-    found.append(f"policy.max_total_sequence_length={half_length} (now {policy.max_total_sequence_length})")
-    size_name = "tensor_model_parallel_size" if policy.backend == "megatron" else "tensor_parallel_size"
-    size = getattr(section, size_name)
-    found.append(f"{backend}.{size_name}={2 * size} (now {size}), with as many GPUs")
     return found

@@ -75,8 +75,10 @@ def test_a_rollout_engine_without_memory_has_the_same_message(reason: Exception)
         lines = describe_out_of_memory(error, recipe, 0).splitlines()
     assert lines[0].startswith("out of GPU memory on rank 0 while handing the weights of step 80 to the engine")
     assert lines[1].startswith("  vLLM failed to wake up on rank 0: ")
-    first = lines[lines.index("  to lower it, most effective first:") + 1]
+    first, second, last = lines[lines.index("  to lower it, most effective first:") + 1 :]
     assert first == "    policy.generation.vllm_cfg.gpu_memory_utilization=0.5 (now 0.6)"
+    assert "tensor_model_parallel_size=2" in second and "checkpoint" in last  # nothing of a micro-batch was held
+    assert not any("micro-batch" in line for line in lines)
     assert not is_out_of_memory(RolloutError("the refit was lost")) and is_out_of_memory(reason)
 
 
