@@ -54,6 +54,10 @@ quickstart-grpo: .venv/.installed-rollout-cpu
 compare: .venv/.installed
 	$(PYTHON) -m tools.compare
 
+# A core for each of the two: threads that wait by spinning would take it from the ranks.
+test test-fast test-long: export OMP_NUM_THREADS := 1
+test test-fast test-long: export OMP_WAIT_POLICY := PASSIVE
+
 # Two at a time: half of the suite is one process's work, and a group of ranks waits for its reference.
 test: .venv/.installed-rollout-cpu
 	$(PYTHON) -m pytest -m "not gpu and not long" $(PARALLEL)

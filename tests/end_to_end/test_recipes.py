@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 
 TOLERANCE = 1e-4
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-SHOWN = ("sft-quickstart-megatron", "sft-llama3.1-8b-megatron", "dpo-llama3.1-8b-megatron")
+SHOWN = ("sft-quickstart-megatron", "sft-llama3.1-8b-megatron")
 BACKENDS = {"megatron": "true", "dtensor": "false"}
 # One GPU's worth of a recipe in a size that two CPU processes do in seconds.
 SHORT = ("max_num_steps=2", "val_batches=1", "val_global_batch_size=8")
