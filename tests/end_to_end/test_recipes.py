@@ -100,6 +100,7 @@ def stand_ins(recipe: Path, room: Path) -> list[str]:
         *([f"teacher.adapter={room / 'teacher'}", *TEACHERS] if algorithm == "distillation" else []),
         "policy.megatron_cfg.peft.init_adapter=null",
         *(f"policy.megatron_cfg.{key}={value}" for key, value in layout.items()),
+        *(["policy.generation.vllm_cfg.tensor_parallel_size=null"] if algorithm in DRAWING else []),
         *small_data(content.get("data", {}).get("train", {}).get("dataset_name"), algorithm, room),
     ]
 
