@@ -8,19 +8,29 @@ from dataclasses import dataclass
 class EngineFacts:
     """name: of `rollout/engines.py`. wants_memory: it takes the trainer's GPU while it answers. own_length: it has a
     longest sequence of its own, `vllm_cfg.max_model_len`. outside: it answers beside training, on devices of its own.
+    no_experts: why it does not report the experts that it sends tokens to; empty: it does.
     """
 
     name: str
     wants_memory: bool = False
     own_length: bool = False
     outside: bool = False
+    no_experts: str = ""
 
 
 # `policy.generation.backend` -> who answers (in the trainer's processes, on machines of its own; None: it cannot).
 BACKENDS: dict[str, tuple[EngineFacts, EngineFacts | None]] = {
     "vllm": (
         EngineFacts("vllm", wants_memory=True, own_length=True),
-        EngineFacts("servers", own_length=True, outside=True),
+        EngineFacts(
+            "servers",
+            own_length=True,
+            outside=True,
+            no_experts="the API by which servers answer (policy.generation.servers) does not report experts",
+        ),
     ),
-    "megatron": (EngineFacts("megatron"), None),
+    "megatron": (
+        EngineFacts("megatron", no_experts="the training model itself answers: its experts are the trainer's already"),
+        None,
+    ),
 }

@@ -78,6 +78,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_router_replay(self) -> Self:
+        if self.policy.router_replay.enabled and not self.draws_answers:
+            raise ValueError(
+                "policy.router_replay.enabled=true follows the experts of a rollout engine, and "
+                f"{self.algorithm} draws no answers; set it to false"
+            )
+        return self
+
     @property
     def algorithm(self) -> str:
         """The name of the section that the recipe has."""

@@ -55,6 +55,25 @@ class SequencePackingConfig(DynamicBatchingConfig):
         return "modified_first_fit_decreasing" if value == "modified_ffd" else value
 
 
+class RouterReplayConfig(Section):
+    """`policy.router_replay`: the rollout engine's choice of experts in training."""
+
+    enabled: bool = Field(
+        default=False,
+        description="The rollout engine reports the experts that it sent each token to; the trainer sends it to the "
+        "same, and the log says how often it would have chosen others (`routing_mismatch`).",
+    )
+    observe_only: bool = Field(
+        default=False, description="With `enabled`: compare and log alone; the trainer goes by its own choice."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.observe_only and not self.enabled:
+            raise ValueError("observe_only=true compares what the engine reports; set enabled=true as well")
+        return self
+
+
 class PolicyConfig(Section):
     """`policy`."""
 
@@ -120,6 +139,9 @@ class PolicyConfig(Section):
     scheduler: list[TorchSchedulerConfig] | None = Field(
         default=None,
         description="Torch schedulers of the DTensor backend, used with `optimizer`; null: a constant rate.",
+    )
+    router_replay: RouterReplayConfig = Field(
+        default_factory=RouterReplayConfig, description="The rollout engine's choice of experts in training."
     )
     generation: GenerationConfig = Field(default_factory=GenerationConfig, description="Rollouts (GRPO).")
 

@@ -11,7 +11,6 @@ TABLE: tuple[Group, ...] = (
         "where memory is, not what is computed; policy.dtensor_cfg.cpu_offload keeps optimizer state in CPU memory",
         any_value("offload_optimizer_for_logprob", "refit_buffer_size_gb", "activation_checkpointing_enabled"),
     ),
-    Group("policy.router_replay", "experts are chosen anew in training", {"enabled": (False,)}),
     Group(
         "policy",
         "a base whose folder holds it quantized is not read; give it in bfloat16 or float32",

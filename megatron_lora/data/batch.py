@@ -14,6 +14,8 @@ class Row:
     input_ids: [S] int64. target_mask: [S] bool, True where the token carries loss (never at position 0, which
     nothing predicts). token_fields: name -> [S] fp32, aligned with input_ids (old log-probabilities, advantages...).
     row_fields: name -> scalar. index: the row's number in its data set, counted from 1 as error messages do.
+    routed_experts: [S, layers, k] int16, the experts that a rollout engine sent each token to, -1 for a token of which
+    it says nothing; None: of none.
     """
 
     input_ids: Tensor
@@ -21,6 +23,7 @@ class Row:
     index: int = 0
     token_fields: dict[str, Tensor] = field(default_factory=dict)
     row_fields: dict[str, float] = field(default_factory=dict)
+    routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -61,7 +64,7 @@ class MicroBatch:
     follows. cu_seqlens: [rows + 1] int32. token_fields: name -> [T], shifted like targets. row_fields: name ->
     [rows] fp32. row_indices: data set row numbers, -1 for a padding row. row_lengths: each row's tokens without its
     padding, 0 for a padding row. num_rows counts the padding row too. bounds: cu_seqlens on the CPU. max_seqlen: the
-    longest row.
+    longest row. routed_experts: [T, layers, k] of `tokens`, not shifted, -1 where nothing is said; None: of no row.
 
     Where rows share prefixes (`data.shared_prefix`), tokens, positions [T] and cu_seqlens [segments + 1] hold each
     prefix once, and `shared_keys` says who attends to it. What is predicted then has a length N of its own: targets,
@@ -84,6 +87,7 @@ class MicroBatch:
     shared_keys: SharedKeys | None = None
     sources: Tensor | None = None
     target_positions: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.bounds:

@@ -10,6 +10,9 @@ from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.data.bins import PACKING_ALGORITHMS, Bins, concatenative, sorted_by_length
 from megatron_lora.errors import UserError
 
+# In the place of the experts of a token of which nothing is said.
+NOT_REPORTED = -1
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `value`."""
@@ -150,6 +153,9 @@ def collate(
     tokens = torch.full((total,), pad_token_id, dtype=torch.int64)
     if rows:
         tokens[real] = torch.cat([row.input_ids for row in rows])
+    experts = routed_experts([(row.routed_experts, len(row)) for row in rows])
+    if experts is not None:
+        experts = experts.new_full((total, *experts.shape[1:]), NOT_REPORTED).index_copy(0, real, experts)
     return MicroBatch(
         tokens=tokens,
         positions=positions,
@@ -165,7 +171,21 @@ def collate(
         row_fields=collate_row_fields(rows, row_names, len(padded)),
         row_lengths=row_lengths,
         bounds=bounds.tolist(),
+        routed_experts=experts,
     )
+
+
+def routed_experts(pieces: Sequence[tuple[Tensor | None, int]]) -> Tensor | None:
+    """[tokens, layers, k] of pieces laid one after the other, each with its number of tokens; None where no piece has
+    any. Raises ValueError where two are of different models."""
+    shapes = {experts.shape[1:] for experts, _ in pieces if experts is not None}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise ValueError(f"experts were reported in the shapes {sorted(map(tuple, shapes))} (layers, experts a token)")
+    [shape] = shapes
+    nothing = torch.full((1, *shape), NOT_REPORTED, dtype=torch.int16)
+    return torch.cat([nothing.expand(size, *shape) if experts is None else experts for experts, size in pieces])
 
 
 def field_names(rows: Sequence[Row], like: Row | None) -> tuple[list[str], list[str]]:

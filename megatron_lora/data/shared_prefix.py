@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch, Row, SharedKeys
-from megatron_lora.data.packing import collate_row_fields, field_names, padded_group_lengths, round_up
+from megatron_lora.data.packing import (
+    collate_row_fields,
+    field_names,
+    padded_group_lengths,
+    round_up,
+    routed_experts,
+)
 
 Groups = Sequence[Sequence[Row]]
 
@@ -119,7 +125,8 @@ def collate_families(
     total_multiple: int = 1,
     fixed_total: int | None = None,
 ) -> MicroBatch:
-    """Rows with their prefixes held once (see `MicroBatch`): (prefix, rows) of each family, at least one.
+    """Rows with their prefixes held once (see `MicroBatch`): (prefix, rows) of each family, at least one. A prefix goes
+    to the experts that are reported of its first row.
 
     A padding row (index -1) fills up to `total_multiple` or to exactly `fixed_total`, as in `packing.collate`. Raises
     ValueError where rows do not fit `fixed_total` or have different fields.
@@ -166,6 +173,7 @@ def collate_families(
         shared_keys=keys,
         sources=row_tokens[(where.place - 1).clamp(min=0)],
         target_positions=positions,
+        routed_experts=routed_experts(layout.experts),
     )
 
 
@@ -197,6 +205,7 @@ class _Layout:
         self.row_tokens: list[Tensor] = []
         self.bounds: list[int] = [0]
         self.keys: list[Tensor] = []
+        self.experts: list[tuple[Tensor | None, int]] = []
 
     @property
     def used(self) -> int:
@@ -205,21 +214,23 @@ class _Layout:
     def add(self, prefix: int, rows: Sequence[Row]) -> None:
         trunk = torch.empty(0, dtype=torch.int64)
         if prefix:
-            trunk = self._segment(rows[0].input_ids[:prefix], 0, trunk)
+            trunk = self._segment(rows[0].input_ids[:prefix], 0, trunk, rows[0].routed_experts)
         for row in rows:
-            self.row_tokens.append(self._segment(row.input_ids[prefix:], prefix, trunk))
+            self.row_tokens.append(self._segment(row.input_ids[prefix:], prefix, trunk, row.routed_experts))
 
     def pad(self, size: int, pad_token_id: int) -> None:
         self._segment(torch.full((size,), pad_token_id, dtype=torch.int64), 0, torch.empty(0, dtype=torch.int64))
 
-    def _segment(self, ids: Tensor, first_position: int, before: Tensor) -> Tensor:
-        """Append tokens that follow those at `before`; returns where all of them stand: the segment's keys."""
+    def _segment(self, ids: Tensor, first_position: int, before: Tensor, experts: Tensor | None = None) -> Tensor:
+        """Append tokens that follow those at `before`; returns where all of them stand: the segment's keys. experts:
+        of the whole row."""
         start, size = self.used, ids.numel()
         self.tokens.append(ids)
         self.positions.append(torch.arange(first_position, first_position + size))
         self.bounds.append(start + size)
         keys = torch.cat([before, torch.arange(start, start + size)])
         self.keys.append(keys)
+        self.experts.append((experts if experts is None else experts[first_position : first_position + size], size))
         return keys
 
     def shared_keys(self) -> SharedKeys:

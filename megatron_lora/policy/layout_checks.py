@@ -8,7 +8,7 @@ from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.cuda_graphs import ungraphed_reason
-from megatron_lora.policy.router_checks import check_router
+from megatron_lora.policy.router_checks import check_replay, check_router
 
 _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
 
@@ -16,6 +16,7 @@ _MEGATRON, _DTENSOR = "policy.megatron_cfg", "policy.dtensor_cfg"
 def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> None:
     """Refuse a layout of the active backend that the model or `world_size` ranks do not allow. Raises UserError."""
     _check_frozen_experts(policy, shape)
+    check_replay(policy, shape)
     if policy.backend == "megatron":
         megatron = policy.megatron_cfg
         _check_tensor_parallel(f"{_MEGATRON}.tensor_model_parallel_size", megatron.tensor_model_parallel_size, shape)

@@ -1,6 +1,7 @@
 """Settings of a model's experts and their router that cannot work, before any weight is loaded."""
 
 from megatron_lora.config.schema_megatron import MegatronConfig
+from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import ModelSpec
 
@@ -30,6 +31,31 @@ def check_router(megatron: MegatronConfig, shape: ModelSpec) -> None:
         )
     if megatron.activation_checkpointing and "shared_experts" in (megatron.recompute_modules or []):
         raise UserError(f"{key}, and recompute_modules has shared_experts: leave one of the two out")
+
+
+def check_replay(policy: PolicyConfig, shape: ModelSpec) -> None:
+    """Raise UserError where the rollout engine's choice of experts cannot be had or followed."""
+    if not policy.router_replay.enabled:
+        return
+    reason = policy.generation.engine.no_experts
+    if not shape.num_experts:
+        reason = f"a {shape.model_type} model has no experts"
+    elif policy.backend != "megatron":
+        reason = f"the experts of transformers' models choose for themselves ({_MEGATRON}.enabled=false)"
+    elif reason == "" and _recomputes_routers(policy.megatron_cfg):
+        reason = (
+            f"{_MEGATRON}.recompute_modules has moe, which routes again when a stage of a pipeline has other tokens; "
+            "recompute moe_act or whole layers instead"
+        )
+    if reason:
+        raise UserError(f"policy.router_replay.enabled=true, but {reason}; set it to false")
+
+
+def _recomputes_routers(megatron: MegatronConfig) -> bool:
+    """Whether routers run again in the backward pass without the layer around them, with other micro-batches' forward
+    passes in between."""
+    selective = megatron.activation_checkpointing and megatron.recompute_granularity == "selective"
+    return selective and "moe" in (megatron.recompute_modules or []) and megatron.pipeline_model_parallel_size > 1
 
 
 def router_notices(megatron: MegatronConfig, shape: ModelSpec) -> list[str]:

@@ -68,6 +68,7 @@ class Sample:
     token included. logprobs: [completion] fp32 CPU, nats, each token's log-probability in the distribution it was
     drawn from (after temperature, top-k and top-p; at temperature 0 the model's own). finish_reason: "stop" or
     "length". text: the completion decoded without special tokens. adapter_version: of the weights that drew it.
+    routed_experts: [prompt + completion, layers, k] int16 as in `Row`, where the engine was asked to report them.
 
     Of several turns with an environment between them (`sampled` is not None): completion_ids has all of them and what
     the environment answered; sampled: whether the model drew the token; logprobs: 0 where it did not. final_turn: the
@@ -85,6 +86,7 @@ class Sample:
     num_turns: int = 1
     final_turn: str = ""
     environment_error: str = ""
+    routed_experts: Tensor | None = None
 
     @property
     def sampled_mask(self) -> Tensor:
@@ -95,21 +97,33 @@ class Sample:
 
 
 def exchange_samples(mine: Sequence[Sample], group: Any = None) -> list[list[Sample]]:
-    """What each rank of `group` (None: all ranks) has drawn, on all of them. Collective. Log-probabilities travel as
-    one array: a tensor a sample takes longer to pickle than all the rest."""
+    """What each rank of `group` (None: all ranks) has drawn, on all of them. Collective. Log-probabilities and experts
+    travel as one array each: a tensor a sample takes longer to pickle than all the rest."""
     size = dist.get_world_size(group)
     if size == 1:
         return [list(mine)]
     logprobs = torch.cat([sample.logprobs for sample in mine]).numpy() if mine else None
+    reported = [sample.routed_experts for sample in mine if sample.routed_experts is not None]
+    experts = torch.cat(reported).numpy() if reported else None
     everyone: list[Any] = [None] * size
     nothing = torch.empty(0)
-    dist.all_gather_object(everyone, ([replace(sample, logprobs=nothing) for sample in mine], logprobs), group=group)
-    found = []
-    for samples, values in everyone:
-        sizes = [len(sample.completion_ids) for sample in samples]
-        pieces = torch.from_numpy(values).split(sizes) if samples else ()
-        found.append([replace(sample, logprobs=piece) for sample, piece in zip(samples, pieces, strict=True)])
-    return found
+    bare = [replace(sample, logprobs=nothing, routed_experts=None) for sample in mine]
+    dist.all_gather_object(everyone, (bare, logprobs, experts), group=group)
+    return [_with_tensors(*part) for part in everyone]
+
+
+def _with_tensors(samples: list[Sample], logprobs: Any, experts: Any) -> list[Sample]:
+    """Samples with their parts of the arrays in which they travelled; all of them have experts or none."""
+    if not samples:
+        return []
+    sizes = [len(sample.completion_ids) for sample in samples]
+    pieces = torch.from_numpy(logprobs).split(sizes)
+    samples = [replace(sample, logprobs=piece) for sample, piece in zip(samples, pieces, strict=True)]
+    if experts is None:
+        return samples
+    lengths = [len(sample.prompt_ids) + size for sample, size in zip(samples, sizes, strict=True)]
+    pieces = torch.from_numpy(experts).split(lengths)
+    return [replace(sample, routed_experts=piece) for sample, piece in zip(samples, pieces, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from megatron_lora.rollout.generator import (
     check_lengths,
     exchange_samples,
 )
+from megatron_lora.rollout.routing import reported_experts
 from megatron_lora.rollout.sent_weights import SentWeights
 from megatron_lora.runtime.cpu import device_names_as_given
 from megatron_lora.runtime.world import World
@@ -171,6 +172,9 @@ class VllmGenerator(Generator):
                         finish_reason=answer.finish_reason or "stop",
                         text=self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else "",
                         adapter_version=self.version,
+                        routed_experts=reported_experts(answer.routed_experts, len(prompts[index]) + len(ids))
+                        if self.policy.router_replay.enabled
+                        else None,
                     )
                 )
         return samples

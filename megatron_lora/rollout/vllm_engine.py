@@ -246,6 +246,8 @@ def engine_arguments(
         arguments["worker_cls"] = CPU_WORKER
         # A prompt read in pieces takes back its answer's random draw, which vLLM cannot do on a CPU.
         arguments["enable_chunked_prefill"] = False
+    if policy.router_replay.enabled:
+        arguments["enable_return_routed_experts"] = True
     fields = overridden_fields(policy, model)
     if stored_four_bit:
         arguments["load_format"] = "dummy"

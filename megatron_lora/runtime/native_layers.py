@@ -119,7 +119,15 @@ class NativeLinear(torch.nn.Module):
 
 
 @dataclass
-class SharedPrefixParams(PackedSeqParams):
+class RoutedParams(PackedSeqParams):
+    """A packed micro-batch. routed_experts: [this rank's tokens, layers, k] of `data.batch.MicroBatch`, None where its
+    routers choose."""
+
+    routed_experts: Tensor | None = None
+
+
+@dataclass
+class SharedPrefixParams(RoutedParams):
     """A micro-batch whose rows share prefixes. shared_keys: `data.batch.SharedKeys`, which core attention goes by; the
     other fields describe all tokens as one sequence, which is what rotary embeddings given token by token want."""
 

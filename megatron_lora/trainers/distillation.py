@@ -6,6 +6,7 @@ model of its own on vLLM servers (`teacher.urls`). Rewards are computed and logg
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,8 +56,10 @@ class DistillationTrainer(RolloutTrainer):
         first_update = self.session.recipe.policy.train_global_batch_size
         with self.sampling():
             if self.servers is None:
+                # A teacher chooses its own experts, whatever the policy's rollout engine chose.
+                asked = [replace(row, routed_experts=None) for row in rows]
                 with self.policy.other() if self.adapter is not None else self.policy.reference():
-                    teacher = self.policy.score(rows)
+                    teacher = self.policy.score(asked)
             rows = with_scores(self.policy, rows, old_from=0 if drops else first_update, reference=False)
         if self.servers is not None:
             servers = self.servers

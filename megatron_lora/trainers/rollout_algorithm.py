@@ -26,7 +26,7 @@ STEPS = (
     "max_seq_prob_error", "reward_seconds", "sleep_seconds", "scoring_seconds", "training_seconds", "refit_seconds",
     "refit_bytes", "refit_proof_seconds", "scoring_model_tokens", "training_model_tokens", "refit_probe_error",
     "refit_probe_tolerance", "refit_wait_seconds", "rollout_wait_seconds", "stale_samples", "staleness_mean",
-    "staleness_max",
+    "staleness_max", "routing_mismatch",
 )  # fmt: skip
 
 

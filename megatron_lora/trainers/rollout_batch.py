@@ -99,6 +99,7 @@ def build_rows(groups: Sequence[Group], advantages: Tensor) -> list[Row]:
                         "rollout_logps": torch.cat([torch.zeros(prompt_length), sample.logprobs]),
                     },
                     row_fields={"reward": 0.0 if math.isnan(reward) else reward},
+                    routed_experts=sample.routed_experts,
                 )
             )
     return rows

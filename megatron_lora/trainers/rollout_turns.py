@@ -108,6 +108,7 @@ class Turns:
             logprobs=torch.cat([answer.logprobs, torch.zeros(len(ids))]),
             sampled=answer.sampled + [False] * len(ids),
             text=answer.text + result.text,
+            routed_experts=_with_unknown(answer.routed_experts, len(ids)),
         )
 
     def _watch(self, steps: Sequence[Result]) -> None:
@@ -149,4 +150,21 @@ def _take_turn(game: _Game, sample: Sample) -> None:
         final_turn=sample.text,
         num_turns=answer.num_turns + 1,
         adapter_version=min(answer.adapter_version, sample.adapter_version),
+        routed_experts=_joined_experts(answer, sample),
     )
+
+
+def _with_unknown(experts: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """With so many tokens more, which were sent to no experts yet."""
+    return experts if experts is None else torch.cat([experts, experts.new_full((count, *experts.shape[1:]), -1)])
+
+
+def _joined_experts(answer: Sample, turn: Sample) -> torch.Tensor | None:
+    """Of an answer with one turn more. What stood before was sent to experts when it was drawn; the last token drawn,
+    and what the environment answered, when the next turn was."""
+    before, whole = answer.routed_experts, turn.routed_experts
+    if before is None or whole is None:
+        return None
+    known = (before >= 0).all((1, 2)).nonzero()
+    drawn = int(known[-1]) + 1 if known.numel() else 0
+    return torch.cat([before[:drawn], whole[drawn:]])

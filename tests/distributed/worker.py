@@ -28,6 +28,7 @@ CHECKS = {
         "megatron_failure_checks",
         "megatron_fault_checks",
         "native_checks",
+        "replay_checks",
     ),
     "dtensor": ("policy_checks", "critic_checks", "dtensor_checks", "dtensor_fault_checks"),
 }

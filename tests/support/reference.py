@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_lora.data.batch import Row
+from tests.support.forced_experts import forced_experts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # transformers' tensors of all experts of a layer.
@@ -142,10 +143,12 @@ def token_logps(model: torch.nn.Module, row: Row) -> torch.Tensor:
 
 def sum_of_target_logps(model: torch.nn.Module, rows: list[Row]) -> torch.Tensor:
     """The log-probabilities of all rows' target tokens, summed, in one batch: padding on the right of a causal model
-    is seen by nothing."""
+    is seen by nothing. Tokens go to the experts that the rows name."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     mask = pad_sequence([row.target_mask for row in rows], batch_first=True)
-    logps = F.log_softmax(model(ids).logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
+    with forced_experts(model, rows):
+        logits = model(ids).logits
+    logps = F.log_softmax(logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
     return (logps * mask[:, 1:]).sum()
 
 

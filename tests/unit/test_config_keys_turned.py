@@ -318,6 +318,7 @@ SHOWN = {
     "policy.megatron_cfg.peft.lora_B_init_method",
     "distributed/policy_checks.py": "policy.megatron_cfg.peft.dora_cached_norms",
     "distributed/test_megatron_parity.py": "policy.megatron_cfg.optimizer.use_distributed_optimizer",
+    "unit/test_router_replay.py": "policy.router_replay.enabled policy.router_replay.observe_only",
     "unit/test_router_keys.py": "policy.megatron_cfg.freeze_moe_router "
     "policy.megatron_cfg.moe_router_bias_update_rate policy.megatron_cfg.moe_router_enable_expert_bias",
     "distributed/test_megatron_router.py": "policy.megatron_cfg.moe_per_layer_logging",

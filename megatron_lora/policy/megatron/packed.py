@@ -10,20 +10,22 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch
-from megatron_lora.runtime.native_layers import SharedPrefixParams, layer_window
+from megatron_lora.runtime.native_layers import RoutedParams, SharedPrefixParams, layer_window
 from megatron_lora.runtime.rotary import picked, rotary_modules
 from megatron_lora.runtime.shared_attention import shared_attention
 
 
-def packed_params(batch: MicroBatch) -> PackedSeqParams:
-    """What attention and rotary embeddings are to know of a micro-batch on the device."""
+def packed_params(batch: MicroBatch, experts: Tensor | None = None) -> PackedSeqParams:
+    """What attention, rotary embeddings and routers are to know of a micro-batch on the device. experts: to which
+    the tokens of this rank go."""
     if batch.shared_keys is None:
-        return PackedSeqParams(
+        return RoutedParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
+            routed_experts=experts,
         )
     whole = torch.stack([batch.cu_seqlens[0], batch.cu_seqlens[-1]])
     return SharedPrefixParams(
@@ -33,6 +35,7 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams:
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
         shared_keys=batch.shared_keys,
+        routed_experts=experts,
     )
 
 

@@ -50,6 +50,7 @@ from megatron_lora.policy.megatron.lanes import MegatronLanes, generating
 from megatron_lora.policy.megatron.model import BaseModel, build_base
 from megatron_lora.policy.megatron.packed import RotaryPositions
 from megatron_lora.policy.megatron.router import METRIC, BalancingLoss
+from megatron_lora.policy.megatron.router_replay import RouterReplay
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.agreement import same_on_every_rank
 
@@ -58,6 +59,7 @@ class MegatronPolicy(LanePolicy):
     """A base in the recipe's layout, its adapters (or all of it), and Megatron's optimizer."""
 
     a_init_key = "lora_A_init_method"
+    replay: RouterReplay | None = None
 
     def _build(self, seed: int, num_steps: int) -> WeightSource:
         policy, world = self.config, self.world
@@ -98,6 +100,10 @@ class MegatronPolicy(LanePolicy):
             per_layer = policy.megatron_cfg.moe_per_layer_logging
             self.balancing = BalancingLoss(self.base.chunks, self.base.config, per_layer=per_layer)
             self.engine.names_padding = True
+        if policy.router_replay.enabled:
+            replays = not policy.router_replay.observe_only
+            self.replay = RouterReplay(self.base.chunks, self.base.shapes.num_layers, replays=replays)
+            self.engine.names_experts = True
         self.shapes, self.num_lanes = self.base.shapes, world.pp
         self.replica_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.model_group = parallel_state.get_model_parallel_group()
@@ -163,6 +169,8 @@ class MegatronPolicy(LanePolicy):
         num_tokens = sum(len(row) for row in rows)
         if self.balancing is not None:
             self.balancing.begin(num_tokens, self.world.device)
+        if self.replay is not None:
+            self.replay.begin(self.world.device)
         outcome = schedule.run(self.engine, share.batches, objective, count, forward_only=False, keep_logps=keep_logps)
         if not self._gradients_checked:
             self._check_gradients()
@@ -175,9 +183,10 @@ class MegatronPolicy(LanePolicy):
             raise NonFiniteLoss(float("nan"), sorted({row.index for row in rows}), what="gradient norm")
         self.scheduler.step(increment=1)
         balancing = {} if self.balancing is None else self.balancing.metrics(self.world.device)
+        replayed = {} if self.replay is None else self.replay.metrics(self.world.device)
         return StepResult(
             loss=outcome.loss + balancing.get(METRIC, 0.0),
-            metrics=outcome.metrics | balancing | self._lora_plus_rate(highest),
+            metrics=outcome.metrics | balancing | replayed | self._lora_plus_rate(highest),
             grad_norm=norm,
             learning_rate=learning_rate,
             num_target_tokens=sum(row.num_targets for row in rows),

@@ -22,6 +22,7 @@ from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
 from megatron_lora.policy.megatron.router import padding_mask
+from megatron_lora.policy.megatron.router_replay import local_experts
 from megatron_lora.policy.megatron.value_head import ValueHead
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.context_parallel import local_token_indices
@@ -33,8 +34,9 @@ from megatron_lora.runtime.world import World
 class Engine:
     """What every pass over micro-batches needs. chunks: this rank's stages, wrapped for data parallelism or not.
     rotary: of those stages. graphs: what runs a whole model's passes as CUDA graphs, where the recipe allows.
-    names_padding: the layers are told which tokens are padding. value_head: on the last stage of a critic, whose passes
-    give values in the place of log-probabilities."""
+    names_padding: the layers are told which tokens are padding. names_experts: they are told to which experts a rollout
+    engine sent each token. value_head: on the last stage of a critic, whose passes give values in the place of
+    log-probabilities."""
 
     chunks: Sequence[Any]
     config: Any
@@ -44,6 +46,7 @@ class Engine:
     rotary: RotaryPositions
     graphs: GraphedPasses | None = None
     names_padding: bool = False
+    names_experts: bool = False
     value_head: ValueHead | None = None
     metric_names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -143,12 +146,13 @@ def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: Micr
     if engine.names_padding:
         shared_by = engine.tp.size if engine.tp.sequence_parallel else 1
         padding = padding_mask(batch, mine, model, tp_rank=engine.tp.rank, tp_size=shared_by)
+    experts = local_experts(batch, mine, engine.tp) if engine.names_experts else None
     with engine.rotary.at(batch):
         return model(
             input_ids=tokens.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=packed_params(batch),
+            packed_seq_params=packed_params(batch, experts),
             padding_mask=padding,
             output_processor=head,
         )
