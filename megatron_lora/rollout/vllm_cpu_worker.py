@@ -32,9 +32,10 @@ def _record_experts(model: Any) -> None:
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
 
     for module in model.modules():
-        if isinstance(module, MoERunner) and module.router.capture_fn is not None:
+        if isinstance(module, MoERunner):
+            router: Any = module.router
             experts: Any = module.routed_experts
-            experts.forward_monolithic = _recording(experts, module.router.capture_fn)
+            experts.forward_monolithic = _recording(experts, router.capture_fn)
 
 
 def _recording(experts: Any, record: Callable[[Tensor], None]) -> Callable[..., Tensor]:

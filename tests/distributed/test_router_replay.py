@@ -23,7 +23,7 @@ PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64}}
 SELECTIVE = FULL_RECOMPUTE | {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 
 
-def case(name: str, ranks: int, megatron: dict[str, Any], observe: bool = False, **policy: Any) -> Case:
+def case(name: str, ranks: int, megatron: dict[str, Any], *, observe: bool = False, policy: Any = None) -> Case:
     replayed = {"router_replay": {"enabled": True, "observe_only": observe}}
     return Case(
         f"replay_{name}",
@@ -32,13 +32,13 @@ def case(name: str, ranks: int, megatron: dict[str, Any], observe: bool = False,
         "qwen3_moe",
         "experts",
         megatron=megatron | {"optimizer": {"adam_eps": EPS}},
-        policy=replayed | policy,
+        policy=replayed | (policy or {}),
         options={"steps": STEPS},
     )
 
 
 CASES = [
-    case("ep_packing", 2, EP | FULL_RECOMPUTE, **PACKED),
+    case("ep_packing", 2, EP | FULL_RECOMPUTE, policy=PACKED),
     case("pp", 2, PP | FULL_RECOMPUTE),
     *(
         pytest.param(one, marks=pytest.mark.long)
