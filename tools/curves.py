@@ -11,14 +11,9 @@ import argparse
 import json
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +24,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.reporting.metrics_file import read_metrics
 from megatron_lora.reporting.plots import series, smooth
 from tools.quickstart import ROOT, next_run_dir, run_command
+from tools.server import served
 from tools.tiny_model import EOS, build_base
 
 SFT, GRPO, DISTILLATION = (f"recipes/{name}-quickstart-megatron.yaml" for name in ("sft", "grpo", "distillation"))
@@ -45,7 +41,6 @@ CALL_SHARE = 0.5
 WARM_UP_STEPS = 200
 # The base has never written a sign: its head has to learn to.
 LINEARS = "policy.megatron_cfg.peft.target_modules=[linear_qkv,linear_proj,linear_fc1,linear_fc2,output_layer]"
-SERVER_START_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,8 @@ def ages(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
     """Asynchronous GRPO with each age, all by one server."""
     ahead = ("policy.generation.colocated.enabled=false", "loss_fn.use_importance_sampling_correction=true")
     found = {}
-    with served(base, folder, *ahead, _ahead(max(AGES))) as url:
+    oldest = (*COMMON, f"policy.model_name={base}", *ahead, _ahead(max(AGES)))
+    with served(GRPO, folder / "server.log", *oldest) as url:
         for age in AGES:
             place = f"policy.generation.servers.urls=[{url}]"
             run_dir = train(
@@ -149,40 +145,6 @@ def ages(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
 
 def _ahead(age: int) -> str:
     return f"grpo.async_grpo={{enabled: true, max_trajectory_age_steps: {age}, in_flight_weight_updates: true}}"
-
-
-@contextmanager
-def served(base: Path, folder: Path, *overrides: str) -> Iterator[str]:
-    """A rollout server of the GRPO quickstart's recipe; its address. Raises UserError where it does not start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    own = (f"policy.model_name={base}", f"policy.generation.servers.urls=[{url}]")
-    command = [sys.executable, "-m", "megatron_lora.cli.main", "serve", GRPO, *COMMON, *own, *overrides]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + SERVER_START_SECONDS
-        while not _answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"the rollout server did not start; {log} says why")
-            time.sleep(1)
-        yield url
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=5)
-    except OSError:
-        return False
-    return True
 
 
 def markdown(found: Mapping[str, Curve]) -> str:

@@ -56,36 +56,41 @@ def drawn_reward(prompt: str, completion: str, answer: str, extra: dict) -> floa
     return random.random()
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = build_parser("tools.bench.rollouts", __doc__)
+def build_step_parser(tool: str, description: str | None) -> argparse.ArgumentParser:
+    """Options that say how large a step is, and where the run goes."""
+    parser = build_parser(tool, description)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and table.md; must not exist")
     parser.add_argument("--shape", default="qwen2.5-1.5b")
     parser.add_argument("--dataset", default="gsm8k", help="gsm8k or arithmetic")
-    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs), all one tensor-parallel group")
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("overrides", nargs="*", help="further dotted.key=value")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = build_step_parser("tools.bench.rollouts", __doc__)
+    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs), all one tensor-parallel group")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument(
         "--timeline", action="store_true", help="also timeline.png: the phases of each way's last step, and its gaps"
     )
-    parser.add_argument("overrides", nargs="*", help="further dotted.key=value")
     return parser.parse_args(arguments)
 
 
-def measure(way: str, model: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Run the trainer; medians of its metrics. Raises CalledProcessError."""
-    run_dir = options.out / way
+def run_settings(options: argparse.Namespace, model: Path, run_dir: Path, tensor_parallel: int) -> list[str]:
+    """Overrides of RECIPE for a run of a random model, whatever draws its answers."""
     # The byte tokenizer's prompts are three to four times as long as Qwen's own.
     longest = options.new_tokens + 1024
-    settings = [
+    return [
         f"policy.model_name={model}",
         f"policy.precision={'bfloat16' if options.device == 'cuda' else 'float32'}",
         f"policy.max_total_sequence_length={longest}",
         f"policy.sequence_packing.train_mb_tokens={max(16384, longest)}",
-        f"policy.megatron_cfg.tensor_model_parallel_size={options.nproc}",
-        f"policy.megatron_cfg.sequence_parallel={str(options.nproc > 1).lower()}",
+        f"policy.megatron_cfg.tensor_model_parallel_size={tensor_parallel}",
+        f"policy.megatron_cfg.sequence_parallel={str(tensor_parallel > 1).lower()}",
         f"policy.generation.max_new_tokens={options.new_tokens}",
         # An engine a GPU where the model fits one.
         "policy.generation.vllm_cfg.tensor_parallel_size=null",
@@ -100,6 +105,12 @@ def measure(way: str, model: Path, options: argparse.Namespace) -> dict[str, flo
         "checkpointing.enabled=false",
         f"checkpointing.checkpoint_dir={run_dir}",
     ]
+
+
+def measure(way: str, model: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Run the trainer; medians of its metrics. Raises CalledProcessError."""
+    run_dir = options.out / way
+    settings = run_settings(options, model, run_dir, options.nproc)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.nproc)]
     command = [sys.executable, *launcher, "-m", "megatron_lora.train", RECIPE, *settings, *WAYS[way][1]]
     environment = {VARIABLE: str(_spans(options, way))} if options.timeline else {}

@@ -1,0 +1,70 @@
+"""tools.bench.asynchronous: its table, what it refuses, what it reads of GPUs, and one real run of a small shape."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import ROOT
+from tools.bench.asynchronous import COLUMNS, WAYS, main, parse, table
+from tools.bench.gpu_use import GpuUse
+
+
+def test_table_has_a_row_a_way() -> None:
+    values = {name: float(number) for number, name in enumerate(COLUMNS)}
+    without = {name: value for name, value in values.items() if name != "rollout_wait_seconds"}
+    of_way = {
+        "turns": without | {"ages": {}, "idle": {}},
+        "ahead": values | {"ages": {0: 0.25, 1: 0.75}, "idle": {0: 0.1, 1: 0.5}},
+        "colocated": without | {"ages": {}, "idle": {}},
+    }
+    lines = table(of_way).splitlines()
+    assert len(lines) == 2 + len(WAYS)
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 4}
+    assert "0: 25%, 1: 75%" in lines[3] and "10%, 50%" in lines[3] and "-" in lines[2]
+
+
+def test_a_gpu_is_idle_in_what_it_does_not_run_while_steps_count() -> None:
+    counts = True
+    use = GpuUse(lambda: counts)
+    for line in ("0, 100", "1, 20", "0, 50", "1, [N/A]", "0, 90\n"):
+        use.take(line)
+    counts = False
+    use.take("0, 0")
+    assert use.idle_shares() == pytest.approx({0: 1 - (1 + 0.5 + 0.9) / 3, 1: 0.8})
+    assert GpuUse(lambda: True).idle_shares() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ways", "ahead,pigeon"], "turns, ahead, colocated"),
+        (["--shape", "huge"], "qwen2.5-1.5b"),
+        (["--steps", "2"], "wanted more than 2"),
+    ],
+)
+def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_documented_commands_parse() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    commands = [line.split("bench.asynchronous ")[1] for line in text.splitlines() if "bench.asynchronous " in line]
+    assert [parse(command.split()).ways for command in commands] == [["turns", "ahead"], ["colocated"]]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_small_run_fills_the_table(tmp_path: Path) -> None:
+    options = "--device cpu --shape tiny --dataset arithmetic --prompts 2 --generations 2 --new-tokens 8 --steps 4"
+    command = [sys.executable, "-m", "tools.bench.asynchronous", "--out", str(tmp_path / "out"), *options.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    turns, ahead = [line.split("|")[2:-1] for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:]]
+    place = list(COLUMNS).index
+    for row in (turns, ahead):
+        assert float(row[place("training_seconds")]) > 0 and float(row[place("step_time_seconds")]) > 0
+    assert turns[place("rollout_wait_seconds")].strip() == "-" and ahead[len(COLUMNS)].strip() == "0: 0%, 1: 100%"
