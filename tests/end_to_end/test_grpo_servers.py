@@ -1,5 +1,6 @@
 """GRPO whose answers come from two real rollout servers (`megatron-lora serve`), one of which is killed."""
 
+import json
 import os
 import signal
 import socket
@@ -8,11 +9,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_lora.rollout.server_client import ServerClient
 from tests.end_to_end.test_grpo import SAME, TP, recipe
 from tests.support.compare import largest_difference
 from tests.support.launch import ROOT
@@ -26,6 +29,7 @@ from tests.support.runs import (
     wait_until,
     write_recipe,
 )
+from tests.support.trainer import Ended, Ranks, RankServer
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
 STEPS = 6
@@ -89,29 +93,130 @@ ASYNCHRONOUS = {
 }
 
 
-def test_answers_asked_ahead(base: Path, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", values(base, list(servers)), 2)
-    found = {}
-    for name, (asynchronous, loss) in ASYNCHRONOUS.items():
-        given = values(base, list(servers))
+def ahead(base: Path, urls: list[str], name: str) -> dict[str, Any]:
+    """The recipe, each step's metrics with a number that says which prompts it had."""
+    given = values(base, urls)
+    if name:
+        asynchronous, loss = ASYNCHRONOUS[name]
         given["grpo"]["async_grpo"] = {"enabled": True} | asynchronous
         given["loss_fn"] |= loss
-        found[name] = run(tmp_path / name.replace(" ", "-"), given, 2)
-        assert_names_are_known(found[name])
-    # Age 0 is the synchronous run.
-    for ours, theirs in zip(metrics(found["age 0"]), metrics(plain), strict=True):
+    which = {"kind": "python", "name": "which", "function": "tests.support.rewards:prompt_number", "weight": 0.0}
+    given["env"]["reward_functions"].append(which)
+    return given
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankServer]:
+    with RankServer() as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Starts the recipe's runs, all below a folder of their own."""
+
+    base: Path
+    urls: list[str]
+    ranks: RankServer
+    folder: Path
+
+    def start(self, place: Path, name: str) -> Ranks:
+        """place: the run's folder; its recipe is written beside it, what it prints too."""
+        path = write_recipe(place.with_name(f"{place.name}-recipe"), ahead(self.base, self.urls, name))
+        number = sum(1 for _ in self.folder.glob("output-*"))
+        arguments = [str(path), f"checkpointing.checkpoint_dir={place}"]
+        return self.ranks.start(arguments, self.folder / f"output-{number}")
+
+    def whole(self, name: str) -> Path:
+        """A run that nothing disturbs; "": of synchronous steps."""
+        place = self.folder / f"whole-{name.replace(' ', '-')}"
+        if not place.exists():
+            assert_went_through(self.start(place, name).end())
+        return place
+
+
+def assert_went_through(ended: Ended) -> None:
+    assert ended.status == 0 and ended.left == [], ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def starts(
+    base: Path,
+    servers: dict[str, subprocess.Popen[bytes]],
+    ranks: RankServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Starts:
+    return Starts(base, list(servers), ranks, tmp_path_factory.mktemp("ahead"))
+
+
+def assert_same_numbers(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
         assert [ours[key] for key in SAME] == pytest.approx([theirs[key] for key in SAME], rel=1e-5, abs=1e-7)
-        assert ours["staleness_max"] == 0 and ours["stale_samples"] == 0
+
+
+def test_answers_asked_ahead(starts: Starts) -> None:
+    plain, same = starts.whole(""), starts.whole("age 0")
+    # Age 0 is the synchronous run.
+    assert_same_numbers(metrics(same), metrics(plain))
+    assert all(line["staleness_max"] == 0 and line["stale_samples"] == 0 for line in metrics(same))
     last = f"step_{STEPS}"
-    assert largest_difference(adapter_of(found["age 0"] / last), adapter_of(plain / last)) < 1e-5
+    assert largest_difference(adapter_of(same / last), adapter_of(plain / last)) < 1e-5
+    for name in ASYNCHRONOUS:
+        assert_names_are_known(starts.whole(name))
     for name in ("age 1", "in flight"):
-        lines = metrics(found[name])
+        lines = metrics(starts.whole(name))
         assert [line["adapter_version"] for line in lines] == [max(0, step - 1) for step in range(STEPS)]
         assert [line["staleness_mean"] for line in lines] == [0.0] + [1.0] * (STEPS - 1)
         assert all(line["staleness_share_1"] == line["staleness_max"] for line in lines)
         # The distance to the policy that drew the answers is that of a step, far above rounding.
         assert lines[0]["rollout_logprob_error"] < 1e-4 < lines[-1]["rollout_logprob_error"] < 1.0
         assert max(line["refit_probe_error"] for line in lines) < 1e-4
+
+
+@pytest.mark.parametrize("how", ["killed while it refits", "stopped"])
+@pytest.mark.parametrize("name", ["age 0", "in flight"])
+def test_a_run_that_goes_on_loses_no_prompt_repeats_none_and_uses_nothing_stale(
+    starts: Starts, name: str, how: str
+) -> None:
+    """What was asked ahead is asked again with the weights that the run has; of age 0 the very same answers."""
+    place = starts.folder / f"{name} {how}".replace(" ", "-")
+    begun = starts.start(place, name)
+    if how == "stopped":
+        assert_went_through(begun.stop_when((place / "step_2" / "training_info.json").is_file))
+    else:
+        # Of each refit the weights lie here from before they are handed over until they are proven.
+        begun.kill_when(lambda: any((place / "rollout-weights").glob("version-3-*/adapter_config.json")))
+    versions = {folder.name for folder in (place / "rollout-weights").glob("version-*")}
+    saved = int((place / "latest_step.txt").read_text())
+    if how == "stopped":
+        assert 2 <= saved == len(metrics(place)) < STEPS
+    else:
+        assert saved == 2 == metrics(place)[-1]["step"] and versions
+    assert_went_through(starts.start(place, name).end())
+    lines, wanted = metrics(place), metrics(starts.whole(name))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["reward_which"] for line in lines] == [line["reward_which"] for line in wanted]
+    assert len({line["reward_which"] for line in lines}) == STEPS
+    # A run that goes on has asked for nothing yet: its first answers are of the weights that it has.
+    age = ASYNCHRONOUS[name][0].get("max_trajectory_age_steps", 1)
+    ages = [min(age, step if step < saved else step - saved) for step in range(STEPS)]
+    assert [line["adapter_version"] for line in lines] == [step - age for step, age in enumerate(ages)]
+    assert [line["staleness_mean"] for line in lines] == [line["staleness_max"] for line in lines] == ages
+    assert sum(line["stale_samples"] for line in lines) == 0
+    assert max(line["refit_probe_error"] for line in lines) < 1e-4
+    if age == 0:
+        assert_same_numbers(lines, wanted)
+    assert position(place) == position(starts.whole(name))
+    # The servers have forgotten what the killed run gave them.
+    for url in starts.urls:
+        client = ServerClient(url, 60.0)
+        client.describe()
+        assert client.loaded and not versions & set(client.loaded)
+
+
+def position(place: Path) -> dict[str, Any]:
+    """Of the data, after the last step."""
+    return json.loads((place / f"step_{STEPS}" / "training_info.json").read_text())["loader"]
 
 
 def test_servers_answer_as_colocated_engines_and_one_may_die(

@@ -2,12 +2,18 @@
 
 import os
 import signal
+import zlib
 from pathlib import Path
 
 
 def digit_share(prompt: str, completion: str, answer: str, extra: dict) -> float:
     """The share of digits among an answer's characters: what a random model learns in a few steps."""
     return sum(character.isdigit() for character in completion) / max(1, len(completion))
+
+
+def prompt_number(prompt: str) -> float:
+    """Tells prompts apart, whatever is answered: its mean over a step says which prompts the step had."""
+    return zlib.crc32(prompt.encode()) / (1 << 32)
 
 
 def ascii_share_of_final_turn(final_turn: str, num_turns: int) -> float:
