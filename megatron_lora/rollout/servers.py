@@ -6,6 +6,7 @@ back when it answers and holds the present version.
 """
 
 import json
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFaile
 from megatron_lora.rollout.server_requests import Batch, ServerRequests
 from megatron_lora.runtime.world import World
 
-# Bytes of merged weights in a file.
+# A file of merged weights has a layer's, and no more bytes than this.
 SHARD_BYTES = 2 << 30
 # The longest block of a server's cache (vLLM on a CPU: 128), for the probe's contexts.
 BLOCK = 128
@@ -146,7 +147,7 @@ class ServerGenerator(AheadGenerator):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Handover:
         # Every rank takes part in gathering; the first one writes.
         folder = self.folder / self._name(version)
-        writer = _Shards(folder, self.dtype) if self.world.rank == 0 else None
+        writer = Shards(folder, self.dtype) if self.world.rank == 0 else None
         for name, tensor in weights:
             if writer is not None:
                 writer.add(name, tensor)
@@ -317,19 +318,21 @@ class ServerGenerator(AheadGenerator):
         return box[0]
 
 
-class _Shards:
-    """Writes merged weights to files of a folder as they come."""
+class Shards:
+    """Writes merged weights to files of a folder as they come, a layer at a time: no more is held."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.folder = _fresh(folder)
         self.sent = SentWeights(dtype, torch.device("cpu"))
         self.shard: dict[str, Tensor] = {}
+        self.layer = ""
         self.held = self.number = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
         tensor = self.sent.note(name, tensor).contiguous()
         size = tensor.numel() * tensor.element_size()
-        if self.shard and self.held + size > SHARD_BYTES:
+        before, self.layer = self.layer, "".join(re.findall(r"\.layers\.\d+\.", name))
+        if self.shard and (self.layer != before or self.held + size > SHARD_BYTES):
             self._write()
         self.shard[name] = tensor
         self.held += size

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
@@ -15,9 +16,10 @@ from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.rollout.generator import RolloutError, SamplingOptions
 from megatron_lora.rollout.server_client import ServerClient, ServerFailed
-from megatron_lora.rollout.servers import ServerGenerator
+from megatron_lora.rollout.servers import ServerGenerator, Shards
 from megatron_lora.runtime.world import World
 from tests.support.http_server import JsonServer
+from tests.support.live_memory import LiveFloats
 
 LINEAR = "model.layers.0.self_attn.q_proj"
 OPTIONS = SamplingOptions(max_new_tokens=4, seed=1)
@@ -65,8 +67,6 @@ class Server(JsonServer):
 
     def rpc(self) -> tuple[int, Any]:
         """As `server_worker.ServerWorker.held_numbers`, from the file that it was given."""
-        from safetensors.torch import load_file
-
         from megatron_lora.policy.checksums import checksum
 
         folder = next(iter(self.adapters.values()))
@@ -173,6 +173,32 @@ def test_a_server_with_other_weights_is_not_used(two: list[Server], tmp_path: Pa
     two[1].models = []
     generator.generate([[5], [6]], 1, OPTIONS)
     assert two[1].asked == 0
+
+
+def test_merged_weights_are_written_without_ever_holding_more_than_a_layer(tmp_path: Path) -> None:
+    size = 64 << 10
+    names = ["model.embed_tokens.weight"]
+    names += [f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(6) for name in ("gate", "up", "down")]
+    names += ["model.norm.weight", "lm_head.weight"]
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for number, name in enumerate(names):
+            yield name, torch.full((128, size // 512), float(number))
+
+    with LiveFloats() as live:
+        shards = Shards(tmp_path / "weights", torch.float32)
+        for name, tensor in weights():
+            shards.add(name, tensor)
+            del tensor
+        handover = shards.close()
+    assert handover.num_bytes == len(names) * size
+    # A layer's three, the next layer's first, and columns that are read back.
+    assert 3 * size < live.peak < 4.5 * size
+    files = sorted((tmp_path / "weights").iterdir())
+    stored = [load_file(path) for path in files]
+    assert [len(tensors) for tensors in stored] == [1, 3, 3, 3, 3, 3, 3, 2]
+    found = {name: tensor for tensors in stored for name, tensor in tensors.items()}
+    assert set(found) == set(names) and all(bool((found[name] == n).all()) for n, name in enumerate(names))
 
 
 def test_without_any_server_the_run_ends_with_the_reasons(two: list[Server], tmp_path: Path) -> None:
