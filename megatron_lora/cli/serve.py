@@ -25,7 +25,12 @@ def serve(arguments: Sequence[str]) -> int:
         return 0
     if not loaded.recipe.draws_answers:
         raise UserError(f"{options.recipe} is a recipe of {loaded.recipe.algorithm}, which draws no answers")
-    command, environment = server_command(loaded.recipe.policy, num_versions=loaded.recipe.rollouts.num_versions)
+    policy = loaded.recipe.policy
+    if policy.preload_to_shm and not options.dry_run:
+        from megatron_lora.policy.preload import base_folder
+
+        policy = policy.model_copy(update={"model_name": str(base_folder(policy, for_a_child=True))})
+    command, environment = server_command(policy, num_versions=loaded.recipe.rollouts.num_versions)
     command += ["--host", found.host, "--port", str(found.port)]
     if options.dry_run:
         print(" ".join([*(f"{k}={v}" for k, v in environment.items()), shlex.join(command)]), flush=True)

@@ -52,6 +52,7 @@ _NAMES = {
     "gradient_accumulation_steps": "policy.train_global_batch_size",
     "per_device_train_batch_size": "policy.train_micro_batch_size",
     "micro_batch_size": "policy.train_micro_batch_size",
+    "use_shm": "policy.preload_to_shm",
     "max_length": "policy.max_total_sequence_length",
     "max_seq_length": "policy.max_total_sequence_length",
     "max_seq_len": "policy.max_total_sequence_length",

@@ -83,6 +83,11 @@ class PolicyConfig(Section):
         description="Fields that replace those of the model's config.json, such as `rope_scaling` (YaRN) and "
         "`max_position_embeddings`; merged exports and rollouts have them too.",
     )
+    preload_to_shm: bool = Field(
+        default=False,
+        description="Copy the base's files into the host's shared memory (/dev/shm) once; every rank and rollout "
+        "engine of the host reads them there.",
+    )
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="Tokenizer.")
     precision: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of the model's weights.")
     train_global_batch_size: PositiveInt = Field(

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from megatron_lora.config.schema_policy import PolicyConfig
-from megatron_lora.conversion.base_model import find_base
 from megatron_lora.conversion.four_bit_folder import FourBitFolder, QuantizedWeights
 from megatron_lora.conversion.hf_model import QUANTIZATION, HFModel
 from megatron_lora.conversion.inventory import open_model
@@ -13,6 +12,7 @@ from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.four_bit import FourBitMatrix, check_blocks, stack_rows, weight_names
 from megatron_lora.lora.model_spec import ModelSpec
+from megatron_lora.policy.preload import base_folder
 
 FourBitSource = FourBitFolder | QuantizedWeights
 
@@ -63,7 +63,7 @@ def _tensor_parallel(policy: PolicyConfig) -> tuple[int, str]:
 def open_base(policy: PolicyConfig) -> tuple[HFModel, WeightSource]:
     """The recipe's base, its linears in the form that the run holds them in. Raises UserError as `open_model` and
     `check_quantization` do."""
-    folder = find_base(None, policy.model_name, policy.model_name)
+    folder = base_folder(policy)
     model, weights = open_model(policy.model_name, folder, policy.hf_config_overrides)
     check_quantization(policy, model)
     return model, _as_held(policy, model, weights)

@@ -19,6 +19,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.policy.checksums import DifferentCopies, digest, join_ranks, to_numbers
 from megatron_lora.policy.interface import AdapterTensors
+from megatron_lora.policy.preload import base_folder
 from megatron_lora.rollout import vllm_engine, vllm_worker
 from megatron_lora.rollout.adapter_factors import adapted_linears, factors_fingerprint, largest_rank, scaled_factors
 from megatron_lora.rollout.generator import (
@@ -73,6 +74,8 @@ class VllmGenerator(Generator):
             self.model_config,
             stored_four_bit=vllm_engine.read_base(self.policy).stored_four_bit,
         )
+        if self.policy.preload_to_shm and "model" not in self.policy.generation.vllm_kwargs:
+            arguments["model"] = str(base_folder(self.policy))
         with self._reporting("start"):
             self._llm = vllm_engine.build_engine(arguments, self.world)
         config = self._llm.llm_engine.vllm_config

@@ -20,7 +20,7 @@ HARMLESS = (
     r"data\.(num_workers|validation.*)",
     r"env\.math\.num_workers",
     r"policy\.(train_micro_batch_size|logprob_batch_size|generation_batch_size|make_sequence_length_divisible_by)",
-    r"policy\.reference_weights",
+    r"policy\.(reference_weights|preload_to_shm)",
     r"policy\.(sequence_packing|dynamic_batching)\..*",
     r"policy\.megatron_cfg\.(enabled|.*_parallel.*|num_layers_in_.*|activation_checkpointing|recompute_.*)",
     r"policy\.megatron_cfg\.(.*fusion|use_fused_linear_logprobs|fused_linear_logprobs_chunk_size|checkpoint\..*)",

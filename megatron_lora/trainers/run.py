@@ -11,6 +11,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import NonFiniteLoss, Policy
+from megatron_lora.policy.preload import released_copies
 from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.runtime import terminal
 from megatron_lora.runtime.activity import begin, hold
@@ -91,7 +92,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
         enabled=world.is_main,
     )
     lock = RunLock(folder.path)
-    with reporter, watched(world, recipe.timeouts), lock:
+    with reporter, watched(world, recipe.timeouts), lock, released_copies():
         _tell(reporter, [*loaded.notices, *prepared.notices, *start.notices], start.warnings)
         _describe_data(reporter, prepared)
         begin("loading the model", is_slow=True)

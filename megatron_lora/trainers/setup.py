@@ -10,6 +10,7 @@ from megatron_lora.metrics import check_trackers
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.layout_checks import check_layout
+from megatron_lora.policy.preload import check_preload
 from megatron_lora.policy.quantization import check_quantization
 from megatron_lora.policy.router_checks import router_notices
 from megatron_lora.policy.weights_check import check_base, check_positions, check_token_ids, read_base
@@ -37,6 +38,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     check_trackers(recipe.logger)
     model = read_base(recipe.policy)
     notices = check_base(recipe.policy, model)
+    check_preload(recipe.policy)
     check_layout(recipe.policy, model.shapes, world.size)
     if recipe.policy.backend == "megatron":
         notices += router_notices(recipe.policy.megatron_cfg, model.shapes)

@@ -301,6 +301,7 @@ SHOWN = {
     "teacher.requests_at_once",
     "unit/test_rollout_ahead.py": "grpo.async_grpo.enabled grpo.async_grpo.max_trajectory_age_steps "
     "grpo.async_grpo.in_flight_weight_updates",
+    "unit/test_preload.py": "policy.preload_to_shm",
     "unit/test_environments.py": "env.environment.path env.environment.kwargs env.environment.timeout_seconds "
     "env.environment.max_result_tokens grpo.max_rollout_turns",
     "end_to_end/test_dpo.py": "dpo.precompute_reference_logprobs",
