@@ -1,8 +1,8 @@
 """The Megatron-Core backend: `policy.megatron_cfg`."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_lora.config.schema_adapters import PeftConfig
 from megatron_lora.config.schema_base import (
@@ -19,6 +19,11 @@ from megatron_lora.config.schema_base import (
 RecomputeModule = Literal[
     "core_attn", "layernorm", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts", "gdn_norm_out"
 ]
+
+
+def _empty(value: Any) -> Any:
+    """NeMo RL's null for a section that is off."""
+    return {} if value is None else value
 
 
 class MegatronOptimizerConfig(Section):
@@ -82,6 +87,34 @@ class MegatronCheckpointConfig(Section):
     """`policy.megatron_cfg.checkpoint`."""
 
     async_save: bool = Field(default=False, description="Write checkpoints in the background while training goes on.")
+
+
+class Fp8Config(Section):
+    """`policy.megatron_cfg.fp8_cfg`: the frozen base's linears in FP8, under adapters in `policy.precision`."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Multiply with the frozen linears of attention and MLP in FP8, quantized once when they are "
+        "loaded; needs adapters and a GPU that has FP8. Exports and merged weights are of the base as its folder has "
+        "it.",
+    )
+    fp8: Literal["e4m3", "hybrid"] = Field(
+        default="e4m3", description="Format of weights, activations and gradients; `hybrid`: gradients in e5m2."
+    )
+    fp8_recipe: str = Field(
+        default="rowwise",
+        description="How scales are found. `rowwise`, one a row of each matrix, is the only one where `enabled`; NeMo "
+        "RL's others (`blockwise`, `tensorwise`, `delayed`, `mxfp8`) are refused there.",
+    )
+
+    @model_validator(mode="after")
+    def _one_scale_a_row(self) -> Self:
+        if self.enabled and self.fp8_recipe != "rowwise":
+            raise ValueError(
+                f"fp8_recipe={self.fp8_recipe} is a way of scaling that is not there: the frozen base has one scale a "
+                "row; use fp8_recipe=rowwise, or set enabled=false"
+            )
+        return self
 
 
 class MegatronConfig(Section):
@@ -177,6 +210,9 @@ class MegatronConfig(Section):
         default=False, description="Log-probabilities straight from hidden states, in chunks; full logits never exist."
     )
     fused_linear_logprobs_chunk_size: PositiveInt = Field(default=256, description="Tokens a chunk of the above.")
+    fp8_cfg: Annotated[Fp8Config, BeforeValidator(_empty)] = Field(
+        default_factory=Fp8Config, description="The frozen base in FP8."
+    )
     peft: PeftConfig = Field(default_factory=PeftConfig, description="Adapters.")
     optimizer: MegatronOptimizerConfig = Field(default_factory=MegatronOptimizerConfig, description="Optimizer.")
     scheduler: MegatronSchedulerConfig = Field(default_factory=MegatronSchedulerConfig, description="Schedules.")

@@ -237,6 +237,11 @@ class PolicyConfig(Section):
         return "megatron" if self.megatron_cfg.enabled else "dtensor"
 
     @property
+    def in_fp8(self) -> bool:
+        """Whether the base's linears are held in FP8."""
+        return self.backend == "megatron" and self.megatron_cfg.fp8_cfg.enabled
+
+    @property
     def adapter(self):
         """The active backend's adapter section: `megatron_cfg.peft` or `dtensor_cfg.lora_cfg`."""
         return self.megatron_cfg.peft if self.megatron_cfg.enabled else self.dtensor_cfg.lora_cfg

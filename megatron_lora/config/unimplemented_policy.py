@@ -158,10 +158,9 @@ TABLE: tuple[Group, ...] = (
     Group(_MEGATRON, "models are built as they were published", {"model_overrides": (None, {})}),
     Group(
         _MEGATRON,
-        "weights are float32 or bfloat16 (policy.precision)",
-        {"fp8_cfg": (None,), "fp8_cfg.enabled": (False,), "fp8_cfg.fp8_param": (False,)},
+        "weights in FP8 are frozen: they are quantized once and held in nothing else",
+        any_value("fp8_cfg.fp8_param"),
     ),
-    Group(_MEGATRON, "only read where fp8_cfg.enabled", any_value("fp8_cfg.fp8", "fp8_cfg.fp8_recipe")),
     Group(
         _MEGATRON,
         "multi-token prediction heads are not trained",

@@ -1,4 +1,4 @@
-"""Whether a run's base is held in 4 bits, what that rules out, and its weights in that form."""
+"""Whether a run's base is held in other than its own form, what that rules out, and its weights in 4 bits."""
 
 from torch import Tensor
 
@@ -12,13 +12,15 @@ from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.four_bit import FourBitMatrix, check_blocks, stack_rows, weight_names
 from megatron_lora.lora.model_spec import ModelSpec
+from megatron_lora.policy.fp8_base import check_fp8
 from megatron_lora.policy.preload import base_folder
 
 FourBitSource = FourBitFolder | QuantizedWeights
 
 
 def check_quantization(policy: PolicyConfig, model: HFModel) -> list[str]:
-    """Notices for the user. Raises UserError for a 4-bit base that the recipe cannot be run on; by config alone."""
+    """Notices for the user. Raises UserError for a base in 4 bits or FP8 that the recipe cannot be run on; by config
+    alone."""
     adapter, section = policy.adapter, policy.adapter_section
     notices = []
     if model.stored_four_bit:
@@ -50,7 +52,7 @@ def check_quantization(policy: PolicyConfig, model: HFModel) -> list[str]:
                 f"the model in bfloat16 and set {section}.quantization=null"
             )
         check_blocks(model.shapes, *_tensor_parallel(policy))
-    return notices
+    return notices + check_fp8(policy, model)
 
 
 def _tensor_parallel(policy: PolicyConfig) -> tuple[int, str]:

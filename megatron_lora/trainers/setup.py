@@ -8,6 +8,7 @@ from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import PreparedData, prepare_data
 from megatron_lora.metrics import check_trackers
 from megatron_lora.policy.adapter_start import planned_adapter
+from megatron_lora.policy.fp8_base import check_fp8_card
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.layout_checks import check_layout
 from megatron_lora.policy.preload import check_preload
@@ -47,6 +48,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
 
         check_optimizer(recipe.policy)
     notices += check_quantization(recipe.policy, model)
+    check_fp8_card(recipe.policy, world.device)
     planned_adapter(recipe.policy)
     validates = recipe.data.has_validation
     notices += check_metric_name(recipe, has_validation=validates)

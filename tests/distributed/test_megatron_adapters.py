@@ -289,3 +289,40 @@ def test_a_base_in_four_bits_is_never_there_in_full(case: Case, beside: Case, wo
     assert held["dense_size"] == dense["dense_linears"] > 5.5 * held["stored"]
     # All but the passing copies of one linear at a time.
     assert dense["peak"] - held["peak"] > 0.9 * held["dense_size"]
+
+
+IN_FP8: dict[str, Any] = {"fp8_cfg": {"enabled": True}}
+FP8_LOADING = Case("loading_fp8", 1, "loading", megatron=IN_FP8, policy={"precision": "bfloat16"})
+FP8 = Case(
+    "train_fp8",
+    2,
+    "train",
+    megatron=SP | IN_FP8,
+    policy={"precision": "bfloat16"},
+    options={"steps": 3, "merged": True},
+)
+
+
+@pytest.mark.parametrize("case", [FP8_LOADING], ids=str)
+def test_a_base_in_fp8_is_held_by_rows_and_by_columns(case: Case, found: dict[str, Any]) -> None:
+    assert found["dense_linears"] == 0
+    # A byte a value each way, and a scale a row and a column.
+    assert 1.0 < found["stored"] / (found["dense_size"] / 4 * 2) < 1.1
+
+
+@pytest.mark.parametrize("case", [FP8], ids=str)
+def test_training_over_fp8_is_near_and_what_leaves_it_is_exact(
+    case: Case, ranks_found: list[dict[str, Any]], reference: Callable[..., Training], room: Any
+) -> None:
+    wanted = reference(case)
+    base = AutoModelForCausalLM.from_pretrained(room.base(case.family), dtype=torch.bfloat16)
+    for found in ranks_found:
+        assert max(relative_differences(found["losses"], wanted.losses[:3])) < 0.02
+        assert max(relative_differences(found["grad_norms"], wanted.grad_norms[:3])) < 0.1
+        scale = found["config"]["lora_alpha"] / found["config"]["r"]
+        for name, weight in base.state_dict().items():
+            place = f"base_model.model.{name.removesuffix('.weight')}"
+            factors = [found["each"].get(f"{place}.lora_{factor}.weight") for factor in "BA"]
+            if factors[0] is not None:
+                weight = (weight.float() + scale * factors[0].float() @ factors[1].float()).bfloat16()
+            torch.testing.assert_close(found["merged"][name], weight, rtol=2**-7, atol=0, msg=name)

@@ -47,6 +47,7 @@ SHARED = {
     for backend in ("megatron", "dtensor")
 }
 GRAPHS = ("graphs.qwen2.bfloat16.plain", "graphs.llama2.bfloat16.plain", "graphs.qwen2.bfloat16.shared")
+FP8 = ("fp8.qwen2.e4m3", "fp8.qwen2.hybrid", "fp8.llama2.e4m3")
 LOGPROBS = ("logprobs.llama2.bfloat16", "logprobs.qwen2.bfloat16", "logprobs.gemma3.bfloat16")
 # Without a second GPU there is nothing to run them on.
 TWO_GPUS = {
@@ -73,7 +74,7 @@ ROLLOUTS_TWO = ("rollout.qwen2.bfloat16.tp2",) if torch.cuda.device_count() >= 2
 @pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("one-gpu")
-    return folder, run_cases(folder, [*ONE_GPU, *SHARED, *GRAPHS, *LOGPROBS, *DTENSOR], processes=1)
+    return folder, run_cases(folder, [*ONE_GPU, *SHARED, *GRAPHS, *FP8, *LOGPROBS, *DTENSOR], processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,23 @@ def test_cuda_graphs_change_no_number(one_gpu: tuple[Path, str], case: str) -> N
     assert values["graphs"] >= 2, values
     # cuDNN adds up attention gradients in no fixed order, and what fills up changes how they are cut.
     assert worst_difference(values) < BF16, values
+
+
+def test_fp8_products_are_those_of_the_rounded_numbers() -> None:
+    command = [sys.executable, "-m", "tests.gpu.fp8_checks"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("case", FP8)
+def test_training_over_fp8_follows_bfloat16_and_exports_the_base(one_gpu: tuple[Path, str], case: str) -> None:
+    folder, log = one_gpu
+    values = result(folder, case, log)
+    assert worst_difference(values) < 3e-2, values
+    assert worst_difference(values | {"reference": values["graphs"]}) < BF16, values
+    # Of random weights with wide logits: 0.13 nats where a CPU multiplies the same rounded numbers.
+    assert 1e-3 < values["logprob_error"] < 0.25 and values["graphs_error"] < 0.05, values
+    assert values["not_the_base"] == [] and values["moved"] > 0, values
 
 
 @pytest.mark.parametrize("case", LOGPROBS)

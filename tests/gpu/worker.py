@@ -200,7 +200,7 @@ def _rollout_error(policy: Any, samples: Any) -> float:
 def packing_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
     """The same steps with rows packed otherwise."""
     plain = losses(make_policy(folder, family, precision, "one"), steps())
-    packing = {"sequence_packing": {"enabled": True, "train_mb_tokens": 3 * LONGEST}}
+    packing: dict[str, Any] = {"sequence_packing": {"enabled": True, "train_mb_tokens": 3 * LONGEST}}
     return {"ours": losses(make_policy(folder, family, precision, "one", **packing), steps()), "reference": plain}
 
 
@@ -242,6 +242,34 @@ def graphs_case(folder: Path, family: str, precision: str, rows: str) -> dict[st
     scored = [torch.cat(policy.score(steps()[0])) for _ in range(3)]
     assert all(torch.equal(scored[0], again) for again in scored), "a replay gives other numbers"
     return {"ours": found["local"], "reference": found["none"], "graphs": found["graphs"]}
+
+
+def fp8_case(folder: Path, family: str, form: str) -> dict[str, Any]:
+    """Ten steps over the base in FP8, as CUDA graphs and kernel by kernel, and over it in bfloat16; how far apart the
+    log-probabilities at the start are, and merged weights at the end from the base's own plus the adapter's."""
+    rows = make_rows(8, VOCAB, seed=11, longest=LONGEST)
+    fp8 = {"fp8_cfg": {"enabled": True, "fp8": form}}
+    options = {"graphs": fp8 | {"cuda_graph_impl": "local"}, "ours": fp8, "reference": {}}
+    found: dict[str, Any] = {}
+    scores = {}
+    for name, keys in options.items():
+        policy = make_policy(folder, family, "bfloat16", "one", megatron_cfg={"cuda_graph_impl": "none"} | keys)
+        scores[name] = torch.cat(policy.score(rows))
+        found[name] = losses(policy, steps())
+        if name == "ours":
+            merged = {name: value.clone() for name, value in policy.hf_weights()}
+            frozen = dict(policy.hf_weights(merged=False))
+            found["moved"] = max(float((value - frozen[name]).abs().max()) for name, value in merged.items())
+            wrong = [name for name, value in policy.base.weights.entries.items() if not _same(policy, frozen, name)]
+            found["not_the_base"] = wrong
+    found["logprob_error"] = float((scores["ours"] - scores["reference"]).abs().mean())
+    found["graphs_error"] = float((scores["graphs"] - scores["ours"]).abs().max())
+    return found
+
+
+def _same(policy: Any, weights: dict[str, torch.Tensor], name: str) -> bool:
+    """Whether a tensor under its HF name is that of the base's folder."""
+    return torch.equal(weights[name].cpu(), policy.base.weights.read(name).to(torch.bfloat16))
 
 
 def logprobs_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
@@ -286,6 +314,7 @@ CASES = {
     "shared": shared_case,
     "graphs": graphs_case,
     "logprobs": logprobs_case,
+    "fp8": fp8_case,
     "resume": resume_case,
     "dtensor": dtensor_case,
     "rollout": rollout_case,

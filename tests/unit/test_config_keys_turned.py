@@ -323,6 +323,8 @@ SHOWN = {
     "unit/test_router_keys.py": "policy.megatron_cfg.freeze_moe_router "
     "policy.megatron_cfg.moe_router_bias_update_rate policy.megatron_cfg.moe_router_enable_expert_bias",
     "distributed/test_megatron_router.py": "policy.megatron_cfg.moe_per_layer_logging",
+    "unit/test_fp8.py": "policy.megatron_cfg.fp8_cfg.enabled policy.megatron_cfg.fp8_cfg.fp8 "
+    "policy.megatron_cfg.fp8_cfg.fp8_recipe",
     "unit/test_four_bit.py": "policy.dtensor_cfg.lora_cfg.double_quantization policy.dtensor_cfg.lora_cfg.lora_dtype",
     "unit/test_tokenizer_files.py": "policy.tokenizer.name",
     "unit/test_run_folder.py": "checkpointing.checkpoint_dir checkpointing.resume",

@@ -77,11 +77,6 @@ def test_the_notice_is_one_line_that_names_the_keys():
 @pytest.mark.parametrize(
     ("path", "value", "wanted"),
     [
-        (
-            "policy.megatron_cfg.fp8_cfg",
-            {"enabled": True},
-            "policy.megatron_cfg.fp8_cfg.enabled=true is not implemented",
-        ),
         ("policy.megatron_cfg.mtp_num_layers", True, "mtp_num_layers=true is not implemented"),
         ("policy.megatron_cfg.pipeline_dtype", "float32", "pipeline_dtype='float32' is not implemented"),
         ("policy.dtensor_cfg.context_parallel_size", 2, "context parallelism needs policy.megatron_cfg"),

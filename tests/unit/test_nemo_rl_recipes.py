@@ -36,7 +36,7 @@ def test_what_keeps_a_recipe_out_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert main([str(clone), "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "12 of 13 recipes resolve" and lines[1].startswith("1 of them ask for asynchronous GRPO, ")
-    assert lines[2].split() == ["1", "policy.megatron_cfg.fp8_cfg.enabled"]
+    assert lines[2].split() == ["1", "policy.megatron_cfg.fp8_cfg"]
     assert lines[3].startswith("examples/configs/recipes/llm/sft-fp8.yaml: ")
 
 

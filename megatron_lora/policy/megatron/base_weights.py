@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,17 @@ from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight
 from megatron_lora.lora.four_bit import FourBitWeight
-from megatron_lora.lora.frozen_linear import FrozenColumnParallelLinear, FrozenLinear, FrozenRowParallelLinear
+from megatron_lora.lora.fp8 import Fp8Weight
+from megatron_lora.lora.frozen_linear import (
+    FrozenColumnParallelLinear,
+    FrozenLinear,
+    FrozenReplicatedLinear,
+    FrozenRowParallelLinear,
+)
 from megatron_lora.lora.inject import global_linears
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.methods import ReadWeight
+from megatron_lora.policy.fp8_base import fp8_names
 from megatron_lora.policy.quantization import local_matrix
 from megatron_lora.runtime.world import World
 
@@ -28,6 +35,15 @@ from megatron_lora.runtime.world import World
 # `conversion.model_names`.
 _EXPERTS = re.compile(r"(.*\.mlp\.experts\.linear_fc[12])\.(weight|bias)")
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12])\.(\d+)\.(weight|bias)")
+# By the axis that tensor parallelism splits.
+_FROZEN: dict[int | None, type[FrozenLinear]] = {
+    0: FrozenColumnParallelLinear,
+    1: FrozenRowParallelLinear,
+    None: FrozenReplicatedLinear,
+}
+# A linear's weight in the form in which it is held, given its row in the table of the model's parameters and the tensor
+# in whose place it stands, which has a shape and a dtype but no memory; None: dense.
+Held = Callable[[ModelParameter, Tensor], BaseWeight | None]
 
 
 def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
@@ -61,11 +77,11 @@ def stored_weights(chunk: GPTModel) -> dict[str, BaseWeight]:
     }
 
 
-def hold_four_bit(
-    chunks: Sequence[GPTModel], weights: WeightSource, shapes: ModelSpec, tp: TensorParallel, device: torch.device
+def hold_stored(
+    chunks: Sequence[GPTModel], held: Held, shapes: ModelSpec, tp: TensorParallel, device: torch.device
 ) -> None:
-    """Put frozen linears over 4-bit weights in the place of those that `weights` has in 4 bits, one after the other;
-    matrices on the meta device that it has dense get (empty) memory."""
+    """Put frozen linears over the weights that `held` gives in the place of those on the meta device, one after the
+    other; those that it leaves dense get (empty) memory."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
     for chunk in chunks:
         for name, parent, attribute in list(global_linears(chunk)):
@@ -73,14 +89,35 @@ def hold_four_bit(
             if base.weight is None or not base.weight.is_meta:  # None: a head tied to the embedding
                 continue
             entry = table[f"{name}.weight"]
-            matrix = local_matrix(entry, weights, shapes, tp.rank, tp.size)
-            if matrix is None:
+            stored = held(entry, base.weight)
+            if stored is None:
                 base.weight = replaced(base.weight, torch.empty_like(base.weight, device=device))
                 continue
-            linear = FrozenColumnParallelLinear if entry.tp_axis == 0 else FrozenRowParallelLinear
-            stored = FourBitWeight(matrix.to(device), base.weight.dtype)
             assert stored.shape == tuple(base.weight.shape), f"{name}: {stored.shape} for {tuple(base.weight.shape)}"
-            setattr(parent, attribute, linear(base, base.config, tp, stored))
+            setattr(parent, attribute, _FROZEN[entry.tp_axis](base, base.config, tp, stored))
+
+
+def in_four_bits(weights: WeightSource, shapes: ModelSpec, tp: TensorParallel, device: torch.device) -> Held:
+    """What `weights` has in 4 bits, as it has it."""
+
+    def held(entry: ModelParameter, weight: Tensor) -> BaseWeight | None:
+        matrix = local_matrix(entry, weights, shapes, tp.rank, tp.size)
+        return None if matrix is None else FourBitWeight(matrix.to(device), weight.dtype)
+
+    return held
+
+
+def in_fp8(read: ReadWeight, shapes: ModelSpec, world: World, gradients: torch.dtype) -> Held:
+    """The parameters of `fp8_names`, each rank's part quantized on its device. read: as for `load_base_weights`.
+    gradients: as for `Fp8Weight`."""
+    names = fp8_names(shapes)
+
+    def held(entry: ModelParameter, weight: Tensor) -> BaseWeight | None:
+        if entry.name not in names:
+            return None
+        return Fp8Weight(_local(entry, weight, read, shapes, world).to(world.device), gradients)
+
+    return held
 
 
 @contextmanager

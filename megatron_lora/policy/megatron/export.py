@@ -31,11 +31,15 @@ def merged_hf_weights(
     mine = _own_parameters(base, world)
     stages = _gather_over_pipeline({_place(name): value.dtype for name, value in mine.items()})
     targets = {f"{name}.weight": target for name, target in merge_targets(spec).items()}
+
+    def merged(name: str, weight: Tensor) -> Tensor:
+        return targets[name].weight_update(factors, weight.device).merged(weight) if name in targets else weight
+
     for parameter in model_parameters(base.shapes):
-        if parameter.packed is not None:
-            # Experts that share a tensor are frozen: it is the base's.
-            [name] = parameter.hf_names
-            yield name, base.weights.read(name).to(world.device, base.config.params_dtype)
+        if parameter.packed is not None or parameter.name in base.rounded:
+            # Frozen, and not held here as HF has it: experts that share a tensor, linears in FP8.
+            for name in parameter.hf_names:
+                yield name, merged(name, base.weights.read(name).to(world.device, base.config.params_dtype))
             continue
         place = _place(parameter.name)
         stage = next(index for index, names in enumerate(stages) if place in names)
@@ -45,11 +49,7 @@ def merged_hf_weights(
             local = local.dense()
         whole = _whole(parameter, local, dtype, stage, world, base.shapes)
         for name in parameter.hf_names:
-            weight = unfuse(parameter, whole, name, base.shapes)
-            yield (
-                name,
-                targets[name].weight_update(factors, weight.device).merged(weight) if name in targets else weight,
-            )
+            yield name, merged(name, unfuse(parameter, whole, name, base.shapes))
 
 
 def _own_parameters(base: BaseModel, world: World) -> dict[str, BaseWeight | Tensor]:

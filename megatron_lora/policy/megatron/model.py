@@ -1,6 +1,6 @@
 """A Megatron-Core model of a Hugging Face base: the only file that touches layer specs and provider settings."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -20,13 +20,21 @@ from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.policy.backend import DTYPES
+from megatron_lora.policy.fp8_base import fp8_names, gradient_format
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
     replace_core_attention,
     set_numbers,
 )
-from megatron_lora.policy.megatron.base_weights import hold_four_bit, load_base_weights, matrices_on_meta
+from megatron_lora.policy.megatron.base_weights import (
+    Held,
+    hold_stored,
+    in_four_bits,
+    in_fp8,
+    load_base_weights,
+    matrices_on_meta,
+)
 from megatron_lora.policy.megatron.packed import with_shared_prefixes
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.policy.shared_prefix import unshared_reason
@@ -45,10 +53,10 @@ FUSIONS = (
 
 @dataclass
 class BaseModel:
-    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. weights: where its values came from, in the
-    form that they are held in. expert_tp: ranks that share each
-    expert's matrices. softcap: c, where logits x become c tanh(x / c). unshared_reason: why its attention
-    takes no rows that share prefixes; None where it does."""
+    """This rank's part of a base. chunks: one GPTModel a (virtual) stage. weights: where its values came from, 4-bit
+    ones in that form. rounded: the parameters that the model holds in FP8; what leaves the model is read from `weights`
+    again in their place. expert_tp: ranks that share each expert's matrices. softcap: c, where logits x become
+    c tanh(x / c). unshared_reason: why its attention takes no rows that share prefixes; None where it does."""
 
     chunks: list[GPTModel]
     shapes: ModelSpec
@@ -56,6 +64,7 @@ class BaseModel:
     tp: TensorParallel
     expert_tp: TensorParallel
     weights: WeightSource
+    rounded: Collection[str]
     softcap: float | None
     unshared_reason: str | None
 
@@ -80,7 +89,7 @@ def build_base(
     from megatron.bridge import AutoBridge
 
     model, weights = opened or open_base(policy)
-    four_bit = isinstance(weights, FourBitSource)
+    read = weights.read if changed is None else changed(weights.read)
     with _bridge_errors(policy.model_name):
         provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
     shapes = model.shapes
@@ -93,8 +102,15 @@ def build_base(
         on_gpu=world.device.type == "cuda" and have_transformer_engine(),
     )
     _configure(provider, policy, world, shared=unshared is None)
+    tp = TensorParallel(
+        group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
+        size=world.tp,
+        rank=world.tp_rank,
+        sequence_parallel=bool(provider.sequence_parallel),
+    )
+    held = _held(policy, weights, read, shapes, tp, world)
     # bridge prints the padded vocabulary, once a chunk
-    with redirect_stdout(StringIO()), matrices_on_meta() if four_bit else nullcontext():
+    with redirect_stdout(StringIO()), nullcontext() if held is None else matrices_on_meta():
         chunks = _provide_chunks(provider)
     set_numbers(chunks, model)
     for chunk in chunks:
@@ -102,15 +118,9 @@ def build_base(
         if provider.recompute_granularity == "full" and hasattr(chunk, "embedding"):
             # Recompute gives gradients only to inputs that want one; a frozen embedding's output would not.
             chunk.embedding.register_forward_hook(_require_grad)
-    tp = TensorParallel(
-        group=parallel_state.get_tensor_model_parallel_group(),  # type: ignore[arg-type]
-        size=world.tp,
-        rank=world.tp_rank,
-        sequence_parallel=bool(provider.sequence_parallel),
-    )
-    if four_bit:
-        hold_four_bit(chunks, weights, shapes, tp, world.device)
-    load_base_weights(chunks, weights.read if changed is None else changed(weights.read), shapes, world)
+    if held is not None:
+        hold_stored(chunks, held, shapes, tp, world.device)
+    load_base_weights(chunks, read, shapes, world)
     return BaseModel(
         chunks=chunks,
         shapes=shapes,
@@ -123,9 +133,24 @@ def build_base(
             sequence_parallel=False,
         ),
         weights=weights,
+        rounded=fp8_names(shapes) if policy.in_fp8 else frozenset(),
         softcap=model.final_softcap,
         unshared_reason=unshared,
     )
+
+
+def _held(
+    policy: PolicyConfig,
+    weights: WeightSource,
+    read: ReadWeight,
+    shapes: ModelSpec,
+    tp: TensorParallel,
+    world: World,
+) -> Held | None:
+    """The form of the linears that are no parameters of the model; None where all are."""
+    if policy.in_fp8:
+        return in_fp8(read, shapes, world, gradient_format(policy))
+    return in_four_bits(weights, shapes, tp, world.device) if isinstance(weights, FourBitSource) else None
 
 
 @contextmanager
