@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tools.bench import growth
 from tools.bench.__main__ import main, parse
 from tools.bench.measure import measure
 from tools.bench.report import LABELS, fill, markdown_table, put_into_document, slot
@@ -45,6 +47,24 @@ def test_table_has_ratios_and_names_what_failed() -> None:
     assert "| transformers + peft, LoRA | 250 ms | 256 | 3.0 GiB | 2.50 | 1.50 | 4.5000 |" in table
     assert "| transformers, full | out of memory |" in table
     assert "| 8 | 100 ms | 2.0 GiB |\n| 16 | 90 ms | 2.5 GiB |" in table
+
+
+def test_table_says_what_adapters_cost() -> None:
+    off = RESULTS["engines"] | {"ours-lora-launched": {"step_ms": 108.0}, "ours-lora-off": {"step_ms": 100.0}}
+    sizes = {"tokens_per_s": 1, "peak_gib": 1.0, "first_loss": 1.0}
+    engines = {name: sizes | row if "off" in name or "launched" in name else row for name, row in off.items()}
+    assert "a step takes 1.080 times as long as with them off" in markdown_table(RESULTS | {"engines": engines})
+    assert "times as long" not in markdown_table(RESULTS)
+
+
+def test_growth_is_told_by_doublings() -> None:
+    def row(rank: int, milliseconds: float) -> dict[str, Any]:
+        return {"rank": rank, "rows": 2, "length": 8, "step_ms": milliseconds, "tokens_per_s": 1, "peak_gib": 1.0}
+
+    rows = [row(8, 100.0), row(32, 400.0), {"rank": 64, "rows": 2, "length": 8, "error": "out of memory"}]
+    text = growth.table({"environment": {"device": "CPU"}, "shape": "tiny", "series": {"rank": rows}})
+    assert "| 8 | 16 | 100 ms | 1 | 1.0 GiB |  |" in text and "| 32 | 16 | 400 ms | 1 | 1.0 GiB | 2.00 |" in text
+    assert "| 64 | 16 | out of memory | | | |" in text
 
 
 def test_every_engine_has_a_label() -> None:
@@ -107,11 +127,21 @@ def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: l
 def test_small_run_measures_the_same_model_in_every_engine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--shape", "tiny", "--device", "cpu", "--steps", "2", "--warmup", "1", "--chunk", "16"]
-    arguments += ["--engines", "ours-lora,peft-lora,bridge-lora", "--sweep-chunks", "8", "--profile", "--out", str(out)]
+    arguments += [
+        "--engines",
+        "ours-lora,peft-lora,bridge-lora,ours-lora-off",
+        "--sweep-chunks",
+        "8",
+        "--profile",
+        "--out",
+        str(out),
+    ]
     assert main(arguments) == 0
     results = json.loads((out / "results.json").read_text())
     losses = [row["first_loss"] for row in results["engines"].values()]
-    assert len(losses) == 3 and max(losses) - min(losses) < 1e-4
+    assert len(losses) == 4 and max(losses) - min(losses) < 1e-4
+    off = results["engines"].pop("ours-lora-off")
+    assert off["last_loss"] == off["first_loss"]
     assert all(row["last_loss"] < row["first_loss"] for row in results["engines"].values())
     assert results["engines"]["ours-lora"]["sweep"]["8"]["step_ms"] > 0
     assert "aten::" in (out / "profile-ours-lora.txt").read_text()

@@ -9,8 +9,11 @@ import torch
 from tools.bench.task import Experts, Task
 
 
-def build(task: Task, *, lora: bool, experts: Experts | None = None) -> tuple[Callable[[], float], dict[str, Any]]:
-    """(one training step that returns its loss, what to report of the model)."""
+def build(
+    task: Task, *, lora: bool, experts: Experts | None = None, fp8: bool = False
+) -> tuple[Callable[[], float], dict[str, Any]]:
+    """(one training step that returns its loss, what to report of the model). fp8: Transformer Engine's, scaled by
+    tensor as in bridge's own mixed precision of that name, but in every layer and over weights that stay in bf16."""
     from megatron_lora.runtime.cpu import install_cpu_stand_ins
     from megatron_lora.runtime.transformer_engine import import_bridge
     from megatron_lora.runtime.world import init_distributed
@@ -18,7 +21,7 @@ def build(task: Task, *, lora: bool, experts: Experts | None = None) -> tuple[Ca
     world = init_distributed()
     install_cpu_stand_ins()
     import_bridge()
-    chunks, config, vocab_size = _model(task, lora, experts)
+    chunks, config, vocab_size = _model(task, lora, experts, fp8)
     optimizer = _optimizer(chunks, config)
     ids = task.input_ids(vocab_size, world.device)
     batch = _batch(ids)
@@ -27,7 +30,7 @@ def build(task: Task, *, lora: bool, experts: Experts | None = None) -> tuple[Ca
     return _step(task, chunks, optimizer, batch), {"trainable": trainable, "total": total}
 
 
-def _model(task: Task, lora: bool, experts: Experts | None) -> tuple[list[Any], Any, int]:
+def _model(task: Task, lora: bool, experts: Experts | None, fp8: bool) -> tuple[list[Any], Any, int]:
     """(the wrapped model, its configuration, vocabulary size)."""
     from megatron.bridge import AutoBridge
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -41,6 +44,8 @@ def _model(task: Task, lora: bool, experts: Experts | None) -> tuple[list[Any], 
     provider.seq_length = task.length
     # As in megatron.bridge.recipes.qwen: the 1.5B and 7B fine-tuning recipes.
     provider.cross_entropy_loss_fusion, provider.cross_entropy_fusion_impl = True, "native"
+    if fp8:
+        provider.fp8, provider.fp8_recipe = "hybrid", "tensorwise"
     if task.device == "cpu":
         _prepare_for_cpu(provider)
     # On by default where Transformer Engine is there, but the output layer's needs an Apex extension.

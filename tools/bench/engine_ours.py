@@ -11,14 +11,21 @@ from tools.bench.task import Experts, Task
 
 
 def build(
-    task: Task, *, lora: bool, graphs: str | None = None, experts: Experts | None = None
+    task: Task,
+    *,
+    lora: bool,
+    graphs: str | None = None,
+    experts: Experts | None = None,
+    fp8: bool = False,
+    adapters_on: bool = True,
 ) -> tuple[Callable[[], float], dict[str, Any]]:
-    """(one training step that returns its loss, what to report of the model). graphs: `cuda_graph_impl`."""
+    """(one training step that returns its loss, what to report of the model). graphs: `cuda_graph_impl`. fp8: the base
+    in FP8. adapters_on: False: the base's own products and their input gradients alone, down to the first layer's."""
     from megatron_lora.config.schema import PolicyConfig
     from megatron_lora.runtime.world import init_megatron_world
 
     settings = _policy(task, lora)
-    settings["megatron_cfg"]["cuda_graph_impl"] = graphs
+    settings["megatron_cfg"] |= {"cuda_graph_impl": graphs, "fp8_cfg": {"enabled": fp8}}
     if experts is not None:
         targets = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
         settings["megatron_cfg"]["peft"] |= {"target_modules": targets, "share_expert_adapters": experts == "shared"}
@@ -27,9 +34,20 @@ def build(
     from megatron_lora.policy.megatron.policy import MegatronPolicy
 
     policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=1000)
+    if not adapters_on:
+        _leave_base_alone(policy)
     step = _step(policy, task, policy.base.shapes.vocab_size)
     trainable, total = policy.trainable_parameters()
     return step, {"trainable": trainable, "total": total, "chunk": task.chunk, "policy": policy}
+
+
+def _leave_base_alone(policy: Any) -> None:
+    """Adapters off, and gradients asked for down to the embedding all the same."""
+    for linear in policy.adapted:
+        linear.enabled = False
+    policy.base.chunks[0].embedding.register_forward_hook(lambda module, given, out: out.requires_grad_())
+    # No adapter has a gradient.
+    policy._gradients_checked = True
 
 
 def build_dtensor(task: Task, *, fused: bool = True, **options: Any) -> tuple[Callable[[], float], dict[str, Any]]:

@@ -13,6 +13,8 @@ from megatron_lora.errors import UserError
 LABELS = {
     "ours-lora": "Megatron-LoRA, LoRA",
     "ours-lora-launched": "Megatron-LoRA, LoRA, cuda_graph_impl=none",
+    "ours-lora-fp8": "Megatron-LoRA, LoRA, base in FP8",
+    "ours-lora-off": "Megatron-LoRA, adapters off, cuda_graph_impl=none",
     "ours-lora-experts": "Megatron-LoRA, LoRA, experts too",
     "ours-lora-experts-shared": "Megatron-LoRA, LoRA, experts too, one pair for all",
     "ours-full": "Megatron-LoRA, full",
@@ -26,6 +28,7 @@ LABELS = {
     "bridge-lora": "Megatron-Bridge, LoRA",
     "bridge-lora-experts": "Megatron-Bridge, LoRA, experts too",
     "bridge-lora-experts-shared": "Megatron-Bridge, LoRA, experts too, one pair for all",
+    "bridge-lora-fp8": "Megatron-Bridge, LoRA, FP8",
     "bridge-full": "Megatron-Bridge, full",
 }
 REFERENCE = "ours-lora"
@@ -53,7 +56,15 @@ def markdown_table(results: dict[str, Any]) -> str:
             f"| {label} | {row['step_ms']:.0f} ms | {row['tokens_per_s']:,} | {row['peak_gib']:.1f} GiB | {slower} "
             f"| {larger} | {row['first_loss']:.4f} |"
         )
-    return "\n".join([*lines, *_sweep_lines(engines), ""])
+    return "\n".join([*lines, *_cost_lines(engines), *_sweep_lines(engines), ""])
+
+
+def _cost_lines(engines: dict[str, Any]) -> list[str]:
+    """The step beside the same one without the adapters' products, both kernel by kernel."""
+    on, off = (engines.get(name, {}).get("step_ms") for name in ("ours-lora-launched", "ours-lora-off"))
+    if not on or not off:
+        return []
+    return ["", f"What adapters cost: a step takes {on / off:.3f} times as long as with them off and dx kept."]
 
 
 def _sweep_lines(engines: dict[str, Any]) -> list[str]:

@@ -21,6 +21,8 @@ from tools.bench.task import Task
 ENGINES = {
     "ours-lora": partial(engine_ours.build, lora=True),
     "ours-lora-launched": partial(engine_ours.build, lora=True, graphs="none"),
+    "ours-lora-fp8": partial(engine_ours.build, lora=True, fp8=True),
+    "ours-lora-off": partial(engine_ours.build, lora=True, graphs="none", adapters_on=False),
     "ours-lora-experts": partial(engine_ours.build, lora=True, experts="each"),
     "ours-lora-experts-shared": partial(engine_ours.build, lora=True, experts="shared"),
     "ours-full": partial(engine_ours.build, lora=False),
@@ -34,6 +36,7 @@ ENGINES = {
     "bridge-lora": partial(engine_bridge.build, lora=True),
     "bridge-lora-experts": partial(engine_bridge.build, lora=True, experts="each"),
     "bridge-lora-experts-shared": partial(engine_bridge.build, lora=True, experts="shared"),
+    "bridge-lora-fp8": partial(engine_bridge.build, lora=True, fp8=True),
     "bridge-full": partial(engine_bridge.build, lora=False),
 }
 PACKAGES = (
