@@ -123,11 +123,15 @@ TABLE: tuple[Group, ...] = (
         "gradients are accumulated and reduced, and optimizer state kept, in float32",
         {
             "distributed_data_parallel_config.grad_reduce_in_fp32": ANY,
-            "gradient_accumulation_fusion": (False,),
             "optimizer.bf16": ANY,
             "optimizer.fp16": (False,),
             "optimizer.use_precision_aware_optimizer": ANY,
         },
+    ),
+    Group(
+        _MEGATRON,
+        "frozen weights, experts' too, have no gradients to accumulate; those of factors are added up in float32",
+        {"gradient_accumulation_fusion": ANY},
     ),
     Group(
         _MEGATRON,

@@ -76,11 +76,10 @@ def _fits(pattern: str, module: str) -> bool:
 
 def _no_such_module(pattern: str, known: Collection[str], shapes: ModelSpec, key: str) -> UserError:
     leaves = list(dict.fromkeys(name.removesuffix(".weight").rsplit(".", 1)[-1] for name in known))
-    linears = {name.rsplit(".", 1)[-1] for name in hf_linears(shapes)} | set(hf_linears(shapes))
-    if pattern in linears:
+    if any(_fits(pattern, name) for name in hf_linears(shapes)):
         return UserError(
-            f"{pattern!r} in {key} is a linear of the layers, which trains through an adapter; name it in "
-            f"target_modules, or train the whole model. Modules that train whole: {', '.join(leaves)}"
+            f"{pattern!r} in {key} is a linear of the layers, which trains through an adapter (so does a router); name "
+            f"it in target_modules, or train the whole model. Modules that train whole: {', '.join(leaves)}"
         )
     near = difflib.get_close_matches(pattern, [*leaves, *known], n=3, cutoff=0.4) or leaves
     return UserError(

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from megatron_lora.data.batch import Row
-from tests.distributed.cases import CP, EP, FULL_RECOMPUTE, PP, SP, VPP, Case, scored_rows, training_rows
+from tests.distributed.cases import CP, EP, ETP, FULL_RECOMPUTE, PP, SP, VPP, Case, scored_rows, training_rows
 from tests.distributed.replay_checks import routed, routed_steps
 from tests.support.compare import assert_same_training
 from tests.support.forced_experts import forced_experts
@@ -46,6 +46,7 @@ CASES = [
             case("tp1", 1, SELECTIVE),
             case("allgather", 2, EP | {"moe_token_dispatcher_type": "allgather"}),
             case("sp", 2, SP),
+            case("etp", 2, ETP),
             case("cp", 2, CP),
             case("vpp", 2, VPP),
             case("observe", 2, EP, observe=True),

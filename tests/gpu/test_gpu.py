@@ -141,6 +141,17 @@ def test_dtensor_backend_follows_the_reference(request: pytest.FixtureRequest, c
     assert values["merged"] > 0 and values["device"] == "{'cuda'}", values
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_trainer_follows_the_experts_that_vllm_reports(tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("vllm")
+    case = f"replay.qwen3_moe.{precision}.one"
+    values = result(tmp_path, case, run_cases(tmp_path, [case], processes=1))
+    assert values["reported"] < (1e-4 if precision == "float32" else 0.1), values
+    assert values["others"] > 5 * values["reported"], values
+    # In float32 both choose alike.
+    assert values["mismatch"] < (0.005 if precision == "float32" else 0.2), values
+
+
 @pytest.mark.parametrize("engine", ["native", "vllm"])
 @pytest.mark.parametrize("case", [*ROLLOUTS, *ROLLOUTS_TWO])
 def test_rollouts_have_the_trainers_weights_after_every_refit(tmp_path: Path, case: str, engine: str) -> None:

@@ -65,7 +65,8 @@ def prepare(folder: Path) -> None:
     for family in ("llama2", "qwen2", "gemma3"):
         model = save_model(folder / family, family, **SIZES)
         save_adapter(model, folder / f"{family}-adapter")
-    model = save_model(folder / "qwen3_moe", "qwen3_moe", **SIZES)
+    # vLLM's product of experts on a CPU takes multiples of 32.
+    model = save_model(folder / "qwen3_moe", "qwen3_moe", **SIZES, moe_intermediate_size=64)
     save_adapter(model, folder / "qwen3_moe-adapter", targets=TARGETS[:4], parameters=EXPERTS)
 
 
@@ -172,6 +173,29 @@ def rollout_case(folder: Path, family: str, precision: str, layout: str, engine:
     return found
 
 
+def replay_case(folder: Path, family: str, precision: str, layout: str) -> dict[str, Any]:
+    """Trainer and vLLM on vLLM's answers (mean difference, nats) at the experts that it reports, at the trainer's own
+    and at others, and the part of the reported that are not the trainer's own."""
+    cfg = {"tensor_parallel_size": 1, "enforce_eager": True, "gpu_memory_utilization": 0.3}
+    generation = {"vllm_cfg": cfg | {"max_model_len": 2 * LONGEST}}
+    policy = make_policy(folder, family, precision, layout, generation=generation, router_replay={"enabled": True})
+    generator = _vllm(policy, True)
+    generator.start()
+    generator.load_weights(policy.hf_weights(), 0)
+    samples = _answers(generator, seed=1)
+    generator.close()
+    reported = [sample.routed_experts for sample in samples]
+    last = policy.shapes.num_experts - 1
+    found: dict[str, Any] = {
+        "reported": _rollout_error(policy, samples, reported),
+        "own": _rollout_error(policy, samples),
+        "others": _rollout_error(policy, samples, [torch.where(own < 0, own, last - own) for own in reported]),
+    }
+    rows = _rows(samples, reported)
+    found["mismatch"] = policy.train_step([[row] for row in rows], SFTObjective()).metrics["routing_mismatch"]
+    return found
+
+
 def _native(policy: Any) -> Any:
     from megatron_lora.rollout.native import NativeGenerator
 
@@ -189,10 +213,17 @@ def _answers(generator: Any, seed: int) -> Any:
     return generator.generate(prompts, 4, SamplingOptions(max_new_tokens=24, temperature=1.0, seed=seed))
 
 
-def _rollout_error(policy: Any, samples: Any) -> float:
-    """Mean |trainer - engine| over the sampled tokens, nats."""
+def _rows(samples: Any, experts: Any = None) -> list[Row]:
     ids = [torch.tensor(sample.prompt_ids + sample.completion_ids) for sample in samples]
-    scores = policy.score([Row(input_ids=row, target_mask=torch.arange(len(row)) > 0) for row in ids])
+    return [
+        Row(input_ids=row, target_mask=torch.arange(len(row)) > 0, routed_experts=own)
+        for row, own in zip(ids, experts or [None] * len(ids), strict=True)
+    ]
+
+
+def _rollout_error(policy: Any, samples: Any, experts: Any = None) -> float:
+    """Mean |trainer - engine| over the sampled tokens, nats. experts: that tokens go to, None: the trainer's own."""
+    scores = policy.score(_rows(samples, experts))
     pairs = zip(scores, samples, strict=True)
     return float(torch.cat([score[-len(s.logprobs) :] - s.logprobs for score, s in pairs]).abs().mean())
 
@@ -318,6 +349,7 @@ CASES = {
     "resume": resume_case,
     "dtensor": dtensor_case,
     "rollout": rollout_case,
+    "replay": replay_case,
 }
 
 

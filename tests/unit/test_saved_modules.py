@@ -13,13 +13,20 @@ from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.conversion.export import import_hf_adapter, merge_lora_to_hf, read_peft_folder, write_peft_folder
 from megatron_lora.conversion.hf_model import read_hf_model
 from megatron_lora.errors import UserError
+from megatron_lora.lora.describe import describe
 from megatron_lora.lora.layout import AdapterSpec
+from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.lora.peft_format import from_hf, to_hf
 from megatron_lora.policy.adapter_start import starting_adapter
 from tests.support.models import save_model
 from tests.support.reference import make_rows, save_adapter, token_logps
 from tests.unit.test_lora_methods import SHAPES
 
+EXPERTS = describe(
+    ModelSizes(
+        "qwen3_moe", 16, 24, 3, 4, 2, 4, 20, False, num_experts=4, num_experts_per_token=2, moe_ffn_hidden_size=12
+    )
+)
 NAMES = ["embed_tokens", "input_layernorm", "model.norm", "lm_head"]
 
 
@@ -45,6 +52,12 @@ def test_names_paths_and_wildcards() -> None:
     [
         (["nrom"], {}, "near names: norm"),
         (["q_proj"], {}, "is a linear of the layers, which trains through an adapter"),
+        (
+            ["gate"],
+            {"shapes": EXPERTS},
+            "'gate' in .*trains through an adapter .so does a router.; name it in target",
+        ),
+        (["*.mlp.gate"], {"shapes": EXPERTS}, "mlp.gate' in .*trains through an adapter .so does a router"),
         (["lm_head"], {"target_modules": ["lm_head"]}, "trains lm_head whole, and target_modules adapts it"),
     ],
 )
