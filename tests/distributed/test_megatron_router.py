@@ -71,10 +71,10 @@ def test_the_auxiliary_loss_is_part_of_the_loss(
 ADAPTED_CASES = [
     case("adapted_ep", 2, EP, "router_experts", options={"steps": STEPS, "merged": True}),
     case("adapted_sp", 2, SP | FULL_RECOMPUTE, "router", options={"steps": STEPS, "merged": True}),
-    case("adapted_pp", 2, PP, "router"),
     *(
         pytest.param(one, marks=pytest.mark.long)
         for one in (
+            case("adapted_pp", 2, PP, "router"),
             case("adapted_tp1", 1, BALANCED, "router", **ROW_BY_ROW),
             case("adapted_cp", 2, CP, "router"),
             case("adapted_sp_ep", 4, SP | EP, "router_experts"),

@@ -38,12 +38,13 @@ def case(name: str, ranks: int, megatron: dict[str, Any], *, observe: bool = Fal
 
 
 CASES = [
-    case("ep_packing", 2, EP | FULL_RECOMPUTE, policy=PACKED),
-    case("pp", 2, PP | FULL_RECOMPUTE),
+    case("pp_packing", 2, PP | FULL_RECOMPUTE, policy=PACKED),
     *(
         pytest.param(one, marks=pytest.mark.long)
         for one in (
             case("tp1", 1, SELECTIVE),
+            case("ep_packing", 2, EP | FULL_RECOMPUTE, policy=PACKED),
+            case("pp", 2, PP | FULL_RECOMPUTE),
             case("allgather", 2, EP | {"moe_token_dispatcher_type": "allgather"}),
             case("sp", 2, SP),
             case("etp", 2, ETP),

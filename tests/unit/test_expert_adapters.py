@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,8 @@ from megatron_lora.lora.peft_format import ExpertLayout, from_hf, to_hf
 from megatron_lora.lora.targets import select_linears
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
 from megatron_lora.policy.expert_adapters import check_with_recipe
-from tests.support.models import family_config, random_model
+from megatron_lora.rollout.vllm_engine import hands_over_adapter, merge_only_reason
+from tests.support.models import family_config, random_model, save_model
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "head_dim": 6}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -340,3 +342,22 @@ def test_what_the_other_backend_or_a_layout_lacks_is_refused():
     )
     with pytest.raises(UserError, match=r"dropout=0.1 .* expert_tensor_parallel_size=2"):
         check_with_recipe(policy, started())
+
+
+@pytest.mark.parametrize("targets", [["linear_qkv", "linear_fc2"], ["router"]])
+def test_an_engine_is_given_what_is_on_experts_and_routers_merged(targets, tmp_path):
+    base = save_model(tmp_path / "base", "qwen3_moe")
+
+    def policy(*names: str, refit: str) -> PolicyConfig:
+        peft = {"enabled": True, "target_modules": list(names)}
+        keys = {"megatron_cfg": {"enabled": True, "peft": peft}, "generation": {"refit": refit}}
+        return PolicyConfig.model_validate({"model_name": str(base), "precision": "float32", **keys})
+
+    world: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert not hands_over_adapter(policy(*targets, refit="auto"), world)
+    assert "on experts and routers are handed over merged" in str(
+        merge_only_reason(policy(*targets, refit="auto"), world)
+    )
+    with pytest.raises(UserError, match="refit=adapter, but adapters on experts and routers .*set it to merge"):
+        hands_over_adapter(policy(*targets, refit="adapter"), world)
+    assert hands_over_adapter(policy("linear_qkv", refit="adapter"), world)
