@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from megatron_lora.runtime.megatron_core import import_megatron_core
+
 _installed = False
 _mode: TorchFunctionMode | None = None
 
@@ -81,6 +83,7 @@ def install_cpu_stand_ins() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    import_megatron_core()
     _stand_in_for_device()
     _stand_in_for_random_state()
     _stand_in_for_tensor_methods()

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from megatron_lora.runtime.megatron_core import compiling_when_called, import_megatron_core
+
 _prepared = False
 
 
@@ -38,7 +40,15 @@ def prepare_transformer_engine() -> None:
 
 def import_bridge() -> ModuleType:
     """megatron.bridge, which takes several seconds to import: only called where a base model is converted."""
-    if "megatron.bridge" in sys.modules or have_transformer_engine():
+    if "megatron.bridge" in sys.modules:
+        return sys.modules["megatron.bridge"]
+    import_megatron_core()
+    with compiling_when_called():
+        return _import_bridge()
+
+
+def _import_bridge() -> ModuleType:
+    if have_transformer_engine():
         return importlib.import_module("megatron.bridge")
     prepare_transformer_engine()
     # These must see that Transformer Engine is not there, so they come before the placeholder.

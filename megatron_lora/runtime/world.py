@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.runtime.cpu import install_cpu_stand_ins, stand_in_for_token_dispatch
+from megatron_lora.runtime.megatron_core import import_megatron_core
 from megatron_lora.runtime.transformer_engine import prepare_transformer_engine
 
 # Between the seeds of ranks that see different tokens; those of stages, TP ranks and experts lie closer together.
@@ -90,6 +91,7 @@ def init_distributed(timeout_seconds: float | None = None) -> World:
 def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
     """Process groups of the recipe's layout, and Megatron's random states. The layout was checked before."""
     world = init_distributed()
+    import_megatron_core()
     install_cpu_stand_ins()
     prepare_transformer_engine()
     if policy.megatron_cfg.expert_model_parallel_size * policy.megatron_cfg.expert_tensor_parallel_size > 1:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron_lora.runtime.activity import begin
+from megatron_lora.runtime.activity import begin, describe_start
 from megatron_lora.trainers.session import Session, StepAbandoned
 
 
@@ -45,6 +45,7 @@ def run_steps(
         session.reporter.message(f"nothing to do: the run is at step {session.step} of {session.total_steps}")
         return
     last = stopping = due = late = False
+    first = True
     while not (last or stopping or late):
         position = session.loader.state_dict()
         begin(f"training step {session.step + 1}")
@@ -60,6 +61,9 @@ def run_steps(
             if options.val_at_end and not due:
                 validate()
             break
+        if first:
+            session.reporter.message(describe_start())
+        first = False
         last = session.step >= session.total_steps
         due = options.val_period > 0 and session.step % options.val_period == 0 and session.step >= first_validation
         if due or (last and options.val_at_end):

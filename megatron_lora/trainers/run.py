@@ -75,7 +75,9 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     prepared = prepare(recipe, environment_world())
     folder = open_folder(recipe)
     loader, validation = build_loaders(prepared)
+    begin("joining the other ranks", is_slow=True)
     world = build_world(recipe)
+    begin("looking for a checkpoint", is_slow=True)
     start = find_start(prepared, folder, loader, world)
     total_steps = count_steps(recipe, len(loader), start.number, start.batches_left(recipe, loader))
     options, algorithm = recipe.section, algorithm_of(recipe)
@@ -95,7 +97,6 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     with reporter, watched(world, recipe.timeouts), lock, released_copies():
         _tell(reporter, [*loaded.notices, *prepared.notices, *start.notices], start.warnings)
         _describe_data(reporter, prepared)
-        begin("loading the model", is_slow=True)
         policy = build_policy(recipe, world, prepared.tokenizer, count_updates(recipe, total_steps))
         if world.device.type == "cuda":
             hold("weights, adapters and optimizer", torch.cuda.memory_allocated(world.device))

@@ -15,6 +15,7 @@ from megatron_lora.policy.preload import check_preload
 from megatron_lora.policy.quantization import check_quantization
 from megatron_lora.policy.router_checks import router_notices
 from megatron_lora.policy.weights_check import check_base, check_positions, check_token_ids, read_base
+from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric
@@ -111,10 +112,15 @@ def build_world(recipe: Recipe) -> World:
 
 def build_policy(recipe: Recipe, world: World, tokenizer: Any, num_updates: int) -> Policy:
     """The backend that the recipe selects, base weights loaded."""
+    begin("importing the backend", is_slow=True)
     if recipe.policy.backend == "megatron":
         from megatron_lora.policy.megatron.policy import MegatronPolicy as Backend
+        from megatron_lora.runtime.transformer_engine import import_bridge
+
+        import_bridge()
     else:
         from megatron_lora.policy.dtensor.policy import DTensorPolicy as Backend
+    begin("loading the model", is_slow=True)
     return Backend(
         recipe.policy,
         world,
