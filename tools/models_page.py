@@ -55,6 +55,13 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 40,
     "sliding_window": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "shared_expert_intermediate_size": 56,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -143,6 +150,8 @@ def _build(family: str) -> Any:
     kind = CONFIG_MAPPING[family]
     declared = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     sizes = {name: value for name, value in SIZES.items() if name in declared}
+    if "linear_num_key_heads" not in declared:
+        sizes.pop("layer_types", None)
     if "kv_lora_rank" in declared:
         # Latent attention: the head's size is the sum of two others, and each head has keys of its own.
         sizes.pop("head_dim", None)

@@ -16,7 +16,7 @@ import torch
 from megatron_lora.conversion.hf_model import PARTIAL_ROTARY, QUANTIZATION, SIZES, HFModel, activation
 from megatron_lora.conversion.routing_gate import check_routing
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import GATED_ATTENTION, PACKED_EXPERTS, WHOLE_QK_NORM
 
 BUILT_FROM = frozenset(
     {
@@ -30,6 +30,11 @@ BUILT_FROM = frozenset(
         "hidden_activation",
         "kv_lora_rank",
         "layer_types",
+        "linear_conv_kernel_dim",
+        "linear_key_head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_value_head_dim",
         "max_position_embeddings",
         "max_window_layers",
         "mlp_bias",
@@ -50,6 +55,7 @@ BUILT_FROM = frozenset(
         "rms_norm_eps",
         "rope_parameters",
         "routed_scaling_factor",
+        "shared_expert_intermediate_size",
         "sliding_window",
         "tie_word_embeddings",
         "topk_group",
@@ -121,6 +127,7 @@ LEGACY = frozenset(
     }
 )
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_LINEAR_TYPES = ("full_attention", "linear_attention")
 
 
 def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str]:
@@ -129,6 +136,8 @@ def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str
     problems = [*_switches(model), *_sizes(model), *_attention(model), *_activation(model)]
     if not problems and model.shapes.num_experts:
         problems += check_routing(model, megatron=megatron)
+    if not problems:
+        problems += _linear_attention(model, megatron)
     problems += _rope_kinds(model, max_length)
     if not problems:
         problems += _rotary(model, megatron)
@@ -214,9 +223,10 @@ def _attention(model: HFModel) -> Iterator[str]:
         )
     window = getattr(model.config, "sliding_window", None)
     if kinds is not None:
-        unknown = sorted({str(kind) for kind in kinds} - set(_LAYER_TYPES))
+        known = _LINEAR_TYPES if model.family in GATED_ATTENTION else _LAYER_TYPES
+        unknown = sorted({str(kind) for kind in kinds} - set(known))
         if unknown:
-            yield f"layer_types has {', '.join(unknown)}; wanted {' or '.join(_LAYER_TYPES)}"
+            yield f"layer_types has {', '.join(unknown)}; wanted {' or '.join(known)}"
             return
         if len(kinds) != model.config.num_hidden_layers:
             yield f"layer_types has {len(kinds)} entries for num_hidden_layers={model.config.num_hidden_layers}"
@@ -225,6 +235,26 @@ def _attention(model: HFModel) -> Iterator[str]:
             yield "layer_types names sliding_attention, but sliding_window is off (sliding_window, use_sliding_window)"
     if any(size is not None and size < 1 for size in model.windows):
         yield f"sliding_window={window}: wanted a positive number or null"
+
+
+def _linear_attention(model: HFModel, megatron: bool) -> Iterator[str]:
+    shapes = model.shapes
+    if not shapes.linear_layers:
+        return
+    if not megatron:
+        yield (
+            f"layer_types has linear_attention in {len(shapes.linear_layers)} layers, whose state transformers carries "
+            "from one row of a micro-batch to the next: set policy.megatron_cfg.enabled=true"
+        )
+    if len(shapes.linear_layers) == shapes.num_layers:
+        yield "layer_types has no full_attention; wanted it in one layer or more"
+    if shapes.linear_value_heads % shapes.linear_key_heads:
+        yield (
+            f"linear_num_key_heads={shapes.linear_key_heads} does not divide "
+            f"linear_num_value_heads={shapes.linear_value_heads}"
+        )
+    if model.activation_name not in ("silu", "swish"):
+        yield f"hidden_act={_shown(model.activation_name)}: linear attention is computed with silu alone"
 
 
 def _activation(model: HFModel) -> Iterator[str]:

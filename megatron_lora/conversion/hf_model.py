@@ -19,6 +19,7 @@ from megatron_lora.conversion.tower import TOWER, WITH_TOWER, LanguageTower, tex
 from megatron_lora.errors import UserError, first_line
 from megatron_lora.lora.describe import describe_config
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.model_tables import GATED_ATTENTION
 
 SIZES = (
     "vocab_size",
@@ -35,7 +36,7 @@ QUANTIZATION = "quantization_config"
 _WINDOW_EVERYWHERE = ("mistral", "qwen3_moe")
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss")
 # Families whose attention turns the first features of a head only, where `partial_rotary_factor` says so.
-PARTIAL_ROTARY = ("glm4_moe",)
+PARTIAL_ROTARY = ("glm4_moe", *GATED_ATTENTION)
 _SOFTCAPPED = ("gemma2", "gemma3_text")
 # What an override may name although no class declares it: older spellings of `rope_parameters`.
 ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
@@ -129,7 +130,7 @@ class HFModel:
     @property
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by, but for a factor on rotary embeddings."""
-        return float(self.empty.model.layers[0].self_attn.scaling)
+        return float(next(layer.self_attn for layer in self.empty.model.layers if hasattr(layer, "self_attn")).scaling)
 
     @property
     def rotary_percent(self) -> float:

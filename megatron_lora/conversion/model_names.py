@@ -32,7 +32,7 @@ class ModelParameter:
     name: Megatron's. hf_names: the HF tensors in it, in the order of the linear's segments. fusion: the kind of linear
     in which several lie; None for one that is stored as it is. tp_axis: what tensor parallelism splits (of an expert's,
     expert tensor parallelism), None where every rank has all. expert: its number in the layer, if it is an expert's.
-    packed: the kind of linear of which it holds all experts of a layer as HF does.
+    packed: the kind of linear of which it holds all experts of a layer as HF does. blocks: see `ParameterSpec`.
     """
 
     name: str
@@ -42,6 +42,7 @@ class ModelParameter:
     fusion: str | None = None
     expert: int | None = None
     packed: str | None = None
+    blocks: tuple[int, ...] = ()
 
     @property
     def is_vocabulary(self) -> bool:
@@ -67,7 +68,8 @@ def model_parameters(shapes: ModelSpec) -> list[ModelParameter]:
 
 def _plain(other: ParameterSpec, layer: int | None) -> ModelParameter:
     axis = 0 if other.name == EMBEDDING else other.tp_axis
-    return ModelParameter(resolve(other.name, layer), (resolve(other.hf_name, layer),), other.shape, axis)
+    names = (resolve(other.hf_name, layer),)
+    return ModelParameter(resolve(other.name, layer), names, other.shape, axis, blocks=other.blocks)
 
 
 def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
@@ -139,6 +141,9 @@ def unshard_parameter(parameter: ModelParameter, shards: Sequence[Tensor], shape
     """The whole tensor from the tensor-parallel ranks' parts in rank order; vocabulary padding is cut off."""
     if parameter.tp_axis is None:
         return shards[0]
+    if parameter.blocks:
+        parts = [shard.split([size // len(shards) for size in parameter.blocks]) for shard in shards]
+        return torch.cat([part[index] for index in range(len(parameter.blocks)) for part in parts])
     if parameter.fusion is not None and shapes.linear(parameter.fusion).stacked:
         # A rank holds [gate shard; up shard].
         parts = [shard.chunk(len(parameter.hf_names)) for shard in shards]
@@ -155,6 +160,8 @@ def shard_parameter(
     if parameter.is_vocabulary:
         part = whole[rank * local_rows : (rank + 1) * local_rows]
         return torch.cat([part, part.new_zeros(local_rows - part.shape[0], *part.shape[1:])])
+    if parameter.blocks:
+        return torch.cat([block.chunk(size)[rank] for block in whole.split(parameter.blocks)])
     if parameter.fusion is not None and shapes.linear(parameter.fusion).stacked:
         segments = whole.chunk(len(parameter.hf_names))
         return torch.cat([segment.chunk(size)[rank] for segment in segments])

@@ -21,7 +21,18 @@ from megatron_lora.lora.model_spec import (
     ModelSpec,
     ParameterSpec,
 )
-from megatron_lora.lora.model_tables import ATTENTION, BIASES, LINEARS, OTHERS, PACKED_EXPERTS, PATHS, WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import (
+    ATTENTION,
+    BIASES,
+    GATED_ATTENTION,
+    LINEARS,
+    OTHERS,
+    PACKED_EXPERTS,
+    PATHS,
+    WHOLE_QK_NORM,
+    LinearRow,
+    OtherRow,
+)
 
 _ROUTERS_WEIGHT = f"{PATHS[ROUTER]}.weight"
 
@@ -38,7 +49,8 @@ def describe_json(content: Mapping[str, Any]) -> ModelSpec:
     if linears is None and BIASES[0] in mapping(values["model_type"]):
         # They left out the biases that every model of the family has (Qwen2).
         values["attention_bias"] = True
-    values["dense_layers"] = tuple(values.get("dense_layers", ()))
+    for name in ("dense_layers", "linear_layers"):
+        values[name] = tuple(values.get(name, ()))
     built = describe(ModelSizes(**values))
     return replace(
         built,
@@ -88,12 +100,15 @@ def _family_of(sizes: ModelSizes) -> str:
     return sizes.model_type if sizes.model_type in families() else "llama"
 
 
-def _layers(sizes: ModelSizes, in_dense: bool, in_sparse: bool) -> tuple[int, ...] | None:
+def _layers(sizes: ModelSizes, row: LinearRow | OtherRow) -> tuple[int, ...] | None:
     """The layers that a row of the tables is in; None for all."""
-    if not sizes.num_experts:
-        return None if in_dense else ()
-    dense = set(sizes.dense_layers)
-    layers = tuple(n for n in range(sizes.num_layers) if (in_dense if n in dense else in_sparse))
+    everyone = range(sizes.num_layers)
+    dense, linear = sizes.dense_layers if sizes.num_experts else everyone, sizes.linear_layers
+    layers = tuple(
+        n
+        for n in everyone
+        if (row.in_dense if n in dense else row.in_sparse) and (row.in_linear if n in linear else row.in_softmax)
+    )
     return None if len(layers) == sizes.num_layers else layers
 
 
@@ -101,15 +116,18 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
     names = linear_names(_family_of(sizes))
     result = []
     for kind, row in LINEARS.items():
-        layers = _layers(sizes, row.in_dense, row.in_sparse)
+        layers = _layers(sizes, row)
         name = LAYER + row.path
         if name not in names or layers == ():
             continue
-        rows, hf = row.rows(sizes), names[name]
+        hf, order = names[name], row.order(sizes)
+        # Families have different HF linears in one.
+        rows = {key: size for key, size in row.rows(sizes).items() if isinstance(hf, str) or key in hf}
         if 0 in (row.in_features(sizes), *rows.values()):
             continue
         parts = tuple(
-            HFPart(key, sizes.hf_place(hf if isinstance(hf, str) else hf[key]), size) for key, size in rows.items()
+            HFPart(key, sizes.hf_place(hf if isinstance(hf, str) else hf[key]), size, **order.get(key, {}))
+            for key, size in rows.items()
         )
         result.append(
             LinearSpec(
@@ -118,7 +136,7 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
                 parts,
                 row.in_features(sizes),
                 row.parallel,
-                query_groups=sizes.num_query_groups if kind == "linear_qkv" else 0,
+                query_groups=row.groups(sizes),
                 layers=layers,
                 experts=sizes.num_experts if row.expert else 0,
                 bias=_has_bias(sizes, kind),
@@ -142,10 +160,11 @@ def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
     mapped = mapping(_family_of(sizes))
     result = [ParameterSpec(EMBEDDING, sizes.hf_place(mapped[EMBEDDING]), (sizes.vocab_size, sizes.hidden_size))]
     for path, row in OTHERS.items():
-        layers, shape = _layers(sizes, row.in_dense, row.in_sparse), row.shape(sizes)
+        layers, shape = _layers(sizes, row), row.shape(sizes)
         if LAYER + path in mapped and layers != () and 0 not in shape:
             hf = sizes.hf_place(mapped[LAYER + path])
-            result.append(ParameterSpec(LAYER + path, hf, shape, layers, _tp_axis(sizes, path)))
+            axis = _tp_axis(sizes, path)
+            result.append(ParameterSpec(LAYER + path, hf, shape, layers, axis, row.blocks(sizes)))
     norm = "decoder.final_layernorm.weight"
     return (*result, ParameterSpec(norm, sizes.hf_place(mapped[norm]), (sizes.hidden_size,)))
 
@@ -183,6 +202,8 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         sizes |= _expert_sizes(config, layers)
     if LAYER + PATHS["linear_kv_down_proj"] in names:
         sizes |= _latent_sizes(config, heads)
+    if family in GATED_ATTENTION:
+        sizes |= _linear_sizes(config)
     return sizes
 
 
@@ -195,7 +216,10 @@ def _expert_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         "num_experts": int(number),
         "num_experts_per_token": int(config["num_experts_per_tok"]),
         "moe_ffn_hidden_size": width,
-        "shared_ffn_hidden_size": width * int(config.get("n_shared_experts") or 0),
+        "shared_ffn_hidden_size": int(
+            config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0)
+        ),
+        "shared_gate": "shared_expert_intermediate_size" in config,
         "dense_layers": _dense_layers(config, num_layers),
     }
 
@@ -226,14 +250,31 @@ def _latent_sizes(config: Mapping[str, Any], heads: int) -> dict[str, Any]:
     }
 
 
+def _linear_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "gated_attention": True,
+        "linear_layers": tuple(n for n, kind in enumerate(config["layer_types"]) if kind == "linear_attention"),
+        "linear_key_heads": int(config["linear_num_key_heads"]),
+        "linear_value_heads": int(config["linear_num_value_heads"]),
+        "linear_key_dim": int(config["linear_key_head_dim"]),
+        "linear_value_dim": int(config["linear_value_head_dim"]),
+        "linear_kernel": int(config["linear_conv_kernel_dim"]),
+    }
+
+
 def _linear_from_json(content: Mapping[str, Any]) -> LinearSpec:
     layers = content["layers"]
-    parts = tuple(HFPart(**part) for part in content["parts"])
+    parts = tuple(HFPart(**{**part, "blocks": tuple(part.get("blocks", ()))}) for part in content["parts"])
     return LinearSpec(**{**content, "parts": parts, "layers": None if layers is None else tuple(layers)})
 
 
 def _parameter_from_json(content: Mapping[str, Any]) -> ParameterSpec:
     layers = content["layers"]
     return ParameterSpec(
-        **{**content, "shape": tuple(content["shape"]), "layers": None if layers is None else tuple(layers)}
+        **{
+            **content,
+            "shape": tuple(content["shape"]),
+            "layers": None if layers is None else tuple(layers),
+            "blocks": tuple(content.get("blocks", ())),
+        }
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe_json
-from megatron_lora.lora.model_spec import LinearSpec, ModelSpec
+from megatron_lora.lora.model_spec import HFPart, LinearSpec, ModelSpec
 from megatron_lora.lora.model_tables import PATHS
 
 Axis = Literal["rank", "in", "out"]
@@ -77,9 +77,19 @@ def rows_of_part(linear: LinearSpec, segment: str) -> Tensor:
     for part in linear.parts:
         stop = start + part.rows // linear.groups
         if part.segment == segment:
-            return grid[:, start:stop].reshape(-1)
+            return _in_hf_order(part, grid[:, start:stop])
         start = stop
     raise KeyError(segment)
+
+
+def _in_hf_order(part: HFPart, rows: Tensor) -> Tensor:
+    """The rows of a part, given group by group [groups, rows of a group], one after the other as HF has them."""
+    groups = rows.shape[0]
+    if part.gated:
+        return rows.view(groups, 2, -1, part.gated).transpose(1, 2).reshape(-1)
+    if part.blocks:
+        return torch.cat([block.reshape(-1) for block in rows.split([size // groups for size in part.blocks], 1)])
+    return rows.reshape(-1)
 
 
 @dataclass(frozen=True)

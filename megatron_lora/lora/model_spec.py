@@ -20,11 +20,22 @@ TEXT = "model."
 @dataclass(frozen=True)
 class HFPart:
     """One HF linear within a Megatron one. segment: its short name there. name: of its module in the HF model. rows:
-    its out features."""
+    its out features.
+
+    Of a linear whose rows lie in groups, HF's own order of this part's rows, where it is not group by group: blocks:
+    one block of rows after the other, each in groups (their sizes). gated: each head's rows are followed by as many of
+    its gate, where Megatron has a group's heads first and then their gates (a head's rows).
+    """
 
     segment: str
     name: str
     rows: int
+    blocks: tuple[int, ...] = ()
+    gated: int = 0
+
+    def on_rank(self, rows: int, tp_size: int) -> "HFPart":
+        """The part of it, of so many rows, that one of `tp_size` ranks holds."""
+        return replace(self, rows=rows, blocks=tuple(size // tp_size for size in self.blocks))
 
 
 @dataclass(frozen=True)
@@ -96,20 +107,21 @@ class LinearSpec:
     def on_rank(self, tp_size: int, *, vocab_rows: int | None = None) -> "LinearSpec":
         """The part of a column-parallel linear that one of `tp_size` ranks holds. vocab_rows: of the output layer."""
         rows = [part.rows // tp_size if vocab_rows is None else vocab_rows for part in self.parts]
-        parts = tuple(replace(part, rows=number) for part, number in zip(self.parts, rows, strict=True))
+        parts = tuple(part.on_rank(number, tp_size) for part, number in zip(self.parts, rows, strict=True))
         return replace(self, parts=parts, query_groups=self.query_groups // tp_size)
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
     """A tensor that is no adaptable linear's: a norm, a router, the embedding. layers: as in `LinearSpec`. tp_axis:
-    what tensor parallelism splits."""
+    what tensor parallelism splits, of each of `blocks` (sizes along axis 0) where it has some."""
 
     name: str
     hf_name: str
     shape: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     tp_axis: int | None = None
+    blocks: tuple[int, ...] = ()
 
     def is_in(self, layer: int) -> bool:
         return self.name.startswith(LAYER) and (self.layers is None or layer in self.layers)
@@ -122,7 +134,12 @@ class ModelSizes:
     model; moe_ffn_hidden_size: of one expert; shared_ffn_hidden_size: of the shared experts together, 0 for none;
     dense_layers: those without experts in a model that has them. qk_norm: the queries' and keys' norms that the family
     has are there. tower: of the language model in a vision-language one, what stands before the HF names of its layers
-    there in the place of `model.`.
+    there in the place of `model.`. gated_attention: queries come with a gate of the output each (Qwen3-Next).
+    shared_gate: the shared expert has a gate.
+
+    Linear attention (gated delta net, arXiv 2412.06464) is in linear_layers, with its own heads: linear_key_heads of
+    linear_key_dim features, each for as many value heads of linear_value_dim, and a convolution over linear_kernel
+    tokens.
 
     Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) has a kv_rank: of the compressed keys and values;
     q_rank: of the compressed queries, 0 where they are not compressed; head_dim: of a query, of which rope_head_dim are
@@ -151,6 +168,14 @@ class ModelSizes:
     rope_head_dim: int = 0
     value_head_dim: int = 0
     tower: str = ""
+    gated_attention: bool = False
+    shared_gate: bool = False
+    linear_layers: tuple[int, ...] = ()
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
+    linear_kernel: int = 0
 
     def hf_place(self, name: str) -> str:
         """The HF name, in the whole model, of what is `name` in a model of the language alone."""

@@ -5,6 +5,7 @@ A tensor of a family has a place in the description where a row here bears its M
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_lora.lora.model_spec import EMBEDDING, LAYER, OUTPUT_LAYER, ROUTER, ModelSizes, Parallel
 
@@ -12,7 +13,9 @@ from megatron_lora.lora.model_spec import EMBEDDING, LAYER, OUTPUT_LAYER, ROUTER
 @dataclass(frozen=True)
 class LinearRow:
     """A kind of linear: its path in a layer, and how its sizes follow from the model's. A model where one is 0 has none
-    of it. expert: there is one for each expert."""
+    of it. expert: there is one for each expert. in_dense, in_sparse: whether layers without and with experts have it;
+    in_softmax, in_linear: those of either attention. groups: of its rows, 0 for none. order: HF's own order of the rows
+    of some segments, as fields of `HFPart`."""
 
     path: str
     parallel: Parallel
@@ -20,7 +23,11 @@ class LinearRow:
     rows: Callable[[ModelSizes], dict[str, int]]
     in_dense: bool = True
     in_sparse: bool = True
+    in_softmax: bool = True
+    in_linear: bool = True
     expert: bool = False
+    groups: Callable[[ModelSizes], int] = lambda _: 0
+    order: Callable[[ModelSizes], dict[str, dict[str, Any]]] = lambda _: {}
 
 
 def _hidden(sizes: ModelSizes) -> int:
@@ -40,7 +47,32 @@ def _value(sizes: ModelSizes) -> int:
 
 
 def _qkv_rows(sizes: ModelSizes) -> dict[str, int]:
-    return {"q": _query(sizes), "k": _key(sizes), "v": _key(sizes)}
+    return {"q": _query(sizes) * (2 if sizes.gated_attention else 1), "k": _key(sizes), "v": _key(sizes)}
+
+
+def _qkv_order(sizes: ModelSizes) -> dict[str, dict[str, Any]]:
+    return {"q": {"gated": sizes.head_dim}} if sizes.gated_attention else {}
+
+
+def _linear_key(sizes: ModelSizes) -> int:
+    return sizes.linear_key_heads * sizes.linear_key_dim
+
+
+def _linear_value(sizes: ModelSizes) -> int:
+    return sizes.linear_value_heads * sizes.linear_value_dim
+
+
+def _linear_blocks(sizes: ModelSizes) -> tuple[int, ...]:
+    """Queries, keys and values one after the other."""
+    return (_linear_key(sizes), _linear_key(sizes), _linear_value(sizes))
+
+
+def _delta_rows(sizes: ModelSizes) -> dict[str, int]:
+    """Of Qwen3-Next's two HF linears or Qwen3.5's four. Both make up, for each key head: its query, key, values, gates
+    of the output (z), and for each value head a strength (b) and a decay (a)."""
+    heads, values = sizes.linear_value_heads, _linear_value(sizes)
+    mixed = sum(_linear_blocks(sizes))
+    return {"qkvz": mixed + values, "ba": 2 * heads, "qkv": mixed, "z": values, "b": heads, "a": heads}
 
 
 def _kv_up_rows(sizes: ModelSizes) -> dict[str, int]:
@@ -68,7 +100,15 @@ def _below(name: str, rows: dict[str, LinearRow]) -> dict[str, LinearRow]:
 
 # In the forward's order.
 LINEARS: dict[str, LinearRow] = {
-    "linear_qkv": LinearRow("self_attention.linear_qkv", "column", _hidden, _qkv_rows),
+    "linear_qkv": LinearRow(
+        "self_attention.linear_qkv",
+        "column",
+        _hidden,
+        _qkv_rows,
+        in_linear=False,
+        groups=lambda s: s.num_query_groups,
+        order=_qkv_order,
+    ),
     "linear_q_proj": LinearRow(
         "self_attention.linear_q_proj", "column", _hidden, lambda s: {"q": 0 if s.q_rank else _query(s)}
     ),
@@ -82,7 +122,21 @@ LINEARS: dict[str, LinearRow] = {
         "self_attention.linear_kv_down_proj", "replicated", _hidden, lambda s: {"kv_a": s.kv_rank + s.rope_head_dim}
     ),
     "linear_kv_up_proj": LinearRow("self_attention.linear_kv_up_proj", "column", lambda s: s.kv_rank, _kv_up_rows),
-    "linear_proj": LinearRow("self_attention.linear_proj", "row", _value, lambda s: {"o": s.hidden_size}),
+    "linear_proj": LinearRow(
+        "self_attention.linear_proj", "row", _value, lambda s: {"o": s.hidden_size}, in_linear=False
+    ),
+    "in_proj": LinearRow(
+        "self_attention.in_proj",
+        "column",
+        _hidden,
+        _delta_rows,
+        in_softmax=False,
+        groups=lambda s: s.linear_key_heads,
+        order=lambda s: {"qkv": {"blocks": _linear_blocks(s)}},
+    ),
+    "out_proj": LinearRow(
+        "self_attention.out_proj", "row", _linear_value, lambda s: {"out": s.hidden_size}, in_softmax=False
+    ),
     **_mlp("mlp", lambda s: s.ffn_hidden_size, in_sparse=False),
     **_below("experts", _mlp("mlp.experts", lambda s: s.moe_ffn_hidden_size, in_dense=False, expert=True)),
     **_below("shared_experts", _mlp("mlp.shared_experts", lambda s: s.shared_ffn_hidden_size, in_dense=False)),
@@ -99,6 +153,8 @@ BIASES = tuple(f"{LAYER}{PATHS[kind]}.bias" for kind in ATTENTION)
 QUERIES = ("linear_qkv", "linear_kv_down_proj")
 # Families whose norms of queries and keys are over all heads together, not over each.
 WHOLE_QK_NORM = ("olmoe",)
+# Families whose queries have a gate of the output each, and most of whose layers have linear attention.
+GATED_ATTENTION = ("qwen3_next", "qwen3_5_text")
 # Families whose files hold one tensor of all experts of a layer, as transformers' model does, with a bias beside it.
 PACKED_EXPERTS = ("gpt_oss",)
 # Families whose router adds a bias to what it chooses experts by. Bridge maps one for DeepSeek-V2 too, which has none.
@@ -108,12 +164,15 @@ BIASED_ROUTER = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
 @dataclass(frozen=True)
 class OtherRow:
     """A tensor of a layer that is no linear's: its shape (one with a 0 is not there), the layers that have it, and what
-    tensor parallelism splits."""
+    tensor parallelism splits, of each of its blocks."""
 
     shape: Callable[[ModelSizes], tuple[int, ...]]
     in_dense: bool = True
     in_sparse: bool = True
+    in_softmax: bool = True
+    in_linear: bool = True
     tp_axis: int | None = None
+    blocks: Callable[[ModelSizes], tuple[int, ...]] = lambda _: ()
 
 
 def _width(sizes: ModelSizes) -> tuple[int, ...]:
@@ -134,9 +193,16 @@ def _qk_norm(heads: Callable[[ModelSizes], int]) -> Callable[[ModelSizes], tuple
 OTHERS: dict[str, OtherRow] = {
     # Where a column-parallel linear follows, the norm is that linear's.
     "input_layernorm.weight": OtherRow(lambda s: (s.hidden_size if s.is_latent else 0,)),
-    "self_attention.linear_qkv.layer_norm_weight": OtherRow(_width),
-    "self_attention.q_layernorm.weight": OtherRow(_qk_norm(_query)),
-    "self_attention.k_layernorm.weight": OtherRow(_qk_norm(_key)),
+    "self_attention.linear_qkv.layer_norm_weight": OtherRow(_width, in_linear=False),
+    "self_attention.q_layernorm.weight": OtherRow(_qk_norm(_query), in_linear=False),
+    "self_attention.k_layernorm.weight": OtherRow(_qk_norm(_key), in_linear=False),
+    "self_attention.in_proj.layer_norm_weight": OtherRow(_width, in_softmax=False),
+    "self_attention.conv1d.weight": OtherRow(
+        lambda s: (sum(_linear_blocks(s)), 1, s.linear_kernel), in_softmax=False, tp_axis=0, blocks=_linear_blocks
+    ),
+    "self_attention.A_log": OtherRow(lambda s: (s.linear_value_heads,), in_softmax=False, tp_axis=0),
+    "self_attention.dt_bias": OtherRow(lambda s: (s.linear_value_heads,), in_softmax=False, tp_axis=0),
+    "self_attention.out_norm.weight": OtherRow(lambda s: (s.linear_value_dim,), in_softmax=False),
     "self_attention.linear_q_up_proj.layer_norm_weight": OtherRow(lambda s: (s.q_rank,)),
     "self_attention.linear_kv_up_proj.layer_norm_weight": OtherRow(lambda s: (s.kv_rank,)),
     "self_attention.linear_proj.post_layernorm.weight": OtherRow(_width),
@@ -144,6 +210,7 @@ OTHERS: dict[str, OtherRow] = {
     "mlp.linear_fc2.post_layernorm.weight": OtherRow(_width, in_sparse=False),
     "pre_mlp_layernorm.weight": OtherRow(_width, in_dense=False),
     "self_attention.core_attention.softmax_offset": OtherRow(lambda s: (s.num_attention_heads,), tp_axis=0),
+    "mlp.shared_experts.gate_weight": OtherRow(lambda s: (int(s.shared_gate), s.hidden_size), in_dense=False),
     "mlp.router.bias": OtherRow(lambda s: (s.num_experts,), in_dense=False),
     "mlp.router.expert_bias": OtherRow(
         lambda s: (s.num_experts if s.model_type in BIASED_ROUTER else 0,), in_dense=False

@@ -22,6 +22,7 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
         _check_tensor_parallel(f"{_MEGATRON}.tensor_model_parallel_size", megatron.tensor_model_parallel_size, shape)
         _check_pipeline(megatron, shape.num_layers)
         _check_experts(megatron, shape, world_size)
+        _check_linear_attention(policy, shape)
         _check_world(megatron, world_size)
         _check_shared_prefix(policy)
         _check_adapters(megatron, shape)
@@ -38,6 +39,24 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
             )
     ungraphed_reason(policy, shape)
     _check_sequence_length(policy)
+
+
+def _check_linear_attention(policy: PolicyConfig, shape: ModelSpec) -> None:
+    if not shape.linear_layers:
+        return
+    megatron = policy.megatron_cfg
+    key = f"{_MEGATRON}.tensor_model_parallel_size"
+    _check_divides(key, megatron.tensor_model_parallel_size, shape.linear_key_heads, "key heads of linear attention")
+    if megatron.context_parallel_size > 1:
+        raise UserError(
+            f"{_MEGATRON}.context_parallel_size={megatron.context_parallel_size}: linear attention "
+            f"({shape.model_type}) carries a state from token to token, which is not passed between ranks here; use 1"
+        )
+    if not policy.adapter.enabled:
+        raise UserError(
+            f"{_MEGATRON}.peft.enabled=false is full fine-tuning, which a model with linear attention "
+            f"({shape.model_type}) does not take; set it to true"
+        )
 
 
 def _check_divides(key: str, size: int, number: int, what: str) -> None:

@@ -27,6 +27,8 @@ MEGATRON_FAMILIES = (
     "deepseek_v3",
     "deepseek_v2",
     "glm4_moe_lite",
+    "qwen3_next",
+    "qwen3_5_text",
 )
 
 

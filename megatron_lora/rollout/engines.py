@@ -13,6 +13,7 @@ from megatron_lora.config.rollout_engines import BACKENDS
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout import vllm_engine
@@ -133,6 +134,7 @@ class TrainingModel(Engine):
                 "policy.generation.backend=megatron generates with the Megatron model, but policy.megatron_cfg.enabled "
                 "is false; set policy.generation.backend=vllm or policy.megatron_cfg.enabled=true"
             )
+        _check_no_linear_attention(policy, read_base(policy).shapes)
         experts = policy.megatron_cfg.expert_model_parallel_size
         if experts > 1:
             raise UserError(
@@ -175,8 +177,18 @@ def check_place(generation: GenerationConfig) -> None:
     engine_of(generation).check_keys(generation)
 
 
+def _check_no_linear_attention(policy: PolicyConfig, shapes: ModelSpec) -> None:
+    if shapes.linear_layers:
+        raise UserError(
+            f"policy.model_name={policy.model_name!r} has linear attention ({shapes.model_type}), whose state no "
+            "generator keeps here, and whose adapters vLLM was not seen to apply; train it with SFT or DPO"
+        )
+
+
 def _check_model(policy: PolicyConfig) -> None:
-    if read_base(policy).tower:
+    model = read_base(policy)
+    _check_no_linear_attention(policy, model.shapes)
+    if model.tower:
         raise UserError(
             f"policy.model_name={policy.model_name!r} is a vision-language model, and vLLM, which serves it, holds its "
             "language model under names that are not read back here; set policy.generation.backend=megatron"

@@ -31,6 +31,8 @@ PLAIN_LOGPROBS: dict[str, Any] = {"use_fused_linear_logprobs": False}
 ADAM_EPS = {
     "gemma3": 1e-5,
     "gemma3_tower": 1e-5,
+    "qwen3_5": 1e-5,
+    "qwen3_next": 1e-5,
     "gpt_oss": 1e-5,
     "deepseek_v3": 1e-5,
     "gemma3_softcap": 1e-5,
@@ -38,7 +40,14 @@ ADAM_EPS = {
     "smollm2": 1.0,
 }
 # Over 4-bit values some of DoRA's magnitudes have gradients near zero, too.
-LEARNING_RATES = {"smollm2": 1.0, "gemma2": 2e-4, "qwen3_even": 2e-3, "qwen3_even_nf4": 2e-3}
+LEARNING_RATES = {
+    "smollm2": 1.0,
+    "gemma2": 2e-4,
+    "qwen3_5": 2e-4,
+    "qwen3_next": 2e-4,
+    "qwen3_even": 2e-3,
+    "qwen3_even_nf4": 2e-3,
+}
 
 
 @dataclass(frozen=True)

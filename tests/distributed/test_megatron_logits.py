@@ -48,11 +48,14 @@ CASES += [
     case("pp", "gemma3_softcap"),
 ]
 CASES += [case(layout, "qwen3_moe") for layout in ("tp1", "sp", "pp", "cp", "ep", "etp")]
-CASES += [case(layout, family) for layout in ("tp1", "sp", "pp") for family in ("gemma", "gemma2")]
+CASES += [case("tp1", "gemma"), case("pp", "gemma"), case("tp1", "gemma2"), case("sp", "gemma2")]
+CASES += [case("sp", "qwen3_next"), case("pp", "qwen3_5")]
 CASES += [case("tp1", family) for family in EXPERTS]
 LONG = [case(layout, family) for layout in ("tp", "pp") for family in FAMILIES if family != "qwen2"]
 LONG += [case("tp_pp", family) for family in ("qwen2", "gemma3")]
 LONG += [case(layout, family) for layout in ("sp", "pp", "cp", "ep") for family in EXPERTS]
+LONG += [case("sp", "gemma"), case("pp", "gemma2"), case("tp1", "qwen3_next"), case("pp", "qwen3_next")]
+LONG += [case("ep", "qwen3_next"), case("tp1", "qwen3_5"), case("tp", "qwen3_5")]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
 WHOLE_ROWS = [more for more in [*CASES, *LONG_TOO] if case_of(more).megatron not in (CP, EP)]
 

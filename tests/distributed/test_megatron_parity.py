@@ -84,7 +84,8 @@ CASES = [
     stored_case("tp", 2, TP),
     case("sp_qwen2", 2, SP, family="qwen2"),
     case("sp_gemma3_tower", 2, SP, family="gemma3_tower"),
-    case("sp_gemma2", 2, SP, family="gemma2"),
+    # Rows of one micro-batch must not see each other's state.
+    case("sp_qwen3_5", 2, SP, family="qwen3_5", adapter="delta", policy=PACKED),
     case("sp_llama_biases", 2, SP, family="llama_biases"),
     case("sp_gemma3_softcap", 2, SP, family="gemma3_softcap"),
     case("vpp_qwen2", 2, VPP, family="qwen2"),
@@ -93,6 +94,8 @@ CASES = [
 
 
 MORE_LAYOUTS = [
+    case("sp_gemma2", 2, SP, family="gemma2"),
+    case("pp_qwen3_next", 2, PP, family="qwen3_next", adapter="delta"),
     case("tp_plain_logprobs", 2, TP | PLAIN_LOGPROBS),
     case("sp_plain_logprobs", 2, SP | PLAIN_LOGPROBS),
     case("sp_selective_recompute", 2, SP | SELECTIVE),

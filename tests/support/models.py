@@ -21,8 +21,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from tools.towers import tower_config
@@ -75,6 +77,9 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Gemma3TextConfig(
             **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)
         )
+    if family in LINEAR:
+        kind, own = LINEAR[family]
+        return kind(**sizes | own | changes)
     if family.endswith("_tower"):
         seeing = family.removesuffix("_tower")
         own = {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32} if seeing == "gemma3" else {}
@@ -160,6 +165,30 @@ EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "glm4_moe_lite": (
         Glm4MoeLiteConfig,
         LATENT | {"q_lora_rank": 20, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3, "n_shared_experts": 1},
+    ),
+}
+
+# Value heads beyond key heads, layers of both kinds on each of two pipeline stages.
+DELTA: dict[str, Any] = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+LINEAR: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "qwen3_5": (Qwen3_5TextConfig, DELTA),
+    "qwen3_next": (
+        Qwen3NextConfig,
+        DELTA
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 56,
+        },
     ),
 }
 

@@ -20,6 +20,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # With latent attention and shared experts; a model has q_proj or q_a_proj and q_b_proj.
 LATENT_TARGETS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", *TARGETS[3:]]
+# With linear attention; a model has two of these projections (Qwen3-Next) or four (Qwen3.5).
+DELTA_TARGETS = [*TARGETS, "out_proj", "in_proj_qkvz", "in_proj_ba"]
+DELTA_TARGETS += ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]
 SHARED_A = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 RANK, ALPHA = 4, 8
 

@@ -24,6 +24,16 @@ EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LATENT = {"kv_lora_rank": 4, "q_lora_rank": 2, "qk_nope_head_dim": 2, "qk_rope_head_dim": 2, "v_head_dim": 2}
 
 
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 3,
+    "linear_value_head_dim": 2,
+    "linear_conv_kernel_dim": 4,
+}
+
+
 def described(family: str, **changes: object) -> ModelSpec:
     return describe_config({"model_type": family, **SIZES, **changes})
 
@@ -69,7 +79,7 @@ def test_every_expert_is_a_tensor_of_its_own():
     [
         ({"model_type": "qwen3_moe", **SIZES, **EXPERTS, "mlp_only_layers": [1]}, "layers 1 of the model have no"),
         ({"model_type": "phi3"}, "model_type='phi3' .* maps no such family"),
-        ({"model_type": "qwen3_next"}, r"nothing here knows .*self_attention\.in_proj"),
+        ({"model_type": "falcon_h1"}, r"nothing here knows .*mamba_mixer\.A_log"),
         ({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4}, "no 'num_hidden_layers'"),
     ],
 )
@@ -81,7 +91,7 @@ def test_what_cannot_be_described_is_refused(config: dict, message: str):
 def test_every_known_family_has_the_linears_of_attention():
     assert set(known_families()) < set(families())
     for family in known_families():
-        kinds = described(family, **EXPERTS, **LATENT).kinds
+        kinds = described(family, **EXPERTS, **LATENT, **LINEAR).kinds
         assert {"linear_proj", "output_layer"} <= set(kinds)
         assert ("linear_qkv" in kinds) != ("linear_kv_down_proj" in kinds), (family, kinds)
 

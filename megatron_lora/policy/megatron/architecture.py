@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_lora.conversion.hf_model import HFModel, activation
 from megatron_lora.lora.expert_linear import ExpertColumnLinear, ExpertRowLinear
+from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
 from megatron_lora.policy.megatron.attention import (
     LatentAttention,
@@ -28,6 +31,7 @@ from megatron_lora.policy.megatron.attention import (
     set_softmax_scale,
     whole_heads_norm,
 )
+from megatron_lora.policy.megatron.linear_attention import DeltaAttention, delta_spec
 from megatron_lora.policy.megatron.router import Router
 from megatron_lora.runtime.native_layers import NativeAttention
 
@@ -89,6 +93,8 @@ def apply_config(provider: Any, model: HFModel) -> None:
     if shapes.num_experts:
         _apply_experts(provider, model)
     _apply_attention(provider, model)
+    if shapes.linear_layers:
+        _apply_linear_attention(provider, shapes)
     _change_layers(provider, model)
 
 
@@ -100,7 +106,7 @@ def _apply_experts(provider: Any, model: HFModel) -> None:
     dense = shapes.dense_layers
     provider.moe_layer_freq = [int(layer not in dense) for layer in range(shapes.num_layers)] if dense else 1
     provider.moe_shared_expert_intermediate_size = shapes.shared_ffn_hidden_size or None
-    provider.moe_shared_expert_gate = False
+    provider.moe_shared_expert_gate = shapes.shared_gate
     _apply_routing(provider, model)
     provider.moe_aux_loss_coeff, provider.moe_z_loss_coeff = model.balancing_coefficient, None
 
@@ -150,6 +156,24 @@ def _apply_attention(provider: Any, model: HFModel) -> None:
     provider.attn_logit_softcapping = model.attention_softcap
 
 
+def _apply_linear_attention(provider: Any, shapes: ModelSpec) -> None:
+    """Build the layers as those of another model, and put our mixer into those that have linear attention."""
+    provider.attention_output_gate = shapes.gated_attention
+    provider.experimental_attention_variant = provider.linear_attention_freq = None
+
+    def spec_of_stage(config: Any, vp_stage: int | None = None) -> Any:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        for index, layer in enumerate(spec.layer_specs):
+            if first + index in shapes.linear_layers:
+                within: Any = copy.copy(layer.submodules)
+                within.self_attention = delta_spec(within.self_attention, shapes)
+                spec.layer_specs[index] = ModuleSpec(layer.module, layer.params, within)
+        return spec
+
+    provider.transformer_layer_spec = spec_of_stage
+
+
 def _apply_latent(provider: Any, model: HFModel) -> None:
     shapes = model.shapes
     provider.multi_latent_attention = True
@@ -178,6 +202,8 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
         within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
         within.router = Router
+    if attention.module is DeltaAttention:
+        return
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention
@@ -218,8 +244,9 @@ def replace_core_attention(provider: Any, replacement: Callable[[type], type]) -
     """Another core attention in place of the layer specification's."""
 
     def change(layer: Any) -> None:
-        attention = layer.submodules.self_attention.submodules
-        attention.core_attention = replacement(attention.core_attention)
+        attention = layer.submodules.self_attention
+        if attention.module is not DeltaAttention:
+            attention.submodules.core_attention = replacement(attention.submodules.core_attention)
 
     for_each_layer(provider, change)
 
