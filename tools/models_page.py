@@ -94,7 +94,13 @@ trains, on text, with adapters. The description has its names in transformers' w
 which an exported adapter has too: peft loads it on the whole model. The vision tower and the projector stay as they
 are, and a merged export has them, under the names of the files that it was made from. GRPO draws answers with the
 training model (`policy.generation.backend=megatron`); in vLLM such a model is refused, and that vLLM serves an exported
-adapter over it was not tried. Mamba hybrids are refused.
+adapter over it was not tried.
+Linear attention (the gated delta net of Qwen3-Next and of Qwen3.5's language model) is plain PyTorch here, also on a
+GPU, where it was not run yet: each row of a packed micro-batch begins with an empty state. Adapters go on its `in_proj`
+and `out_proj` where they are named (`in_proj_qkvz`, `in_proj_ba`; Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b`,
+`in_proj_a`). Context parallelism, full fine-tuning, GRPO and the DTensor backend are refused for it, and so are
+Qwen3.5's mixtures, whose files hold one tensor of all experts, and Qwen3.5's vision-language checkpoints (`qwen3_5`).
+Mamba hybrids are refused.
 
 | model_type | class in transformers | state | log-probability | there and back |
 |---|---|---|---|---|
