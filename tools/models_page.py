@@ -89,17 +89,17 @@ GLM-4.7-Flash) has adapters on its own linears: `linear_q_proj`, or `linear_q_do
 DeepSeek-V2 is taken with `topk_method: greedy` (V2-Lite) alone. The experts of GPT-OSS, one tensor a layer with biases,
 carry no adapters and are not split (ETP); its weights are read in bfloat16, not in MXFP4. Layers that predict further
 tokens (`num_nextn_predict_layers`) are not computed: they stay as they are, and a merged export has them.
-Of a vision-language model (Gemma 3, InternVL, LLaVA, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL) the language model
-trains, on text, with adapters. The description has its names in transformers' whole model (`model.language_model.`),
-which an exported adapter has too: peft loads it on the whole model. The vision tower and the projector stay as they
-are, and a merged export has them, under the names of the files that it was made from. GRPO draws answers with the
-training model (`policy.generation.backend=megatron`); in vLLM such a model is refused, and that vLLM serves an exported
-adapter over it was not tried.
+Of a vision-language model (Gemma 3, InternVL, LLaVA, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5) the language
+model trains, on text, with adapters. The description has its names in transformers' whole model
+(`model.language_model.`), which an exported adapter has too: peft loads it on the whole model. The vision tower and the
+projector stay as they are, and a merged export has them, under the names of the files that it was made from. GRPO draws
+answers with the training model (`policy.generation.backend=megatron`; not of Qwen3.5); in vLLM such a model is refused,
+and that vLLM serves an exported adapter over it was not tried.
 Linear attention (the gated delta net of Qwen3-Next and of Qwen3.5's language model) is plain PyTorch here, also on a
 GPU, where it was not run yet: each row of a packed micro-batch begins with an empty state. Adapters go on its `in_proj`
 and `out_proj` where they are named (`in_proj_qkvz`, `in_proj_ba`; Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b`,
 `in_proj_a`). Context parallelism, full fine-tuning, GRPO and the DTensor backend are refused for it, and so are
-Qwen3.5's mixtures, whose files hold one tensor of all experts, and Qwen3.5's vision-language checkpoints (`qwen3_5`).
+Qwen3.5's mixtures, whose files hold one tensor of all experts.
 Mamba hybrids are refused.
 
 | model_type | class in transformers | state | log-probability | there and back |
@@ -120,7 +120,8 @@ def _table() -> Iterator[tuple[str, ...]]:
     yield from _of_families()
     for family in WITH_TOWER:
         with tempfile.TemporaryDirectory() as name:
-            config = tower_config(family, SIZES, tied=False)
+            text = type(CONFIG_MAPPING[family]().text_config)
+            config = tower_config(family, _sizes(text), tied=False)
             model = AutoModelForImageTextToText.from_config(
                 config, attn_implementation="eager", trust_remote_code=False
             )
@@ -154,6 +155,12 @@ def _try(model: Any, folder: Path) -> tuple[str, str, str]:
 
 def _build(family: str) -> Any:
     kind = CONFIG_MAPPING[family]
+    config = kind(**_sizes(kind))
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+
+
+def _sizes(kind: Any) -> dict[str, Any]:
+    """The sizes that a config's class has."""
     declared = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     sizes = {name: value for name, value in SIZES.items() if name in declared}
     if "linear_num_key_heads" not in declared:
@@ -162,8 +169,7 @@ def _build(family: str) -> Any:
         # Latent attention: the head's size is the sum of two others, and each head has keys of its own.
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    config = kind(**sizes)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+    return sizes
 
 
 def _save(model: Any, folder: Path) -> Any:

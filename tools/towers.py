@@ -37,6 +37,14 @@ def tower_config(family: str, text: dict[str, Any], *, tied: bool) -> Any:
         half = text["hidden_size"] // text["num_attention_heads"] // 2
         sections = [half // 4, half // 4, half - 2 * (half // 4)]
         own["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+    if family == "qwen3_5":
+        own["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+        }
     seen = {field.name for field in dataclasses.fields(default.vision_config)}
     vision = {name: value for name, value in VISION.items() if name in seen}
     # Qwen2-VL's is the language model's size.

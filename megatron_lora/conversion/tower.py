@@ -25,15 +25,21 @@ WITH_TOWER = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "qwen3_5",
 )
 TOWER = "model.language_model."
 HEAD = "lm_head."
 # What files call the two, newest first.
 _TOWERS_IN_FILES = (TOWER, "language_model.model.", TEXT)
 _HEADS_IN_FILES = (HEAD, "language_model.lm_head.")
-# Text configs of a type of their own that is another family's for text alone: their rotary embeddings have a position
-# in each of three directions (M-RoPE), which are the same for text.
-TEXT_FAMILIES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+# Text configs whose rotary embeddings have a position in each of three directions (M-RoPE), which are the same for
+# text; and the family of text alone that each then is.
+TEXT_FAMILIES = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_5_text": "qwen3_5_text",
+}
 # "type": the older spelling of rope_type, which is `mrope` there.
 _MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved", "type")
 

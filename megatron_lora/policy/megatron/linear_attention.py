@@ -55,8 +55,10 @@ class DeltaAttention(MegatronModule):
         )
         of = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.conv1d = _Weight(mixed // tp.size(), 1, self.kernel, **of)
-        self.A_log = nn.Parameter(torch.empty(self.key_heads * self.values, **of))
-        self.dt_bias = nn.Parameter(torch.empty(self.key_heads * self.values, **of))
+        # Decays are computed in fp32 whatever the model's precision, and files may hold these in it.
+        heads = self.key_heads * self.values
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32, device=of["device"]))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32, device=of["device"]))
         self.out_norm = _Weight(self.value_dim, **of)
         self.out_proj: Any = build_module(
             submodules.linear_proj,
@@ -83,7 +85,7 @@ class DeltaAttention(MegatronModule):
         qkv = torch.cat([part.flatten(1) for part in (query, key, value)], -1)[places]
         query, key, value = self._convolved(qkv)
         beta = strength.flatten(1).sigmoid()[places]
-        g = -self.A_log.float().exp() * F.softplus(decay.flatten(1).float() + self.dt_bias)
+        g = -self.A_log.exp() * F.softplus(decay.flatten(1).float() + self.dt_bias)
         mixer: Any = torch_chunk_gated_delta_rule
         out, _state = mixer(query, key, value, g=g[places], beta=beta)
         out = self._normed(out.flatten(0, 1)[back], gate.reshape(tokens * batch, -1, self.value_dim))
