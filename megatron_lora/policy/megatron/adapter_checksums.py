@@ -32,26 +32,31 @@ def _linear_pieces(linear: Adapted, shapes: ModelSpec, dtype: torch.dtype) -> Pi
             continue
         rank_rows = slice(block.start, block.stop)
         scale = linear.scale if linear.scale is not None else float(linear.scales[block.start])  # type: ignore[index]
-        rows, first_row = _rows_of_b(linear, held["B"], segment, shapes)
-        scaled_b = b[rows.to(b.device), rank_rows].float() * scale
         name = hf_name(layout, segment, shapes, linear.expert)
         pieces[peft_name(name, A), 0, first_column] = checksum(a[rank_rows].to(dtype), 0, first_column)
-        pieces[peft_name(name, B), first_row, 0] = checksum(scaled_b.to(dtype), first_row, 0)
+        for rows, first_row in _rows_of_b(linear, held["B"], segment, shapes):
+            scaled_b = b[rows.to(b.device), rank_rows].float() * scale
+            pieces[peft_name(name, B), first_row, 0] = checksum(scaled_b.to(dtype), first_row, 0)
     return pieces
 
 
-def _rows_of_b(linear: Adapted, held: HeldFactor, segment: str, shapes: ModelSpec) -> tuple[torch.Tensor, int]:
-    """(the local rows of B that belong to an HF linear, the number of the first of them there).
+def _rows_of_b(linear: Adapted, held: HeldFactor, segment: str, shapes: ModelSpec) -> list[tuple[torch.Tensor, int]]:
+    """(local rows of B that lie one after the other in an HF linear, the number of the first of them there).
 
     A rank's part of B is that of a linear with 1/TP of the rows; the vocabulary's padding is left out.
     """
     whole = shapes.linear(linear.layout.kind)
     if held.axis is None:
-        return rows_of_part(whole, segment), 0
+        return [(rows_of_part(whole, segment), 0)]
     is_vocabulary = whole.kind == "output_layer"
     part = whole.on_rank(linear.split.size, vocab_rows=held.value.shape[0] if is_vocabulary else None)
     rows = rows_of_part(part, segment)
+    if blocks := whole.part(segment).blocks:
+        # The rank has a piece of each.
+        sizes = part.part(segment).blocks
+        starts = [sum(blocks[:number]) + linear.split.rank * size for number, size in enumerate(sizes)]
+        return list(zip(rows.split(sizes), starts, strict=True))
     first_row = linear.split.rank * rows.numel()
     if is_vocabulary:
         rows = rows[: max(0, shapes.vocab_size - first_row)]
-    return rows, first_row
+    return [(rows, first_row)]
