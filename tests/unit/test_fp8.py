@@ -1,5 +1,7 @@
 """A frozen base in FP8: what is multiplied is the rounded rows, gradients are theirs, and what cannot be is refused."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from megatron_lora.config import check_recipe
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.conversion.hf_model import read_hf_model
 from megatron_lora.errors import UserError
+from megatron_lora.lora import fp8
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
-from megatron_lora.lora.fp8 import Fp8Weight, check_card, quantize_rows
+from megatron_lora.lora.fp8 import Fp8Weight, check_card, measured_error, quantize_rows
 from megatron_lora.lora.methods import method_of
 from megatron_lora.policy.fp8_base import fp8_names
 from megatron_lora.policy.quantization import check_quantization
@@ -20,6 +23,7 @@ from tests.support.recorder import kept_for_backward
 
 ALONE = TensorParallel(None, 1, 0, False)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+ROOT = Path(__file__).resolve().parents[2]
 FP8 = "policy.megatron_cfg.fp8_cfg"
 
 
@@ -151,6 +155,31 @@ def test_the_names_are_those_of_the_layers_linears(bases: Path) -> None:
     assert fp8_names(shapes) == {
         f"decoder.layers.{layer}.{kind}.weight" for layer in range(shapes.num_layers) for kind in kinds
     }
+
+
+def test_products_are_tried_before_a_run_and_wrong_ones_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0.02 < measured_error(torch.device("cpu")) < 0.06
+    monkeypatch.setattr(fp8, "product", lambda a, b, *more: b.dense().sum() + a.values.float() @ b.dense().t())
+    assert measured_error(torch.device("cpu")) > 1
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_a_card_that_is_not_there() -> None:
+    """As far as PTX for an H100, in a process of its own: this one may run Triton's interpreter."""
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_lora.lora.fp8_kernel import _quantize_rows
+for dtype, block in (("fp8e4nv", 1024), ("fp8e5", 4096)):
+    signature = dict(x_ptr="*bf16", values_ptr="*" + dtype, scales_ptr="*fp32", stride="i32", columns="i32")
+    signature |= dict(floor="fp32", LARGEST="constexpr", BLOCK="constexpr")
+    source = ASTSource(_quantize_rows, signature, constexprs={"LARGEST": 448.0, "BLOCK": block})
+    print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"].count("cvt.rn.satfinite"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(int(line) > 0 for line in done.stdout.splitlines())
 
 
 def test_a_machine_without_it_is_named() -> None:
