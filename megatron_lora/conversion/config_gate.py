@@ -16,6 +16,7 @@ import torch
 from megatron_lora.conversion.hf_model import PARTIAL_ROTARY, QUANTIZATION, SIZES, HFModel, activation
 from megatron_lora.conversion.routing_gate import check_routing
 from megatron_lora.errors import UserError
+from megatron_lora.lora.model_spec import HYBRID
 from megatron_lora.lora.model_tables import GATED_ATTENTION, PACKED_EXPERTS, WHOLE_QK_NORM
 
 BUILT_FROM = frozenset(
@@ -35,6 +36,16 @@ BUILT_FROM = frozenset(
         "linear_num_key_heads",
         "linear_num_value_heads",
         "linear_value_head_dim",
+        # Of hybrids.
+        "conv_kernel",
+        "layer_norm_epsilon",
+        "layers_block_type",
+        "mamba_head_dim",
+        "mamba_num_heads",
+        "mlp_hidden_act",
+        "moe_shared_expert_intermediate_size",
+        "n_groups",
+        "ssm_state_size",
         "max_position_embeddings",
         "max_window_layers",
         "mlp_bias",
@@ -85,6 +96,18 @@ WITHOUT_EFFECT = frozenset(
         "router_jitter_noise",  # of transformers' own training
         "transformers_version",
         "use_cache",
+        # Of hybrids: how transformers' own model starts, and computes the same.
+        "chunk_size",
+        "expand",
+        "mamba_ssm_cache_dtype",
+        "moe_shared_expert_overlap",
+        "mtp_layers_block_type",
+        "num_logits_to_keep",
+        "rescale_prenorm_residual",
+        "time_step_floor",
+        "time_step_max",
+        "time_step_min",
+        "use_mamba_kernels",
     }
 )
 # Field -> the values that are taken, and why no other is.
@@ -96,6 +119,10 @@ MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "clip_qkv": ((None,), "queries, keys and values are not clipped here"),
     "rope_interleave": ((True, None), "latent attention turns features in pairs here"),
+    "moe_latent_size": ((None,), "experts work on the model's features here"),
+    "use_conv_bias": ((True, None), "Mamba's convolution has a bias here"),
+    "mamba_hidden_act": (("silu", "swish", None), "Mamba layers are computed with silu alone"),
+    "time_step_limit": (((0.0, math.inf), [0.0, math.inf], None), "Mamba's step sizes have no limits here"),
     "is_encoder_decoder": ((False, None), "the model is a decoder"),
     # Not of any class; transformers looks for them all the same.
     "is_causal": ((None, True), "attention is causal here"),
@@ -204,8 +231,8 @@ def _sizes(model: HFModel) -> Iterator[str]:
     scalar = getattr(config, "query_pre_attn_scalar", 1)
     if not scalar > 0:
         yield f"query_pre_attn_scalar={_shown(scalar)}: wanted a positive number"
-    if not config.rms_norm_eps >= 0:
-        yield f"rms_norm_eps={_shown(config.rms_norm_eps)}: wanted 0 or more"
+    if not model.norm_eps >= 0:
+        yield f"{model.norm_eps_field}={_shown(model.norm_eps)}: wanted 0 or more"
     if model.final_softcap is not None and not model.final_softcap > 0:
         yield f"final_logit_softcapping={_shown(model.final_softcap)}: wanted a positive number or null"
     if model.attention_softcap is not None and not model.attention_softcap > 0:
@@ -238,28 +265,33 @@ def _attention(model: HFModel) -> Iterator[str]:
 
 
 def _linear_attention(model: HFModel, megatron: bool) -> Iterator[str]:
-    shapes = model.shapes
+    shapes, hybrid = model.shapes, bool(model.shapes.mixers)
+    if hybrid and set(shapes.mixers) - set(HYBRID):
+        yield f"layers_block_type has {', '.join(set(shapes.mixers) - set(HYBRID))}; wanted {' or '.join(HYBRID)}"
+        return
+    if hybrid and "attention" not in shapes.mixers:
+        yield "layers_block_type has no attention; wanted it in one layer or more"
+    if hybrid and (shapes.attention_bias or shapes.mlp_bias):
+        yield "attention_bias or mlp_bias is true: linears of this family have no biases here"
     if not shapes.linear_layers:
         return
     if not megatron:
         yield (
-            f"layer_types has linear_attention in {len(shapes.linear_layers)} layers, whose state transformers carries "
-            "from one row of a micro-batch to the next: set policy.megatron_cfg.enabled=true"
+            f"{len(shapes.linear_layers)} layers are {'Mamba' if hybrid else 'linear_attention'} (layer_types), whose "
+            "state transformers carries from one row of a micro-batch to the next: set policy.megatron_cfg.enabled=true"
         )
     if len(shapes.linear_layers) == shapes.num_layers:
         yield "layer_types has no full_attention; wanted it in one layer or more"
     if shapes.linear_value_heads % shapes.linear_key_heads:
-        yield (
-            f"linear_num_key_heads={shapes.linear_key_heads} does not divide "
-            f"linear_num_value_heads={shapes.linear_value_heads}"
-        )
-    if model.activation_name not in ("silu", "swish"):
+        names = ("n_groups", "mamba_num_heads") if hybrid else ("linear_num_key_heads", "linear_num_value_heads")
+        yield f"{names[0]}={shapes.linear_key_heads} does not divide {names[1]}={shapes.linear_value_heads}"
+    if not shapes.mixers and model.activation_name not in ("silu", "swish"):
         yield f"hidden_act={_shown(model.activation_name)}: linear attention is computed with silu alone"
 
 
 def _activation(model: HFModel) -> Iterator[str]:
     name = model.activation_name
-    field = "hidden_activation" if hasattr(model.config, "hidden_activation") else "hidden_act"
+    field = model.activation_field
     try:
         function = activation(name)
     except KeyError:
@@ -273,7 +305,7 @@ def _rope_kinds(model: HFModel, max_length: int) -> Iterator[str]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = model.config
-    parameters = config.rope_parameters or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     nested = parameters and all(isinstance(value, dict) for value in parameters.values())
     for rope in parameters.values() if nested else [parameters]:
         kind = rope.get("rope_type", "default")

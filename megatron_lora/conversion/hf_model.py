@@ -42,7 +42,12 @@ _SOFTCAPPED = ("gemma2", "gemma3_text")
 ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 # Of the coefficient of routers' auxiliary loss: transformers' name, and the one in DeepSeek's files.
 BALANCING = ("router_aux_loss_coef", "aux_loss_alpha")
-_ACTIVATION_FIELDS = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
+_ACTIVATION_FIELDS = {
+    "gemma2": "hidden_activation",
+    "gemma3_text": "hidden_activation",
+    "nemotron_h": "mlp_hidden_act",
+}
+_NORM_EPS_FIELDS = {"nemotron_h": "layer_norm_epsilon"}
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,20 @@ class HFModel:
         return is_four_bit(self.content.get(QUANTIZATION))
 
     @property
+    def activation_field(self) -> str:
+        return _ACTIVATION_FIELDS.get(self.family, "hidden_act")
+
+    @property
     def activation_name(self) -> str:
-        return getattr(self.config, _ACTIVATION_FIELDS.get(self.family, "hidden_act"))
+        return getattr(self.config, self.activation_field)
+
+    @property
+    def norm_eps_field(self) -> str:
+        return _NORM_EPS_FIELDS.get(self.family, "rms_norm_eps")
+
+    @property
+    def norm_eps(self) -> float:
+        return getattr(self.config, self.norm_eps_field)
 
     @property
     def windows(self) -> list[int | None]:
@@ -130,7 +147,8 @@ class HFModel:
     @property
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by, but for a factor on rotary embeddings."""
-        return float(next(layer.self_attn for layer in self.empty.model.layers if hasattr(layer, "self_attn")).scaling)
+        layers = [getattr(layer, "self_attn", getattr(layer, "mixer", None)) for layer in self.empty.model.layers]
+        return float(next(attention for attention in layers if hasattr(attention, "scaling")).scaling)
 
     @property
     def rotary_percent(self) -> float:
@@ -164,9 +182,11 @@ class HFModel:
     @cached_property
     def rotary(self) -> dict[str, tuple[Tensor, float]]:
         """Layer type ("" where all layers have the same) -> (rotary frequencies [head_dim / 2] fp32, the factor on
-        cosine and sine), as transformers computes them."""
+        cosine and sine), as transformers computes them. Empty for a model without positions (a hybrid)."""
+        result: dict[str, tuple[Tensor, float]] = {}
+        if self.shapes.mixers:
+            return result
         module = self.empty.model.rotary_emb
-        result = {}
         for name, buffer in module.named_buffers():
             if name.endswith("inv_freq") and "original" not in name:
                 kind = name.removesuffix("inv_freq").rstrip("_")

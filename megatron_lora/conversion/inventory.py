@@ -11,7 +11,7 @@ from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.conversion.merge import FLOATS
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
-from megatron_lora.conversion.tower import file_names
+from megatron_lora.conversion.tower import file_names, has_file_names
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.four_bit import weight_names
@@ -37,8 +37,8 @@ def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder | FourBitFol
             "4-bit form is read: give the model in bfloat16 or float32"
         )
     stored = SafetensorsFolder(folder)
-    if model.tower:
-        stored.rename(file_names(stored.entries, folder).in_model)
+    if has_file_names(model.shapes):
+        stored.rename(file_names(stored.entries, folder, model.shapes).in_model)
     weights = FourBitFolder(stored) if model.stored_four_bit else stored
     problems = list(_problems(model, weights))
     outside = sorted(set(weights.four_bit) - weight_names(model.shapes)) if isinstance(weights, FourBitFolder) else []

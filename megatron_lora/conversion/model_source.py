@@ -23,7 +23,7 @@ from megatron_lora.conversion.inventory import open_model
 from megatron_lora.conversion.megatron_weights import MegatronWeights
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.shard_writer import write_shards
-from megatron_lora.conversion.tower import FileNames, text_content, with_text
+from megatron_lora.conversion.tower import FileNames, has_file_names, text_content, with_text
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.four_bit import weight_names
@@ -146,7 +146,7 @@ def open_checkpoint(checkpoint: Path | str, hf_model_name: str | None = None) ->
     tokenizer = top / "policy" / "tokenizer"
     overrides = overrides_of_run(top)
     shapes = read_hf_model(folder, overrides=overrides).shapes
-    names = _file_names(top) if shapes.tower else None
+    names = _file_names(top) if has_file_names(shapes) else None
     source = ModelSource(
         folder, MegatronWeights(weights, shapes, names), tokenizer if tokenizer.is_dir() else None, overrides
     )

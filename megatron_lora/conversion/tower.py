@@ -13,7 +13,8 @@ from typing import Any
 from torch import nn
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_spec import TEXT
+from megatron_lora.lora.model_spec import TEXT, ModelSizes
+from megatron_lora.lora.model_tables import HYBRIDS
 
 # Vision-language models whose class holds the language model as `model.language_model` and its head as `lm_head`.
 WITH_TOWER = (
@@ -32,6 +33,9 @@ HEAD = "lm_head."
 # What files call the two, newest first.
 _TOWERS_IN_FILES = (TOWER, "language_model.model.", TEXT)
 _HEADS_IN_FILES = (HEAD, "language_model.lm_head.")
+# What files of a hybrid call its tensors, the published ones' first: transformers renames when it reads and writes.
+_BODIES_IN_FILES = ("backbone.", TEXT)
+_EMBEDDINGS_IN_FILES = ("embeddings.weight", "embedding.weight")
 # Text configs whose rotary embeddings have a position in each of three directions (M-RoPE), which are the same for
 # text; and the family of text alone that each then is.
 TEXT_FAMILIES = {
@@ -46,26 +50,44 @@ _MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved", "type")
 
 @dataclass(frozen=True)
 class FileNames:
-    """How the files of a model name its tensors: see `_TOWERS_IN_FILES`."""
+    """How the files of a model name its tensors: see `_TOWERS_IN_FILES`. tower: what stands there for `own`. embedding:
+    the last name of a hybrid's embedding there."""
 
     tower: str = TOWER
     head: str = HEAD
+    own: str = TOWER
+    embedding: str = ""
 
     def in_file(self, name: str) -> str:
         """The name in the files of a tensor of the model."""
-        return self._moved(name, (TOWER, self.tower), (HEAD, self.head))
+        return self._moved(name, *self._moves())
 
     def in_model(self, name: str) -> str:
         """The inverse of `in_file`."""
-        return self._moved(name, (self.tower, TOWER), (self.head, HEAD))
+        return self._moved(name, *((theirs, ours) for ours, theirs in self._moves()))
+
+    def _moves(self) -> list[tuple[str, str]]:
+        """(what the model has, what the files have), the first that fits a name."""
+        moves = [(self.own, self.tower), (HEAD, self.head)]
+        if self.embedding:
+            moves.insert(0, (f"{self.own}{_EMBEDDINGS_IN_FILES[0]}", f"{self.tower}{self.embedding}"))
+        return moves
 
     @staticmethod
     def _moved(name: str, *moves: tuple[str, str]) -> str:
         return next((new + name.removeprefix(old) for old, new in moves if name.startswith(old)), name)
 
 
-def file_names(stored: Collection[str], where: object) -> FileNames:
-    """The names in files that hold these tensors. Raises UserError where they hold no language model."""
+def has_file_names(shapes: ModelSizes) -> bool:
+    """Whether files of such a model may name its tensors otherwise than transformers' model does."""
+    return bool(shapes.tower) or shapes.model_type in HYBRIDS
+
+
+def file_names(stored: Collection[str], where: object, shapes: ModelSizes) -> FileNames:
+    """The names in files that hold these tensors of such a model. Raises UserError where they hold no language
+    model."""
+    if shapes.model_type in HYBRIDS:
+        return _hybrid_file_names(stored, where)
     tower = next((prefix for prefix in _TOWERS_IN_FILES if f"{prefix}embed_tokens.weight" in stored), None)
     if tower is None:
         raise UserError(
@@ -74,6 +96,17 @@ def file_names(stored: Collection[str], where: object) -> FileNames:
         )
     head = next((prefix for prefix in _HEADS_IN_FILES if f"{prefix}weight" in stored), HEAD)
     return FileNames(tower, head)
+
+
+def _hybrid_file_names(stored: Collection[str], where: object) -> FileNames:
+    for body in _BODIES_IN_FILES:
+        for embedding in _EMBEDDINGS_IN_FILES:
+            if f"{body}{embedding}" in stored:
+                return FileNames(body, HEAD, TEXT, embedding)
+    raise UserError(
+        f"{where} holds no embedding of this model: no {' or '.join(_EMBEDDINGS_IN_FILES)} below "
+        f"{' or '.join(_BODIES_IN_FILES)}; is it complete, and of this model?"
+    )
 
 
 def text_content(content: Mapping[str, Any]) -> dict[str, Any]:

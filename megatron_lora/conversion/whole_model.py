@@ -27,7 +27,7 @@ from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
 from megatron_lora.conversion.shard_writer import check_shards, progress_bar, write_shards
 from megatron_lora.conversion.torch_dist import StoredTensor, write_torch_dist
-from megatron_lora.conversion.tower import file_names
+from megatron_lora.conversion.tower import file_names, has_file_names
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelSpec
@@ -65,8 +65,8 @@ def convert_hf_to_megatron(
         (out / HF_FOLDER).mkdir()
         source.copy_small_files(out / HF_FOLDER)
         record: dict[str, Any] = {"hf_model_name": hf_model_name, "fingerprint": fingerprint_weights(source.weights)}
-        if model.tower:
-            record[NAMES] = dataclasses.asdict(file_names([entry.name for entry in stored], folder))
+        if has_file_names(shapes):
+            record[NAMES] = dataclasses.asdict(file_names([entry.name for entry in stored], folder, shapes))
         (out / SOURCE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         _check_same_weights(source.weights, MegatronWeights(weights, shapes), show_progress)
         seal(out)

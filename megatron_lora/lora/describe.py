@@ -25,6 +25,7 @@ from megatron_lora.lora.model_tables import (
     ATTENTION,
     BIASES,
     GATED_ATTENTION,
+    HYBRIDS,
     LINEARS,
     OTHERS,
     PACKED_EXPERTS,
@@ -49,7 +50,7 @@ def describe_json(content: Mapping[str, Any]) -> ModelSpec:
     if linears is None and BIASES[0] in mapping(values["model_type"]):
         # They left out the biases that every model of the family has (Qwen2).
         values["attention_bias"] = True
-    for name in ("dense_layers", "linear_layers"):
+    for name in ("dense_layers", "linear_layers", "mixers"):
         values[name] = tuple(values.get(name, ()))
     built = describe(ModelSizes(**values))
     return replace(
@@ -100,8 +101,14 @@ def _family_of(sizes: ModelSizes) -> str:
     return sizes.model_type if sizes.model_type in families() else "llama"
 
 
-def _layers(sizes: ModelSizes, row: LinearRow | OtherRow) -> tuple[int, ...] | None:
-    """The layers that a row of the tables is in; None for all."""
+def _layers(sizes: ModelSizes, path: str, row: LinearRow | OtherRow) -> tuple[int, ...] | None:
+    """The layers that a row of the tables is in, of which `path` is in a layer; None for all."""
+    if sizes.mixers:
+        if path.startswith("self_attention."):
+            kind = "attention" if row.in_softmax else "mamba"
+        else:
+            kind = "mlp" if row.in_dense else "moe"
+        return tuple(n for n, mixer in enumerate(sizes.mixers) if mixer == kind)
     everyone = range(sizes.num_layers)
     dense, linear = sizes.dense_layers if sizes.num_experts else everyone, sizes.linear_layers
     layers = tuple(
@@ -116,7 +123,7 @@ def _build_linears(sizes: ModelSizes) -> tuple[LinearSpec, ...]:
     names = linear_names(_family_of(sizes))
     result = []
     for kind, row in LINEARS.items():
-        layers = _layers(sizes, row)
+        layers = _layers(sizes, row.path, row)
         name = LAYER + row.path
         if name not in names or layers == ():
             continue
@@ -160,7 +167,7 @@ def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
     mapped = mapping(_family_of(sizes))
     result = [ParameterSpec(EMBEDDING, sizes.hf_place(mapped[EMBEDDING]), (sizes.vocab_size, sizes.hidden_size))]
     for path, row in OTHERS.items():
-        layers, shape = _layers(sizes, row), row.shape(sizes)
+        layers, shape = _layers(sizes, path, row), row.shape(sizes)
         if LAYER + path in mapped and layers != () and 0 not in shape:
             hf = sizes.hf_place(mapped[LAYER + path])
             axis = _tp_axis(sizes, path)
@@ -172,7 +179,8 @@ def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
 def _tp_axis(sizes: ModelSizes, path: str) -> int | None:
     # Each rank norms its own heads, with the sum over all of them.
     whole = sizes.model_type in WHOLE_QK_NORM and path.endswith(("q_layernorm.weight", "k_layernorm.weight"))
-    return 0 if whole else OTHERS[path].tp_axis
+    # Mamba's is of all heads, with a sum over those of a group.
+    return 0 if whole or (sizes.mixers and path.endswith("out_norm.weight")) else OTHERS[path].tp_axis
 
 
 def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     names = linear_names(family)
     # Where bridge maps no head of its own (Gemma), the family's is tied by default, and config.json may not say so.
     tied = config.get("tie_word_embeddings")
-    layers = int(config["num_hidden_layers"])
+    layers = len(config["layers_block_type"]) if family in HYBRIDS else int(config["num_hidden_layers"])
     sizes = {
         "model_type": family,
         "hidden_size": hidden,
@@ -198,6 +206,8 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": bool(config.get("mlp_bias")),
         "qk_norm": bool(config.get("use_qk_norm", True)),
     }
+    if family in HYBRIDS:
+        return sizes | _hybrid_sizes(config, layers)
     if LAYER + PATHS["experts.linear_fc1"] in names:
         sizes |= _expert_sizes(config, layers)
     if LAYER + PATHS["linear_kv_down_proj"] in names:
@@ -260,6 +270,25 @@ def _linear_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         "linear_value_dim": int(config["linear_value_head_dim"]),
         "linear_kernel": int(config["linear_conv_kernel_dim"]),
     }
+
+
+def _hybrid_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    mixers = tuple(str(kind) for kind in config["layers_block_type"])
+    sizes = {
+        "mixers": mixers,
+        "linear_layers": tuple(n for n, kind in enumerate(mixers) if kind == "mamba"),
+        "linear_key_heads": int(config["n_groups"]),
+        "linear_value_heads": int(config["mamba_num_heads"]),
+        "linear_key_dim": int(config["ssm_state_size"]),
+        "linear_value_dim": int(config["mamba_head_dim"]),
+        "linear_kernel": int(config["conv_kernel"]),
+    }
+    if "moe" in mixers:
+        sizes |= _expert_sizes(config, num_layers) | {
+            "shared_ffn_hidden_size": int(config["moe_shared_expert_intermediate_size"]),
+            "dense_layers": (),
+        }
+    return sizes
 
 
 def _linear_from_json(content: Mapping[str, Any]) -> LinearSpec:

@@ -14,6 +14,21 @@ from megatron_lora.lora.model_tables import PATHS, QUERIES, has_place
 
 # Bridge maps a tensor of each expert; transformers writes one of all.
 OTHER_EXPERT_FILES = ("qwen3_5_moe_text",)
+# Families that bridge builds as Megatron-Core's hybrid model, under names of its own: (there, here). Here each layer is
+# one of the usual model's, with its mixer in the place of attention.
+_HYBRID_NAMES = {
+    "nemotron_h": (
+        (".mixer.norm.", ".self_attention.out_norm."),
+        (".mixer.conv1d_", ".self_attention.conv1d."),
+        (".mixer.", ".self_attention."),
+        ("decoder.final_norm.", "decoder.final_layernorm."),
+    )
+}
+# transformers' names of tensors for those that files have, which bridge maps.
+_HF_NAMES = {"nemotron_h": ("backbone.", "model.")}
+# Mapped by bridge, in no model that is taken: the norm of a layer without its own linear's, experts in a smaller space.
+_LEFT_OUT = ("decoder.layers.*.norm.weight", "decoder.layers.*.mlp.fc1_latent_proj.weight")
+_LEFT_OUT += ("decoder.layers.*.mlp.fc2_latent_proj.weight",)
 FAMILIES_FILE = Path(__file__).with_name("families.json")
 
 
@@ -26,7 +41,22 @@ def families() -> dict[str, dict[str, Any]]:
 @functools.cache
 def mapping(family: str) -> dict[str, Any]:
     """Megatron's name -> the HF name, or segment -> name."""
-    return {megatron: hf for _, megatron, hf in families().get(family, {}).get("parameters", ())}
+    found = {megatron: hf for _, megatron, hf in families().get(family, {}).get("parameters", ())}
+    return _as_usual(family, found) if family in _HYBRID_NAMES else found
+
+
+def _as_usual(family: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A hybrid's mapping under the names of the usual model."""
+    result = {}
+    for name, hf in found.items():
+        if name in _LEFT_OUT:
+            continue
+        for theirs, ours in _HYBRID_NAMES[family]:
+            name = name.replace(theirs, ours)
+        parts = hf if isinstance(hf, dict) else {"": hf}
+        parts = {key: part.replace(*_HF_NAMES[family]) for key, part in parts.items()}
+        result[name] = parts.get("", parts)
+    return result
 
 
 @functools.cache

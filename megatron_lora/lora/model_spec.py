@@ -15,6 +15,8 @@ ROUTER = "router"
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 # Before the HF names of all but the head, in a model of the language alone.
 TEXT = "model."
+# What a layer of a hybrid may be, in transformers' words.
+HYBRID = ("mamba", "attention", "mlp", "moe")
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,13 @@ class ModelSizes:
     dense_layers: those without experts in a model that has them. qk_norm: the queries' and keys' norms that the family
     has are there. tower: of the language model in a vision-language one, what stands before the HF names of its layers
     there in the place of `model.`. gated_attention: queries come with a gate of the output each (Qwen3-Next).
-    shared_gate: the shared expert has a gate.
+    shared_gate: the shared expert has a gate. mixers: of a model whose layers are one thing each (Nemotron-H) what each
+    is, one of `HYBRID`; () where every layer has attention and an MLP.
 
     Linear attention (gated delta net, arXiv 2412.06464) is in linear_layers, with its own heads: linear_key_heads of
     linear_key_dim features, each for as many value heads of linear_value_dim, and a convolution over linear_kernel
-    tokens.
+    tokens. A hybrid's linear_layers are those of `mamba` (Mamba-2, arXiv 2405.21060): linear_key_heads groups of
+    linear_value_heads heads, states of linear_key_dim by linear_value_dim features.
 
     Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) has a kv_rank: of the compressed keys and values;
     q_rank: of the compressed queries, 0 where they are not compressed; head_dim: of a query, of which rope_head_dim are
@@ -176,10 +180,16 @@ class ModelSizes:
     linear_key_dim: int = 0
     linear_value_dim: int = 0
     linear_kernel: int = 0
+    mixers: tuple[str, ...] = ()
 
     def hf_place(self, name: str) -> str:
         """The HF name, in the whole model, of what is `name` in a model of the language alone."""
         return f"{self.tower}{name.removeprefix(TEXT)}" if self.tower and name.startswith(TEXT) else name
+
+    @property
+    def recurrence(self) -> str:
+        """How messages name the layers that carry a state from token to token."""
+        return "Mamba layers" if self.mixers else "linear attention"
 
     @property
     def is_latent(self) -> bool:

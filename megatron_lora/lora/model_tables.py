@@ -63,8 +63,24 @@ def _linear_value(sizes: ModelSizes) -> int:
 
 
 def _linear_blocks(sizes: ModelSizes) -> tuple[int, ...]:
-    """Queries, keys and values one after the other."""
-    return (_linear_key(sizes), _linear_key(sizes), _linear_value(sizes))
+    """Queries, keys and values one after the other; of Mamba the values (x), B and C."""
+    key, value = _linear_key(sizes), _linear_value(sizes)
+    return (value, key, key) if sizes.mixers else (key, key, value)
+
+
+def _in_blocks(sizes: ModelSizes) -> tuple[int, ...]:
+    """Of Mamba's in_proj: gates of the output (z), x, B, C, and a step size a head."""
+    return (_linear_value(sizes), *_linear_blocks(sizes), sizes.linear_value_heads)
+
+
+def _in_rows(sizes: ModelSizes) -> dict[str, int]:
+    return {"in": sum(_in_blocks(sizes))} if sizes.mixers else _delta_rows(sizes)
+
+
+def _in_order(sizes: ModelSizes) -> dict[str, dict[str, Any]]:
+    if sizes.mixers:
+        return {"in": {"blocks": _in_blocks(sizes)}}
+    return {"qkv": {"blocks": _linear_blocks(sizes)}}
 
 
 def _delta_rows(sizes: ModelSizes) -> dict[str, int]:
@@ -129,10 +145,10 @@ LINEARS: dict[str, LinearRow] = {
         "self_attention.in_proj",
         "column",
         _hidden,
-        _delta_rows,
+        _in_rows,
         in_softmax=False,
         groups=lambda s: s.linear_key_heads,
-        order=lambda s: {"qkv": {"blocks": _linear_blocks(s)}},
+        order=_in_order,
     ),
     "out_proj": LinearRow(
         "self_attention.out_proj", "row", _linear_value, lambda s: {"out": s.hidden_size}, in_softmax=False
@@ -158,7 +174,11 @@ GATED_ATTENTION = ("qwen3_next", "qwen3_5_text")
 # Families whose files hold one tensor of all experts of a layer, as transformers' model does, with a bias beside it.
 PACKED_EXPERTS = ("gpt_oss",)
 # Families whose router adds a bias to what it chooses experts by. Bridge maps one for DeepSeek-V2 too, which has none.
-BIASED_ROUTER = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+BIASED_ROUTER = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "nemotron_h")
+# Families whose layers are one thing each: Mamba, attention, an MLP, or experts.
+HYBRIDS = ("nemotron_h",)
+# Families of which some layers carry a state from token to token.
+RECURRENT = (*GATED_ATTENTION, *HYBRIDS)
 
 
 @dataclass(frozen=True)
@@ -200,9 +220,15 @@ OTHERS: dict[str, OtherRow] = {
     "self_attention.conv1d.weight": OtherRow(
         lambda s: (sum(_linear_blocks(s)), 1, s.linear_kernel), in_softmax=False, tp_axis=0, blocks=_linear_blocks
     ),
+    "self_attention.conv1d.bias": OtherRow(
+        lambda s: (sum(_linear_blocks(s)),), in_softmax=False, tp_axis=0, blocks=_linear_blocks
+    ),
+    "self_attention.D": OtherRow(lambda s: (s.linear_value_heads,), in_softmax=False, tp_axis=0),
     "self_attention.A_log": OtherRow(lambda s: (s.linear_value_heads,), in_softmax=False, tp_axis=0),
     "self_attention.dt_bias": OtherRow(lambda s: (s.linear_value_heads,), in_softmax=False, tp_axis=0),
-    "self_attention.out_norm.weight": OtherRow(lambda s: (s.linear_value_dim,), in_softmax=False),
+    "self_attention.out_norm.weight": OtherRow(
+        lambda s: (_linear_value(s) if s.mixers else s.linear_value_dim,), in_softmax=False
+    ),
     "self_attention.linear_q_up_proj.layer_norm_weight": OtherRow(lambda s: (s.q_rank,)),
     "self_attention.linear_kv_up_proj.layer_norm_weight": OtherRow(lambda s: (s.kv_rank,)),
     "self_attention.linear_proj.post_layernorm.weight": OtherRow(_width),

@@ -19,7 +19,7 @@ from megatron_lora.lora.model_spec import ROUTER, LinearSpec, ModelSpec, resolve
 from megatron_lora.lora.peft_config import PeftPatterns
 
 # transformers' names of the tensors of all experts, by the segments in them.
-PACKED_NAMES = {("gate", "up"): "gate_up_proj", ("down",): "down_proj"}
+PACKED_NAMES = {("gate", "up"): "gate_up_proj", ("up",): "up_proj", ("down",): "down_proj"}
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ def select_linears(
     text, the rest is literal). Without targets: every linear of attention and MLP but for routed experts' and the
     router's, less `exclude_modules`; a router is adapted where it is named (`router`, `gate`, `*.mlp.router`), experts
     are adapted where their linears are named (`linear_fc1`, `experts.linear_fc1`,
-    `gate_up_proj`, `*.experts.*`), all of a layer alike. A fused name
+    `gate_up_proj`, `*.experts.*`), all of a layer alike, and Mamba's out_proj, which peft does not load, where it is
+    named. A fused name
     stands for the HF linears that it covers; an HF name for its part of the fused linear alone. Layer numbers are
     global, whatever the pipeline layout. naming: the names that this backend has itself; others are translated, which
     the notices say. Raises UserError where a pattern matches nothing (with near names), for exclusions beside targets,
@@ -54,7 +55,7 @@ def select_linears(
     wanted = {
         linear.name
         for linear in linears
-        if linear.layer is not None and linear.expert is None and linear.kind != ROUTER
+        if linear.layer is not None and linear.expert is None and not _is_named_alone(shapes, linear)
     }
     if target_modules:
         wanted = {linear.name for pattern in target_modules for linear in matcher.find(pattern)}
@@ -71,8 +72,22 @@ def select_linears(
     if shapes.num_experts and not target_modules:
         notices.append(_frozen_experts(shapes, key))
     chosen = [linear for linear in linears if linear.name in wanted]
+    if any(_is_mambas(shapes, linear) for linear in chosen):
+        notices.append(
+            f"{key}: Mamba's out_proj gets adapters, which PEFT does not load (its kernels read the weight past them): "
+            "merge the trained adapter, or leave out_proj out"
+        )
     _check_whole_experts(shapes, chosen, key)
     return Selection(chosen, notices)
+
+
+def _is_named_alone(shapes: ModelSpec, linear: HFLinear) -> bool:
+    return linear.kind == ROUTER or _is_mambas(shapes, linear)
+
+
+def _is_mambas(shapes: ModelSpec, linear: HFLinear) -> bool:
+    """Whether it is the linear of a Mamba mixer that peft refuses to adapt."""
+    return bool(shapes.mixers) and linear.kind == "out_proj"
 
 
 def _frozen_experts(shapes: ModelSpec, key: str) -> str:

@@ -46,16 +46,17 @@ def _check_linear_attention(policy: PolicyConfig, shape: ModelSpec) -> None:
         return
     megatron = policy.megatron_cfg
     key = f"{_MEGATRON}.tensor_model_parallel_size"
-    _check_divides(key, megatron.tensor_model_parallel_size, shape.linear_key_heads, "key heads of linear attention")
+    what = f"{'groups' if shape.mixers else 'key heads'} of {shape.recurrence}"
+    _check_divides(key, megatron.tensor_model_parallel_size, shape.linear_key_heads, what)
     if megatron.context_parallel_size > 1:
         raise UserError(
-            f"{_MEGATRON}.context_parallel_size={megatron.context_parallel_size}: linear attention "
-            f"({shape.model_type}) carries a state from token to token, which is not passed between ranks here; use 1"
+            f"{_MEGATRON}.context_parallel_size={megatron.context_parallel_size}: the state of "
+            f"{shape.recurrence} ({shape.model_type}) is not passed between ranks here; use 1"
         )
     if not policy.adapter.enabled:
         raise UserError(
-            f"{_MEGATRON}.peft.enabled=false is full fine-tuning, which a model with linear attention "
-            f"({shape.model_type}) does not take; set it to true"
+            f"{_MEGATRON}.peft.enabled=false is full fine-tuning, which a model with "
+            f"{shape.recurrence} ({shape.model_type}) does not take; set it to true"
         )
 
 

@@ -2,7 +2,7 @@
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_tables import GATED_ATTENTION
+from megatron_lora.lora.model_tables import RECURRENT
 from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM
 
 
@@ -26,8 +26,8 @@ def unshared_reason(
 def _reason_against(policy: PolicyConfig, *, model_type: str, head_dim: int, on_gpu: bool) -> str | None:
     if policy.backend != "megatron":
         return None
-    if model_type in GATED_ATTENTION:
-        return "linear attention carries a state from token to token, which follows one row"
+    if model_type in RECURRENT:
+        return "some of its layers carry a state from token to token, which follows one row"
     if policy.megatron_cfg.context_parallel_size > 1:
         return (
             f"policy.megatron_cfg.context_parallel_size={policy.megatron_cfg.context_parallel_size} splits rows over "

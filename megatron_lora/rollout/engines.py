@@ -180,7 +180,7 @@ def check_place(generation: GenerationConfig) -> None:
 def _check_no_linear_attention(policy: PolicyConfig, shapes: ModelSpec) -> None:
     if shapes.linear_layers:
         raise UserError(
-            f"policy.model_name={policy.model_name!r} has linear attention ({shapes.model_type}), whose state no "
+            f"policy.model_name={policy.model_name!r} has {shapes.recurrence} ({shapes.model_type}), whose state no "
             "generator keeps here, and whose adapters vLLM was not seen to apply; train it with SFT or DPO"
         )
 

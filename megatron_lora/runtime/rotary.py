@@ -6,10 +6,13 @@ from torch import Tensor
 
 
 def rotary_modules(chunk: Any) -> list[Any]:
-    """The modules that give a chunk's layers their rotary embeddings: one for all, or each layer's own (latent
-    attention)."""
+    """The modules that give a chunk's layers their rotary embeddings: one for all, each layer's own (latent attention),
+    or none (a hybrid)."""
     shared = getattr(chunk, "rotary_pos_emb", None)
-    return [shared] if shared is not None else [layer.self_attention.rotary_pos_emb for layer in chunk.decoder.layers]
+    if shared is not None:
+        return [shared]
+    found = [getattr(layer.self_attention, "rotary_pos_emb", None) for layer in chunk.decoder.layers]
+    return [module for module in found if module is not None]
 
 
 def picked(embeddings: Any, positions: Tensor) -> Any:

@@ -33,6 +33,7 @@ ADAM_EPS = {
     "gemma3_tower": 1e-5,
     "qwen3_5": 1e-5,
     "qwen3_next": 1e-5,
+    "nemotron_h": 1e-5,
     "gpt_oss": 1e-5,
     "deepseek_v3": 1e-5,
     "gemma3_softcap": 1e-5,
@@ -45,6 +46,7 @@ LEARNING_RATES = {
     "gemma2": 2e-4,
     "qwen3_5": 2e-4,
     "qwen3_next": 2e-4,
+    "nemotron_h": 2e-4,
     "qwen3_even": 2e-3,
     "qwen3_even_nf4": 2e-3,
 }

@@ -14,7 +14,16 @@ from tests.distributed.cases import Case, case_rows
 from tests.support.four_bit import save_dequantized, save_four_bit
 from tests.support.launch import RanksFailed, run_ranks
 from tests.support.models import save_model
-from tests.support.reference import DELTA_TARGETS, EXPERTS, LATENT_TARGETS, TARGETS, Training, save_adapter, train
+from tests.support.reference import (
+    DELTA_TARGETS,
+    EXPERTS,
+    LATENT_TARGETS,
+    MAMBA_TARGETS,
+    TARGETS,
+    Training,
+    save_adapter,
+    train,
+)
 from tools.smollm2 import cached_model
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -28,6 +37,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "shared_experts": {"targets": TARGETS[:4], "parameters": EXPERTS, "share_experts": True},
     "latent": {"targets": LATENT_TARGETS},
     "delta": {"targets": DELTA_TARGETS},
+    "mamba": {"targets": MAMBA_TARGETS},
+    "mamba_experts": {"targets": MAMBA_TARGETS, "parameters": ["mixer.experts.up_proj", "mixer.experts.down_proj"]},
     "dora": {"use_dora": True},
     "dora_own": {"use_dora": True, "share_a": False},
     "dora_query_value_head": {"use_dora": True, "targets": ["q_proj", "v_proj", "lm_head"], "share_a": False},

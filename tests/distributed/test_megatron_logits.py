@@ -49,26 +49,35 @@ CASES += [
 ]
 CASES += [case(layout, "qwen3_moe") for layout in ("tp1", "sp", "pp", "cp", "ep", "etp")]
 CASES += [case("tp1", "gemma"), case("pp", "gemma"), case("tp1", "gemma2"), case("sp", "gemma2")]
-CASES += [case("sp", "qwen3_next"), case("pp", "qwen3_5")]
+CASES += [case("pp", "qwen3_5"), case("sp", "nemotron_h")]
 CASES += [case("tp1", family) for family in EXPERTS]
 LONG = [case(layout, family) for layout in ("tp", "pp") for family in FAMILIES if family != "qwen2"]
 LONG += [case("tp_pp", family) for family in ("qwen2", "gemma3")]
 LONG += [case(layout, family) for layout in ("sp", "pp", "cp", "ep") for family in EXPERTS]
-LONG += [case("sp", "gemma"), case("pp", "gemma2"), case("tp1", "qwen3_next"), case("pp", "qwen3_next")]
-LONG += [case("ep", "qwen3_next"), case("tp1", "qwen3_5"), case("tp", "qwen3_5")]
+LONG += [case("sp", "gemma"), case("pp", "gemma2"), case("tp1", "qwen3_5"), case("tp", "qwen3_5")]
+LONG += [case(layout, "qwen3_next") for layout in ("tp1", "sp", "pp", "ep")]
+LONG += [case(layout, "nemotron_h") for layout in ("tp1", "tp", "pp", "ep")]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
 WHOLE_ROWS = [more for more in [*CASES, *LONG_TOO] if case_of(more).megatron not in (CP, EP)]
 
 
-@pytest.fixture(scope="module")
-def transformers_logits(room: Any) -> dict[str, list[torch.Tensor]]:
-    """family -> each row's logits [S, vocabulary]."""
-    logits = {}
-    for family in dict.fromkeys(case.family for case in CASES):
-        model = AutoModelForCausalLM.from_pretrained(room.base(family), attn_implementation="eager")
+class Logits(dict[str, list[torch.Tensor]]):
+    """family -> transformers' logits [S, vocabulary] of each row, computed when first asked for."""
+
+    def __init__(self, room: Any):
+        super().__init__()
+        self.room = room
+
+    def __missing__(self, family: str) -> list[torch.Tensor]:
+        model = AutoModelForCausalLM.from_pretrained(self.room.base(family), attn_implementation="eager")
         with torch.no_grad():
-            logits[family] = [model(row.input_ids[None]).logits[0] for row in scored_rows()]
-    return logits
+            self[family] = [model(row.input_ids[None]).logits[0] for row in scored_rows()]
+        return self[family]
+
+
+@pytest.fixture(scope="module")
+def transformers_logits(room: Any) -> Logits:
+    return Logits(room)
 
 
 def token_logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,18 @@ DELTA: dict[str, Any] = {
     "linear_value_head_dim": 4,
 }
 BASE: dict[str, dict[str, Any]] = {
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+        "head_dim": 8,
+        "ssm_state_size": 3,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 20,
+    },
     "qwen3_5_text": DELTA,
     "qwen3_next": DELTA
     | {

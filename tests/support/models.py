@@ -17,6 +17,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronHConfig,
     OlmoeConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -77,6 +78,11 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Gemma3TextConfig(
             **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)
         )
+    if family == "nemotron_h":
+        kinds = ["mamba", "attention", "mlp", "mamba", "moe", "attention"]
+        own = NEMOTRON_H | {"layers_block_type": kinds}
+        values: dict[str, Any] = {name: value for name, value in sizes.items() if name != "num_hidden_layers"}
+        return NemotronHConfig(**values | own | changes)
     if family in LINEAR:
         kind, own = LINEAR[family]
         return kind(**sizes | own | changes)
@@ -191,6 +197,21 @@ LINEAR: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     ),
 }
 
+# Two groups of heads; an MLP has no gate.
+NEMOTRON_H: dict[str, Any] = {
+    "head_dim": 32,
+    "ssm_state_size": 6,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 10,
+    "n_groups": 2,
+    "conv_kernel": 3,
+    "use_mamba_kernels": False,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 56,
+    "routed_scaling_factor": 1.5,
+}
 TOWERS: dict[str, dict[str, Any]] = {
     "gemma3": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
     "qwen3_5": DELTA,
@@ -271,4 +292,7 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
                 # States that last some tokens. With transformers' own start they are gone after one, and sums of decays
                 # over a row lose digits: its fp32 gradients were 4e-5 to 6e-5 away from its fp64 ones.
                 parameter.uniform_(-3.0, -1.0)
+            elif name.endswith("mixer.dt_bias"):
+                # Steps above transformers' smallest on a CPU, which its kernels and others do not have.
+                parameter.uniform_(-1.0, 1.0)
     return model

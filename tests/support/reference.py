@@ -23,6 +23,8 @@ LATENT_TARGETS = ["q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_
 # With linear attention; a model has two of these projections (Qwen3-Next) or four (Qwen3.5).
 DELTA_TARGETS = [*TARGETS, "out_proj", "in_proj_qkvz", "in_proj_ba"]
 DELTA_TARGETS += ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]
+# With Mamba: of its experts the shared one alone.
+MAMBA_TARGETS = [*TARGETS, "in_proj"]
 SHARED_A = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 RANK, ALPHA = 4, 8
 

@@ -82,7 +82,10 @@ def test_taken(family: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"megatron": False}, "linear_attention in 2 layers, whose state transformers carries .* to the next"),
+        (
+            {"megatron": False},
+            r"2 layers are linear_attention \(layer_types\), whose state transformers carries .* next",
+        ),
         ({"layer_types": ["linear_attention"] * 4}, "layer_types has no full_attention"),
         ({"layer_types": ["linear_attention", "sliding_attention"] * 2}, "layer_types has sliding_attention; wanted"),
         ({"linear_num_value_heads": 5}, "linear_num_key_heads=2 does not divide linear_num_value_heads=5"),
@@ -97,7 +100,7 @@ def test_configs_that_are_refused(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("megatron", "ranks", "words"),
     [
-        ({"context_parallel_size": 2}, 2, "context_parallel_size=2: linear attention .* use 1"),
+        ({"context_parallel_size": 2}, 2, "context_parallel_size=2: the state of linear attention .* use 1"),
         ({"peft": {"enabled": False}}, 1, "full fine-tuning, which a model with linear attention"),
         ({"tensor_model_parallel_size": 2}, 2, "=2 does not divide the 3 key heads of linear attention"),
     ],

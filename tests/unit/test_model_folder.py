@@ -271,12 +271,12 @@ def test_layers_that_predict_further_tokens_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-LINEAR = ("qwen3_next", "qwen3_5_text")
+RECURRENT = ("qwen3_next", "qwen3_5_text", "nemotron_h")
 BIASED = [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("qwen3", {"attention_bias": True})]
 BIASED += [("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}), ("qwen2", {"attention_bias": True})]
 
 
-@pytest.mark.parametrize("family, changes", [(family, {}) for family in (*GATED_FAMILIES, *LINEAR)] + BIASED)
+@pytest.mark.parametrize("family, changes", [(family, {}) for family in (*GATED_FAMILIES, *RECURRENT)] + BIASED)
 def test_the_table_of_names_is_the_models_own(family: str, changes: dict, tmp_path: Path) -> None:
     model, _ = open_model("made here", save(tmp_path / "model", family, **changes))
     shapes = model.shapes

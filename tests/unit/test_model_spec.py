@@ -32,6 +32,15 @@ LINEAR = {
     "linear_value_head_dim": 2,
     "linear_conv_kernel_dim": 4,
 }
+MAMBA = {
+    "layers_block_type": ["mamba", "attention", "mlp", "moe"],
+    "n_groups": 2,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 3,
+    "ssm_state_size": 2,
+    "conv_kernel": 4,
+    "moe_shared_expert_intermediate_size": 2,
+}
 
 
 def described(family: str, **changes: object) -> ModelSpec:
@@ -91,7 +100,7 @@ def test_what_cannot_be_described_is_refused(config: dict, message: str):
 def test_every_known_family_has_the_linears_of_attention():
     assert set(known_families()) < set(families())
     for family in known_families():
-        kinds = described(family, **EXPERTS, **LATENT, **LINEAR).kinds
+        kinds = described(family, **EXPERTS, **LATENT, **LINEAR, **MAMBA).kinds
         assert {"linear_proj", "output_layer"} <= set(kinds)
         assert ("linear_qkv" in kinds) != ("linear_kv_down_proj" in kinds), (family, kinds)
 

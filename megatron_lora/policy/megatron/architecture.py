@@ -17,6 +17,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -31,7 +32,9 @@ from megatron_lora.policy.megatron.attention import (
     set_softmax_scale,
     whole_heads_norm,
 )
-from megatron_lora.policy.megatron.linear_attention import DeltaAttention, delta_spec
+from megatron_lora.policy.megatron.linear_attention import DeltaAttention
+from megatron_lora.policy.megatron.mamba import MambaAttention
+from megatron_lora.policy.megatron.recurrent_mixer import is_attention, mixer_spec
 from megatron_lora.policy.megatron.router import Router
 from megatron_lora.runtime.native_layers import NativeAttention
 
@@ -63,7 +66,7 @@ def plain_config(model: HFModel) -> Any:
 
 def apply_config(provider: Any, model: HFModel) -> None:
     """Set a provider's fields (Megatron-Core's `TransformerConfig`)."""
-    config, shapes = model.config, model.shapes
+    shapes = model.shapes
     provider.num_layers = shapes.num_layers
     provider.hidden_size = shapes.hidden_size
     provider.ffn_hidden_size = shapes.ffn_hidden_size
@@ -72,8 +75,8 @@ def apply_config(provider: Any, model: HFModel) -> None:
     provider.kv_channels = shapes.head_dim
     provider.vocab_size = shapes.vocab_size
     provider.share_embeddings_and_output_weights = shapes.tied_embeddings
-    provider.layernorm_epsilon = config.rms_norm_eps
-    provider.gated_linear_unit = True
+    provider.layernorm_epsilon = model.norm_eps
+    provider.gated_linear_unit = shapes.gated
     provider.activation_func = _activation(model)
     normed = any(other.name.endswith("q_layernorm.weight") for other in shapes.others)
     provider.qk_layernorm = normed or shapes.is_latent
@@ -82,8 +85,8 @@ def apply_config(provider: Any, model: HFModel) -> None:
     packed = model.family in PACKED_EXPERTS
     provider.add_bias_linear = packed
     provider.softmax_type = "learnable" if packed else "vanilla"
-    provider.position_embedding_type = "rope"
-    provider.rotary_percent = model.rotary_percent
+    provider.position_embedding_type = "rope" if model.rotary else "none"
+    provider.rotary_percent = model.rotary_percent if model.rotary else 1.0
     provider.seq_len_interpolation_factor = None
     provider.rope_scaling = False
     # yarn's factor on cosine and sine is in the scale of the scores (`_apply_attention`).
@@ -93,9 +96,13 @@ def apply_config(provider: Any, model: HFModel) -> None:
     if shapes.num_experts:
         _apply_experts(provider, model)
     _apply_attention(provider, model)
-    if shapes.linear_layers:
-        _apply_linear_attention(provider, shapes)
+    if shapes.linear_layers or shapes.mixers:
+        provider.attention_output_gate = shapes.gated_attention
+        provider.experimental_attention_variant = provider.linear_attention_freq = None
+        provider.transformer_layer_spec = _layers_of_stage
     _change_layers(provider, model)
+    if shapes.linear_layers or shapes.mixers:
+        _put_mixers(provider, shapes)
 
 
 def _apply_experts(provider: Any, model: HFModel) -> None:
@@ -105,6 +112,8 @@ def _apply_experts(provider: Any, model: HFModel) -> None:
     provider.moe_ffn_hidden_size = shapes.moe_ffn_hidden_size
     dense = shapes.dense_layers
     provider.moe_layer_freq = [int(layer not in dense) for layer in range(shapes.num_layers)] if dense else 1
+    if shapes.mixers:
+        provider.moe_layer_freq = [int(mixer == "moe") for mixer in shapes.mixers]
     provider.moe_shared_expert_intermediate_size = shapes.shared_ffn_hidden_size or None
     provider.moe_shared_expert_gate = shapes.shared_gate
     _apply_routing(provider, model)
@@ -149,29 +158,57 @@ def _apply_attention(provider: Any, model: HFModel) -> None:
         _apply_latent(provider, model)
     else:
         # Cosine and sine of queries and of keys are multiplied by the factor (yarn), so scores by its square.
-        factor = next(factor for _, factor in model.rotary.values())
+        factor = next((factor for _, factor in model.rotary.values()), 1.0)
         provider.softmax_scale = model.softmax_scale * factor**2
     # Of the head's logits: `frozen_head.cap_logits`.
     provider.final_logit_softcapping = None
     provider.attn_logit_softcapping = model.attention_softcap
 
 
-def _apply_linear_attention(provider: Any, shapes: ModelSpec) -> None:
-    """Build the layers as those of another model, and put our mixer into those that have linear attention."""
-    provider.attention_output_gate = shapes.gated_attention
-    provider.experimental_attention_variant = provider.linear_attention_freq = None
+def usual_provider(model: HFModel) -> Any:
+    """The provider of a model that bridge builds as another than Megatron-Core's GPTModel."""
+    from megatron.bridge.models.gpt_provider import GPTModelProvider  # after `import_bridge`
 
-    def spec_of_stage(config: Any, vp_stage: int | None = None) -> Any:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    shapes = model.shapes
+    return GPTModelProvider(
+        num_layers=shapes.num_layers,
+        hidden_size=shapes.hidden_size,
+        num_attention_heads=shapes.num_attention_heads,
+        normalization="RMSNorm",
+    )
+
+
+def _layers_of_stage(config: Any, vp_stage: int | None = None) -> Any:
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+
+
+def _put_mixers(provider: Any, shapes: ModelSpec) -> None:
+    """Put our mixers into the layers that have them in the place of attention, and leave of a hybrid's layers what each
+    is."""
+    make_spec = provider.transformer_layer_spec
+
+    def changed(config: Any, vp_stage: int | None = None) -> Any:
+        spec = make_spec(config, vp_stage=vp_stage)
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         for index, layer in enumerate(spec.layer_specs):
+            within: Any = copy.copy(layer.submodules)
             if first + index in shapes.linear_layers:
-                within: Any = copy.copy(layer.submodules)
-                within.self_attention = delta_spec(within.self_attention, shapes)
-                spec.layer_specs[index] = ModuleSpec(layer.module, layer.params, within)
+                mixer = MambaAttention if shapes.mixers else DeltaAttention
+                within.self_attention = mixer_spec(mixer, within.self_attention, shapes)
+            if shapes.mixers:
+                _leave_one(within, shapes.mixers[first + index])
+            spec.layer_specs[index] = ModuleSpec(layer.module, layer.params, within)
         return spec
 
-    provider.transformer_layer_spec = spec_of_stage
+    provider.transformer_layer_spec = changed
+
+
+def _leave_one(within: Any, mixer: str) -> None:
+    """Of a layer's attention (or what stands there) and MLP, the one that a hybrid's layer is."""
+    if mixer in ("mlp", "moe"):
+        within.input_layernorm, within.self_attention, within.self_attn_bda = IdentityOp, IdentityOp, IdentityFuncOp
+    else:
+        within.pre_mlp_layernorm, within.mlp, within.mlp_bda = IdentityOp, IdentityOp, IdentityFuncOp
 
 
 def _apply_latent(provider: Any, model: HFModel) -> None:
@@ -202,8 +239,6 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
         within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
         within.router = Router
-    if attention.module is DeltaAttention:
-        return
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention
@@ -245,7 +280,7 @@ def replace_core_attention(provider: Any, replacement: Callable[[type], type]) -
 
     def change(layer: Any) -> None:
         attention = layer.submodules.self_attention
-        if attention.module is not DeltaAttention:
+        if is_attention(attention):
             attention.submodules.core_attention = replacement(attention.submodules.core_attention)
 
     for_each_layer(provider, change)
@@ -268,7 +303,7 @@ def set_numbers(chunks: Sequence[GPTModel], model: HFModel) -> None:
             for layer in chunk.decoder.layers:
                 _set_latent_numbers(layer.self_attention, model)
             continue
-        rotary: Any = chunk.rotary_pos_emb
+        rotary: Any = getattr(chunk, "rotary_pos_emb", None)
         places = {"": rotary, "full_attention": rotary, "sliding_attention": getattr(rotary, "rope_local", None)}
         for kind, (frequencies, _) in model.rotary.items():
             _set_frequencies(places[kind], frequencies)

@@ -26,6 +26,7 @@ from megatron_lora.policy.megatron.architecture import (
     plain_config,
     replace_core_attention,
     set_numbers,
+    usual_provider,
 )
 from megatron_lora.policy.megatron.base_weights import (
     Held,
@@ -90,9 +91,12 @@ def build_base(
 
     model, weights = opened or open_base(policy)
     read = weights.read if changed is None else changed(weights.read)
-    with _bridge_errors(policy.model_name):
-        provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
     shapes = model.shapes
+    with _bridge_errors(policy.model_name):
+        if shapes.mixers:
+            provider = usual_provider(model)
+        else:
+            provider = AutoBridge.from_hf_config(plain_config(model)).to_megatron_provider(load_weights=False)
     apply_config(provider, model)
     unshared = unshared_reason(
         policy,
