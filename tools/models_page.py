@@ -106,10 +106,10 @@ projector stay as they are, and a merged export has them, under the names of the
 answers with the training model (`policy.generation.backend=megatron`; not of Qwen3.5); in vLLM such a model is refused,
 and that vLLM serves an exported adapter over it was not tried.
 Linear attention (the gated delta net of Qwen3-Next and of Qwen3.5's language model) is plain PyTorch here, also on a
-GPU, where it was not run yet: each row of a packed micro-batch begins with an empty state. Adapters go on its `in_proj`
-and `out_proj` where they are named (`in_proj_qkvz`, `in_proj_ba`; Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b`,
-`in_proj_a`). Context parallelism, full fine-tuning, GRPO and the DTensor backend are refused for it, and so are
-Qwen3.5's mixtures, whose files hold one tensor of all experts.
+GPU, where it was not run yet: each row of a packed micro-batch begins with an empty state. Adapters go on its
+`in_proj` (`in_proj_qkvz`, `in_proj_ba`; Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a`) and `out_proj`.
+Context parallelism, full fine-tuning, GRPO and the DTensor backend are refused for it, and so are Qwen3.5's mixtures,
+whose files hold one tensor of all experts.
 Nemotron-H's layers are one thing each: Mamba-2, attention, an MLP, or experts. Its Mamba mixer is plain PyTorch here
 too, since Megatron-Core's own cannot be built without the packages mamba-ssm and causal-conv1d; it was not run on a
 GPU yet. Adapters go on the mixer's `in_proj`, on attention, MLPs and shared experts, and on experts, router and the

@@ -33,7 +33,7 @@ def _reason_against(policy: PolicyConfig, shapes: ModelSpec) -> str | None:
     if not megatron.use_fused_linear_logprobs:
         return "policy.megatron_cfg.use_fused_linear_logprobs=false"
     if shapes.linear_layers:
-        return f"{shapes.recurrence} ask the host for each row's length"
+        return f"the host has to know each row's length for {shapes.recurrence}"
     if shapes.num_experts:
         return "the host has to know how many tokens each expert gets"
     return _reason_of_adapter(policy)
