@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lora.lora.model_spec import LinearSpec, ModelSpec, resolve
+from megatron_lora.lora.model_spec import LinearSpec, ModelSpec, name_in_packed, resolve
 from megatron_lora.lora.packed_experts import packed_name
 
 
@@ -66,7 +66,19 @@ def expert_views(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
             rows = expert.split([part.rows for part in linear.parts])
             for part, weight in zip(linear.parts, rows, strict=True):
                 result[resolve(part.name, layer, number)] = weight
+    for linear in spec.linears:
+        if linear.packed:
+            for layer in range(spec.num_layers) if linear.layers is None else linear.layers:
+                name = packed_name(linear, layer)
+                result |= dict(packed_views(linear, name, model.get_parameter(name).data))
     return result
+
+
+def packed_views(linear: LinearSpec, name: str, packed: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(linear, its weight [out, in], a view) of every expert's part of the HF tensor `name` of all (GPT-OSS)."""
+    for expert, own in enumerate(packed.unbind()):
+        for number, part in enumerate(linear.parts):
+            yield name_in_packed(name, expert, part.segment), own.t()[number :: len(linear.parts)]
 
 
 def unpacked(linear: LinearSpec, bias: bool, packed: Tensor, expert: int) -> Tensor:

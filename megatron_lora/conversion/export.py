@@ -80,6 +80,11 @@ def export_lora_adapter_to_hf(
         if base_ckpt is not None or check_logits:
             base = as_trained_over(spec, open_base(base_ckpt, hf_model_name, spec.base_model_name, overrides))
             check_base(spec, base)
+        if expert_layout == "each" and any(spec.shapes.linear(module.kind).packed for module in spec.modules):
+            raise UserError(
+                f"expert_layout=each: the experts of a {spec.shapes.model_type} model are one tensor a layer in its "
+                "files too, and no model has linears of each; use packed"
+            )
         config, tensors = to_hf(spec, factors, uniform_scale=uniform_scale, experts=expert_layout)
         if not check_logits:
             factors.clear()
@@ -168,7 +173,7 @@ def merge_lora_to_hf(
             from megatron_lora.conversion.logit_check import check_merged_logits
 
             coarsest = max(
-                (merger.target_dtype(name) for name in (*merger.targets, *spec.saved)), key=lambda d: torch.finfo(d).eps
+                (merger.target_dtype(name) for name in (*merger.adapted, *spec.saved)), key=lambda d: torch.finfo(d).eps
             )
             with base.as_hf_folder(out.parent) as folder:
                 logger.info("logits agree to %.1e", check_merged_logits(folder, spec, factors, out, coarsest))

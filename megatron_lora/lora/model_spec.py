@@ -97,8 +97,10 @@ class LinearSpec:
         return tuple(range(self.experts)) if self.experts else (None,)
 
     def hf_name(self, segment: str, layer: int | None, expert: int | None = None) -> str:
-        """The HF module of a segment in one layer (None for the output layer), of one expert."""
-        return resolve(self.part(segment).name, layer, expert)
+        """The HF module of a segment in one layer (None for the output layer), of one expert. Where all experts are one
+        tensor a part of it has a name made up alike."""
+        name = resolve(self.part(segment).name, layer, expert)
+        return name_in_packed(name, expert, segment) if self.packed and expert is not None else name
 
     def is_in(self, layer: int | None) -> bool:
         """Whether this layer (None: what is in none) has one."""
@@ -218,7 +220,7 @@ class ModelSpec(ModelSizes):
 
     def adaptable(self, layer: int | None) -> list[LinearSpec]:
         """The linears of a layer (None: of none) that can carry an adapter."""
-        return [linear for linear in self.linears if linear.is_in(layer) and not linear.packed]
+        return [linear for linear in self.linears if linear.is_in(layer)]
 
     @property
     def layer_others(self) -> list[ParameterSpec]:
@@ -244,6 +246,11 @@ class ModelSpec(ModelSizes):
             f"{name}={theirs[name]} ({ours}{value})" for name, value in self.sizes.items() if theirs[name] != value
         ]
         return found or (["linears of other names"] if self.linears != other.linears else [])
+
+
+def name_in_packed(tensor: str, expert: int, segment: str) -> str:
+    """What one expert's part of an HF tensor of all experts is called, as if it were a linear of its own."""
+    return f"{tensor.rpartition('.')[0]}.{expert}.{segment}_proj"
 
 
 def resolve(name: str, layer: int | None, expert: int | None = None) -> str:

@@ -38,6 +38,8 @@ class PackedFactors:
 
 def packed_name(linear: LinearSpec, layer: int) -> str:
     """transformers' name of the tensor of all experts that a linear is a part of, in one layer."""
+    if linear.packed:
+        return resolve(linear.parts[0].name, layer)
     before = linear.parts[0].name.rpartition(".*.")[0]
     return f"{resolve(before, layer)}.{PACKED_NAMES[linear.segments]}"
 
@@ -107,7 +109,7 @@ def _pack(
         )
     [blocks] = forms
     own = [spec.of_module(by_expert[expert], tensors) for expert in range(linear.experts)]
-    b = torch.stack([factors[B.name] for factors in own], 2)
+    b = _rows_in_file(linear, torch.stack([factors[B.name] for factors in own], 2))
     block = blocks[0]
     rank = modules[0].rank
     # Several blocks have a scale in common, and so an alpha.
@@ -158,14 +160,24 @@ def unpack(
 
 def _each(linear: LinearSpec, layer: int, a: Tensor, b: Tensor, rank: int) -> list[tuple[str, Tensor, Tensor]]:
     """(HF linear, A, B) of every expert's linears."""
-    columns = b.view(linear.out_features, rank, linear.experts)
+    columns = _rows_in_parts(linear, b.view(linear.out_features, rank, linear.experts))
     result = []
     for expert in range(linear.experts):
         own_a = a[expert * rank : (expert + 1) * rank]
         rows = columns[:, :, expert].split([part.rows for part in linear.parts])
         for part, own_b in zip(linear.parts, rows, strict=True):
-            result.append((resolve(part.name, layer, expert), own_a, own_b.contiguous()))
+            result.append((linear.hf_name(part.segment, layer, expert), own_a, own_b.contiguous()))
     return result
+
+
+def _rows_in_file(linear: LinearSpec, rows: Tensor) -> Tensor:
+    """Rows that lie part after part in the order of transformers' tensor: GPT-OSS' gate and up alternate."""
+    return rows.unflatten(0, (len(linear.parts), -1)).transpose(0, 1).flatten(0, 1) if linear.packed else rows
+
+
+def _rows_in_parts(linear: LinearSpec, rows: Tensor) -> Tensor:
+    """The inverse of `_rows_in_file`."""
+    return rows.unflatten(0, (-1, len(linear.parts))).transpose(0, 1).flatten(0, 1) if linear.packed else rows
 
 
 def _take(tensors: dict[str, Tensor], key: str, name: str) -> Tensor:

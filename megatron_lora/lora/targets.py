@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import Block, ModelSpec, ModuleLayout, module_name
-from megatron_lora.lora.model_spec import ROUTER, resolve
+from megatron_lora.lora.model_spec import ROUTER
 from megatron_lora.lora.packed_experts import packed_name
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
@@ -50,8 +50,6 @@ def select_linears(
         )
     linears = list(hf_linears(shapes).values())
     matcher = _Matcher(linears, key, naming, _packed_names(shapes))
-    for pattern in (*target_modules, *exclude_modules):
-        _check_no_packed(shapes, pattern, f"{key}.target_modules or exclude_modules")
     wanted = {
         linear.name
         for linear in linears
@@ -91,14 +89,9 @@ def _is_mambas(shapes: ModelSpec, linear: HFLinear) -> bool:
 
 
 def _frozen_experts(shapes: ModelSpec, key: str) -> str:
-    experts = (
-        "such experts carry no adapters here"
-        if any(linear.packed for linear in shapes.linears)
-        else "to adapt the experts name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, "
-        "up_proj, down_proj)"
-    )
     return (
-        f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; {experts}; to adapt the "
+        f"{key}: the {shapes.num_experts} experts of each layer and their router stay frozen; to adapt the experts "
+        "name their linears in target_modules (linear_fc1, linear_fc2; or gate_proj, up_proj, down_proj); to adapt the "
         "router name it in target_modules (router)"
     )
 
@@ -111,17 +104,6 @@ def _packed_names(shapes: ModelSpec) -> dict[tuple[str, int | None], str]:
         for linear in shapes.adaptable(layer)
         if linear.experts
     }
-
-
-def _check_no_packed(shapes: ModelSpec, pattern: str, key: str) -> None:
-    """Experts that are one tensor in the model's files too carry no adapter."""
-    for linear in shapes.linears:
-        names = [linear.name, *(part.name for part in linear.parts)] if linear.packed else []
-        if any(_fits(pattern, resolve(name, 0)) or _fits(pattern, resolve(name, 1)) for name in names):
-            raise UserError(
-                f"{pattern!r} in {key} names the experts of a {shapes.model_type} model, which are one tensor a layer "
-                "with biases and carry no adapters here; name linears of attention (and the router)"
-            )
 
 
 def _check_whole_experts(shapes: ModelSpec, chosen: Sequence[HFLinear], key: str) -> None:

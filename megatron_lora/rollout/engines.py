@@ -14,6 +14,7 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import ModelSpec
+from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout import vllm_engine
@@ -64,6 +65,7 @@ class ColocatedVllm(Engine):
     def check(self, policy: PolicyConfig, world: World) -> None:
         _check_length(policy)
         _check_model(policy)
+        _check_adapter(policy)
         vllm_engine.check_installed(world.device)
         rank, _ = vllm_engine.planned_slots(policy, world)
         model = vllm_engine.base_config(policy)
@@ -99,6 +101,7 @@ class VllmServers(Engine):
     def check(self, policy: PolicyConfig, world: World) -> None:
         _check_length(policy)
         _check_model(policy)
+        _check_adapter(policy)
         vllm_engine.check_servers(policy)
         rank, _ = vllm_engine.planned_slots(policy, world)
         vllm_engine.check_rank(policy, rank)
@@ -192,6 +195,17 @@ def _check_model(policy: PolicyConfig) -> None:
         raise UserError(
             f"policy.model_name={policy.model_name!r} is a vision-language model, and vLLM, which serves it, holds its "
             "language model under names that are not read back here; set policy.generation.backend=megatron"
+        )
+
+
+def _check_adapter(policy: PolicyConfig) -> None:
+    """What is merged into a tensor of all experts could not be shown to be the trainer's (`merged_columns.py`)."""
+    planned = planned_adapter(policy)
+    if planned is not None and any(planned.spec.shapes.linear(module.kind).packed for module in planned.spec.modules):
+        raise UserError(
+            f"adapters on the experts of a {planned.spec.shapes.model_type} model, which are one tensor a layer: what "
+            "vLLM is given of them cannot be checked against the trainer's here; set policy.generation.backend="
+            "megatron, or leave the experts out of target_modules"
         )
 
 

@@ -20,7 +20,8 @@ MERGED = {"merged": True}
 
 
 def case(name: str, ranks: int, megatron: dict | None = None, adapter: str = "experts", **fields: Any) -> Case:
-    return Case(f"experts_{name}", ranks, "train", "qwen3_moe", adapter, megatron=megatron or {}, **fields)
+    fields = {"family": "qwen3_moe"} | fields
+    return Case(f"experts_{name}", ranks, "train", adapter=adapter, megatron=megatron or {}, **fields)
 
 
 SHARED = {"peft": {"share_expert_adapters": True}}
@@ -50,6 +51,9 @@ CASES = [
             case("etp_ep", 4, ETP | EP, options=MERGED),
             case("etp_ep_shared", 4, ETP | EP | SHARED, "shared_experts"),
             case("pp_ep", 4, PP | EP, options=MERGED),
+            case("gpt_oss_tp1", 1, family="gpt_oss", options=MERGED),
+            case("gpt_oss_ep", 2, EP, family="gpt_oss", options=MERGED),
+            case("gpt_oss_ep_shared", 2, EP | SHARED, "shared_experts", family="gpt_oss"),
         )
     ),
 ]
@@ -67,8 +71,26 @@ def test_ten_steps_equal_transformers_and_peft(
         assert_same_training(found, wanted, TOLERANCE)
         assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
         assert not [name for name, value in started.items() if torch.equal(found["adapter"][name], value)]
-        if case.options.get("merged"):
+        if case.options.get("merged") and case.family == "gpt_oss":
+            assert_packed_merged(found["merged"], base, found["adapter"])
+        elif case.options.get("merged"):
             assert_merged(found["merged"], base, found["each"])
+
+
+def assert_packed_merged(merged: dict[str, torch.Tensor], base: dict[str, torch.Tensor], adapter: dict) -> None:
+    """Tensors of all experts [experts, in, out] with what peft adds to them; in its files gate_up_proj's factors are
+    those of the inner wrapper."""
+    assert merged.keys() == base.keys()
+    holders = {".mlp.experts.gate_up_proj": ".mlp.experts.base_layer", ".mlp.experts.down_proj": ".mlp.experts"}
+    for end, holder in holders.items():
+        names = [name for name in base if name.endswith(end)]
+        assert names
+        for name in names:
+            experts, inputs, outputs = base[name].shape
+            a, b = (adapter[f"base_model.model.{name.removesuffix(end)}{holder}.lora_{x}.weight"] for x in "AB")
+            update = torch.einsum("ore,eri->eio", b.view(outputs, RANK, experts), a.view(experts, RANK, inputs))
+            assert torch.allclose(merged[name], base[name] + ALPHA / RANK * update, atol=1e-5), name
+            assert not torch.equal(merged[name], base[name])
 
 
 def assert_merged(merged: dict[str, torch.Tensor], base: dict[str, torch.Tensor], adapter: dict) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_lora.conversion.experts import packed_views
 from megatron_lora.conversion.model_names import ModelParameter, model_parameters, unfuse, unshard_parameter
 from megatron_lora.lora.base_weight import BaseWeight
 from megatron_lora.lora.layout import AdapterSpec, ModelSpec
@@ -32,6 +33,12 @@ def merged_hf_weights(
     stages = _gather_over_pipeline({_place(name): value.dtype for name, value in mine.items()})
     targets = {f"{name}.weight": target for name, target in merge_targets(spec).items()}
 
+    def merged_experts(kind: str, name: str, packed: Tensor) -> Tensor:
+        """Of a tensor of all experts of a layer; their biases have no adapters."""
+        for linear, view in packed_views(base.shapes.linear(kind), name, packed) if packed.dim() == 3 else ():
+            view.copy_(merged(f"{linear}.weight", view))
+        return packed
+
     def merged(name: str, weight: Tensor) -> Tensor:
         return targets[name].weight_update(factors, weight.device).merged(weight) if name in targets else weight
 
@@ -39,7 +46,11 @@ def merged_hf_weights(
         if parameter.packed is not None or parameter.name in base.rounded:
             # Frozen, and not held here as HF has it: experts that share a tensor, linears in FP8.
             for name in parameter.hf_names:
-                yield name, merged(name, base.weights.read(name).to(world.device, base.config.params_dtype))
+                weight = base.weights.read(name).to(world.device, base.config.params_dtype)
+                if parameter.packed is None:
+                    yield name, merged(name, weight)
+                else:
+                    yield name, merged_experts(parameter.packed, name, weight.clone())
             continue
         place = _place(parameter.name)
         stage = next(index for index, names in enumerate(stages) if place in names)
