@@ -119,8 +119,8 @@ def check_card(device: torch.device, key: str) -> None:
         raise UserError(f"{needs}, and {name} has {_version(capability)}; use such a card, or set it to false")
     try:
         off = measured_error(device)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # PyTorch's, or the compiler's of the kernel: each of its own kind
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
         raise UserError(
             f"{key}, but PyTorch {torch.__version__} has no FP8 product with a scale a row for {name} ({reason}); set "
             "it to false"

@@ -31,8 +31,12 @@ def import_megatron_core() -> None:
 
 @contextmanager
 def compiling_when_called() -> Iterator[None]:
-    """torch.compile imports the compiler, which takes as long as all of Megatron-Core. Within this block it does not
-    yet: what it is given compiles itself when it is called for the first time, on a CPU mostly never."""
+    """torch.compile imports the compiler, which takes as long as all of Megatron-Core. On a machine without a GPU it
+    does not yet within this block: what it is given compiles itself when it is called for the first time, which there
+    is mostly never."""
+    if torch.cuda.is_available():
+        yield
+        return
     namespace: Any = torch
     compiles = torch.compile
     namespace.compile = _compiled_when_called

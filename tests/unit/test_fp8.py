@@ -182,6 +182,23 @@ for dtype, block in (("fp8e4nv", 1024), ("fp8e5", 4096)):
     assert all(int(line) > 0 for line in done.stdout.splitlines())
 
 
+def test_products_that_fail_are_a_users_mistake_whatever_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CompilationError(Exception):
+        """Triton's is no RuntimeError."""
+
+    def fails(device: torch.device) -> float:
+        raise CompilationError("at 2:11:\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(fp8, "measured_error", fails)
+    with pytest.raises(UserError, match="no FP8 product .* for card .CompilationError: at 2:11:.; set it to false"):
+        check_card(torch.device("cuda"), "key=true")
+    monkeypatch.setattr(fp8, "measured_error", lambda device: 0.5)
+    with pytest.raises(UserError, match="FP8 products on card are 50% off"):
+        check_card(torch.device("cuda"), "key=true")
+
+
 def test_a_machine_without_it_is_named() -> None:
     said = r"key=true needs a GPU .* capability 8.9 or higher.* this process has no GPU; .* set it to false"
     with pytest.raises(UserError, match=said):
