@@ -147,8 +147,8 @@ class HFModel:
     @property
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by, but for a factor on rotary embeddings."""
-        layers = [getattr(layer, "self_attn", getattr(layer, "mixer", None)) for layer in self.empty.model.layers]
-        return float(next(attention for attention in layers if hasattr(attention, "scaling")).scaling)
+        mixers = (getattr(layer, "self_attn", getattr(layer, "mixer", None)) for layer in self.empty.model.layers)
+        return float(next(mixer.scaling for mixer in mixers if mixer is not None and hasattr(mixer, "scaling")))
 
     @property
     def rotary_percent(self) -> float:

@@ -80,7 +80,8 @@ def _linear(linear: LinearSpec, layer: int) -> list[ModelParameter]:
     for expert in range(linear.experts) if linear.experts else (None,):
         name = resolve(linear.name, layer) + ("" if expert is None else f".{expert}")
         names = [resolve(part.name, layer, expert) for part in linear.parts]
-        fusion = linear.kind if len(linear.parts) > 1 or linear.parts[0].blocks else None
+        reordered = len(linear.parts) > 1 or any(part.blocks for part in linear.parts)
+        fusion = linear.kind if reordered else None
         axis = {"column": 0, "row": 1, "replicated": None}[linear.parallel]
         shape = (linear.out_features, linear.in_features)
         weights, biases = (tuple(f"{hf}.{end}" for hf in names) for end in ("weight", "bias"))

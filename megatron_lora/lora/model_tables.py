@@ -100,7 +100,7 @@ def _gate_up(size: int, gated: bool) -> dict[str, int]:
     return {"gate": size, "up": size} if gated else {"up": size}
 
 
-def _mlp(path: str, width: Callable[[ModelSizes], int], **where: bool) -> dict[str, LinearRow]:
+def _mlp(path: str, width: Callable[[ModelSizes], int], **where: Any) -> dict[str, LinearRow]:
     """Both linears of an MLP."""
     return {
         "linear_fc1": LinearRow(

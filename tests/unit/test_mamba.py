@@ -22,6 +22,7 @@ from megatron_lora.lora.describe import describe_config, describe_json
 from megatron_lora.lora.layout import rows_of_part
 from megatron_lora.lora.targets import select_linears
 from megatron_lora.policy.layout_checks import check_layout
+from megatron_lora.policy.state_space import scan
 from megatron_lora.rollout.engines import ENGINES
 from megatron_lora.runtime.world import World
 from tests.support.models import family_config, random_model
@@ -55,8 +56,6 @@ def policy(folder: Path | str = "somewhere", **megatron: Any) -> PolicyConfig:
 @pytest.mark.parametrize("tokens", [1, 4, 11])
 def test_the_chunked_scan_is_the_recurrence(tokens: int) -> None:
     """One token after the other, in fp64; lengths within a chunk, of one chunk, and of a part of the third."""
-    from megatron_lora.policy.megatron.mamba import scan
-
     torch.manual_seed(0)
     rows, groups, heads, features, state = 2, 2, 3, 5, 4
     x = torch.randn(rows, tokens, groups, heads, features, dtype=torch.float64)

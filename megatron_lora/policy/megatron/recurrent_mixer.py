@@ -120,4 +120,5 @@ def mixer_spec(mixer: type[RecurrentMixer], attention: ModuleSpec, sizes: ModelS
 
 def is_attention(spec: Any) -> bool:
     """Whether a layer's specification has attention with keys there: no mixer of this kind, and not nothing."""
-    return isinstance(spec, ModuleSpec) and not issubclass(spec.module, RecurrentMixer)
+    module: Any = spec.module if isinstance(spec, ModuleSpec) else None
+    return module is not None and not issubclass(module, RecurrentMixer)
