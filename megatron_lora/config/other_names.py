@@ -182,10 +182,18 @@ _ELSEWHERE = {
     "assistant_only_loss": "always so: only the answers' tokens carry loss (sft.only_unmask_final: only the last's)",
     "merge_lora": "`megatron-lora merge --adapter-ckpt STEP_DIR --hf-ckpt-path OUT` merges a step's adapter",
 }
+_NO_OWN_MODEL = (
+    "the critic is a second adapter and a value head on the policy's own frozen base, no model of its own (docs/ppo.md)"
+)
+# The same of keys, with all below them, whose last names mean something else in other sections.
+_ELSEWHERE_BY_PATH = {"critic.model_name": _NO_OWN_MODEL, "critic.model": _NO_OWN_MODEL}
 
 
 def elsewhere(path: str) -> str | None:
     """Where this project has what another has under the last name of `path`, and what is no key here."""
+    for key, place in _ELSEWHERE_BY_PATH.items():
+        if path == key or path.startswith(f"{key}."):
+            return place
     return _ELSEWHERE.get(path.rpartition(".")[2].replace("-", "_"))
 
 

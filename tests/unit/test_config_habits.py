@@ -14,6 +14,7 @@ from megatron_lora.config.yaml_reader import read_yaml
 from megatron_lora.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+PPO = ROOT / "recipes/ppo-quickstart-megatron.yaml"
 SFT, DPO, GRPO = (ROOT / f"configs/{name}.yaml" for name in ("sft", "dpo", "grpo"))
 PEFT = "policy.megatron_cfg.peft"
 
@@ -131,6 +132,9 @@ def test_a_bad_value_behind_an_interpolation_says_where_it_comes_from():
             "report_to=mlflow",
             "each tracker has a key of its own: logger.wandb_enabled, tensorboard_enabled",
         ),
+        (PPO, "critic.model_name=x", "unknown key critic.model_name: the critic is a second adapter and a value head"),
+        (PPO, "critic={optim: {lr: 1.0e-4}, model: {path: x}}", "critic.model.path: the critic is a second adapter"),
+        (SFT, "use_shm=true", "did you mean policy.preload_to_shm?"),
         (SFT, "hub_private_repo=true", "a finished run is uploaded by `megatron-lora export"),
     ],
 )
