@@ -65,7 +65,10 @@ class ServersConfig(Section):
     timeout_seconds: PositiveFloat = Field(
         default=600.0, description="A server that takes longer for a prompt's answers is left out."
     )
-    requests_at_once: PositiveInt = Field(default=64, description="Prompts that a server is asked at once.")
+    requests_at_once: PositiveInt = Field(
+        default=64,
+        description="Prompts that a server is asked at once; of proofs and validation, beside those asked ahead, as many.",
+    )
 
 
 class GenerationConfig(Section):

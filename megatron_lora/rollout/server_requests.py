@@ -64,8 +64,8 @@ class _Queue:
 
 
 class ServerRequests:
-    """at_once: requests that a server has at a time. out: servers left out, with the reason. news: lines on servers
-    left out, for whoever tells them."""
+    """at_once: requests that a server has at a time, and as many urgent ones. out: servers left out, with the reason.
+    news: lines on servers left out, for whoever tells them."""
 
     def __init__(self, clients: Sequence[ServerClient], at_once: int):
         self.clients, self.at_once = clients, at_once
@@ -174,12 +174,16 @@ class ServerRequests:
 
     def _deal(self) -> None:
         for client in self.alive():
-            while sum(request.client is client for request in self._open) < self.at_once:
-                queue = self._queues[client.url]
-                waiting = queue.urgent or (() if self._held_back else queue.others)
-                if not waiting:
-                    break
-                self._send(client, *waiting.popleft())
+            queue = self._queues[client.url]
+            while queue.urgent and self._has_place(client, urgent=True):
+                self._send(client, *queue.urgent.popleft())
+            while queue.others and not queue.urgent and not self._held_back and self._has_place(client, urgent=False):
+                self._send(client, *queue.others.popleft())
+
+    def _has_place(self, client: ServerClient, *, urgent: bool) -> bool:
+        """Urgent prompts have places of their own: a proof would else wait for whole answers that were asked ahead."""
+        mine = (request for request in self._open if request.client is client)
+        return sum(request.batch.urgent == urgent for request in mine) < self.at_once
 
     def _send(self, client: ServerClient, batch: Batch, index: int) -> None:
         batch.started = batch.started or time.perf_counter()

@@ -190,6 +190,24 @@ def test_validation_and_proofs_go_before_what_is_asked_ahead(two: list[Server], 
     assert len(generator.collect(0, oldest=0).samples) == 6
 
 
+def test_a_proof_does_not_wait_for_answers_that_fill_every_place(two: list[Server], tmp_path: Path) -> None:
+    generator, _ = start(two, tmp_path)
+    generator.requests.at_once = 1
+    for server in two:
+        server.gate.clear()
+    generator.ask_ahead(0, [[10 + i, 1] for i in range(6)], 1, OPTIONS)
+    proof = generator.requests.ask([[50], [51]], 1, OPTIONS, urgent=True)
+    deadline = time.perf_counter() + 5
+    while any(server.asked < 2 for server in two) and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    # What was begun, and the proof; nothing else has been sent.
+    assert [server.asked for server in two] == [2, 2]
+    for server in two:
+        server.gate.set()
+    generator.requests.wait(proof, lambda count: None)
+    assert len(generator.collect(0, oldest=0).samples) == 6
+
+
 def test_a_server_that_dies_over_answers_asked_ahead_loses_none(two: list[Server], tmp_path: Path) -> None:
     ahead = ahead_of(two, tmp_path, 4)
     two[0].behaviour = "error"
