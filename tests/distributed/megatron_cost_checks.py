@@ -115,4 +115,26 @@ def loading(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CHECKS = {"loading": loading, "communication": communication, "arithmetic": arithmetic, "dropout": dropout}
+def handing_over(case: dict[str, Any]) -> dict[str, Any]:
+    """Floating-point bytes that are made while merged weights are handed over one by one: the most that are alive
+    together. layer: bytes of one layer's linears; adapter: of all factors; sent: of all weights."""
+    policy = build_policy(case)
+    own = [tensor for chunk in policy.base.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+    with LiveFloats(besides=own) as live:
+        sent = sum(weight.nbytes for _, weight in policy.hf_weights(merged=True))
+    linears = [linear for linear in policy.shapes.linears if linear.is_in(0)]
+    return {
+        "peak": live.peak,
+        "sent": sent,
+        "layer": 4 * sum(linear.in_features * linear.out_features for linear in linears),
+        "adapter": 0 if policy.spec is None else 4 * sum(map(policy.spec.num_parameters, policy.spec.modules)),
+    }
+
+
+CHECKS = {
+    "handing_over": handing_over,
+    "loading": loading,
+    "communication": communication,
+    "arithmetic": arithmetic,
+    "dropout": dropout,
+}

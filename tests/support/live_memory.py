@@ -2,6 +2,7 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 class LiveFloats(TorchDispatchMode):
     """Counts the bytes of floating-point tensors that operations within it make, but for those on the meta device.
-    peak: the most that were alive together; now: those that are."""
+    peak: the most that were alive together; now: those that are. besides: what was there before, of which operations
+    give views."""
 
-    def __init__(self) -> None:
+    def __init__(self, besides: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._before = {tensor.untyped_storage().data_ptr() for tensor in besides}
         self.now = self.peak = 0
         self._holders: Counter[int] = Counter()
 
@@ -28,6 +31,8 @@ class LiveFloats(TorchDispatchMode):
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
+        if place in self._before:
+            return
         if self._holders[place] == 0:
             self.now += size
             self.peak = max(self.peak, self.now)
