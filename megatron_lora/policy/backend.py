@@ -1,6 +1,7 @@
 """What both backends do alike, written once: dividing rows, scoring, evaluating, the reference policy, the check of the
 first gradients. A backend brings its engine's forward passes and says where its parameters are."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +28,7 @@ from megatron_lora.policy.adapter_start import base_reader, describe_modules
 from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
 from megatron_lora.policy.checksums import Pieces, join_ranks, to_numbers
 from megatron_lora.policy.frozen_start import FrozenStart
-from megatron_lora.policy.interface import Policy, check_scores
+from megatron_lora.policy.interface import NonFiniteLoss, Passed, Policy, Updated, check_scores
 from megatron_lora.policy.scores import collect_rows
 from megatron_lora.runtime.world import World
 
@@ -49,6 +50,9 @@ class BackendPolicy(Policy):
     batching: BatchingOptions
     spec: AdapterSpec | None = None
     _gradients_checked: bool
+    scheduler: Any
+    # Rows that the gradients are of, by number.
+    _rows_passed: list[int]
     # What trains, in the reference policy, where that is not the base alone.
     _start: FrozenStart | None
     # What trains, in the base alone, where it is not enough to switch adapters off: see `_bare_parts`.
@@ -111,6 +115,26 @@ class BackendPolicy(Policy):
     @abstractmethod
     def _data_parallel_group(self) -> Any:
         """Ranks that see other rows."""
+
+    @abstractmethod
+    def _clear_gradients(self) -> None:
+        """Let nothing be left of a backward pass."""
+
+    @abstractmethod
+    def _accumulate(
+        self, batches: Sequence[MicroBatch], objective: Objective, count: float, num_tokens: int, *, keep_logps: bool
+    ) -> Passed:
+        """Forward and backward over this rank's micro-batches, gradients summed over all ranks. Loss and metrics are
+        over the global batch, logps of this rank's micro-batches. Raises NonFiniteLoss. num_tokens: of the batch."""
+
+    @abstractmethod
+    def _update(self) -> float:
+        """Clip and step; what follows from the parameters' values is forgotten. Returns the gradients' norm before
+        clipping; where it is not finite nothing is updated."""
+
+    @abstractmethod
+    def _learning_rates(self) -> tuple[float, float]:
+        """The lowest and the highest of all parameters, on every rank."""
 
     @abstractmethod
     def _evaluate(
@@ -190,6 +214,28 @@ class BackendPolicy(Policy):
         if self._principal is not None:
             return self._trained_parts()
         return [local_part(parameter.detach()) for parameter in self._saved_parameters().values()]
+
+    def forward_backward(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> Passed:
+        rows = [row for group in groups for row in group]
+        share = self._divide(groups, "training")
+        self._set_training(True)
+        self._clear_gradients()
+        num_tokens = sum(len(row) for row in rows)
+        passed = self._accumulate(share.batches, objective, objective.count(rows), num_tokens, keep_logps=keep_logps)
+        if not self._gradients_checked:
+            self._check_gradients()
+        self._rows_passed = sorted({row.index for row in rows})
+        logps = None if passed.logps is None else self._collect([passed.logps], share, groups)[0]
+        return replace(passed, logps=logps)
+
+    def optim_step(self) -> Updated:
+        lowest, highest = self._learning_rates()
+        norm = self._update()
+        if not math.isfinite(norm):
+            self._clear_gradients()
+            raise NonFiniteLoss(norm, self._rows_passed, what="gradient norm")
+        self.scheduler.step(increment=1)
+        return Updated(norm, lowest, self._lora_plus_rate(highest))
 
     def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
         share = self._divide(groups, "evaluation")

@@ -31,6 +31,24 @@ class StepResult:
 
 
 @dataclass
+class Passed:
+    """A forward and backward pass over a global batch: loss, metrics and logps as of `StepResult`."""
+
+    loss: float
+    metrics: dict[str, float]
+    logps: list[Tensor] | None = None
+
+
+@dataclass
+class Updated:
+    """An optimizer step: gradient norm before clipping, learning rate used, metrics of the optimizer's own."""
+
+    grad_norm: float
+    learning_rate: float
+    metrics: dict[str, float]
+
+
+@dataclass
 class AdapterTensors:
     """An adapter under HF PEFT names, as `adapter_config.json` + `adapter_model.safetensors` hold it.
 
@@ -63,10 +81,32 @@ class Policy(ABC):
     critic: "Policy | None" = None
 
     @abstractmethod
+    def forward_backward(
+        self, groups: Sequence[Sequence[Row]], objective: Objective, *, keep_logps: bool = False
+    ) -> Passed:
+        """Gradients of the objective's mean over the global batch, in place of those before. Raises NonFiniteLoss."""
+
+    @abstractmethod
+    def optim_step(self) -> Updated:
+        """Clip the gradients of `forward_backward` and take one optimizer step. Raises NonFiniteLoss, with nothing
+        updated, where their norm is not finite."""
+
     def train_step(
         self, groups: Sequence[Sequence[Row]], objective: Objective, *, keep_logps: bool = False
     ) -> StepResult:
-        """Forward, backward and one optimizer step over the global batch. Raises NonFiniteLoss (nothing updated)."""
+        """`forward_backward`, then `optim_step`. Raises NonFiniteLoss (nothing updated)."""
+        passed = self.forward_backward(groups, objective, keep_logps=keep_logps)
+        updated = self.optim_step()
+        rows = [row for group in groups for row in group]
+        return StepResult(
+            loss=passed.loss,
+            metrics=passed.metrics | updated.metrics,
+            grad_norm=updated.grad_norm,
+            learning_rate=updated.learning_rate,
+            num_target_tokens=sum(row.num_targets for row in rows),
+            num_tokens=sum(len(row) for row in rows),
+            logps=passed.logps,
+        )
 
     @abstractmethod
     def evaluate(self, groups: Sequence[Sequence[Row]], objective: Objective) -> tuple[float, dict[str, float]]:

@@ -51,7 +51,8 @@ class DTensorCritic(DTensorPolicy):
         self._gradients_checked = False
         self._start = self._bare = None
 
-    train_step = _in_use(DTensorPolicy.train_step)
+    forward_backward = _in_use(DTensorPolicy.forward_backward)
+    optim_step = _in_use(DTensorPolicy.optim_step)
     evaluate = _in_use(DTensorPolicy.evaluate)
     _score = _in_use(DTensorPolicy._score)
     save = _in_use(DTensorPolicy.save)

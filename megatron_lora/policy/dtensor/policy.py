@@ -23,18 +23,13 @@ from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adam_state import optimizer_backend, read_adam, whole_model_backend
 from megatron_lora.policy.adapter_start import check_same_adapter
 from megatron_lora.policy.backend import BackendPolicy, local_part
-from megatron_lora.policy.batching import BatchingOptions, Groups
+from megatron_lora.policy.batching import BatchingOptions
 from megatron_lora.policy.checksums import Pieces
 from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.dtensor import adapter, checkpoint, optim
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 from megatron_lora.policy.dtensor.model import build_model
-from megatron_lora.policy.interface import (
-    AdapterTensors,
-    NonFiniteLoss,
-    PendingSave,
-    StepResult,
-)
+from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, Passed, PendingSave
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.agreement import same_on_every_rank
 
@@ -81,34 +76,28 @@ class DTensorPolicy(BackendPolicy):
             shares_prefixes=self.config.shared_prefix is not False,
         )
 
-    def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
-        rows = [row for group in groups for row in group]
-        share = self._divide(groups, "training")
-        self.root.train()
+    def _clear_gradients(self) -> None:
         self.optimizer.zero_grad()
+
+    def _accumulate(
+        self, batches: Sequence[MicroBatch], objective: Objective, count: float, num_tokens: int, *, keep_logps: bool
+    ) -> Passed:
         kept: list[Tensor] | None = [] if keep_logps else None
-        loss, metrics = self._run(share.batches, objective, objective.count(rows), training=True, kept=kept)
+        loss, metrics = self._run(batches, objective, count, training=True, kept=kept)
         optim.sum_gradients_over_tp(self.base.summed, self.mesh["tp"])
-        if not self._gradients_checked:
-            self._check_gradients()
+        return Passed(loss, metrics, kept)
+
+    def _learning_rates(self) -> tuple[float, float]:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        return min(rates), max(rates)
+
+    def _update(self) -> float:
         norm = optim.gradient_norm(self.trained, self.mesh, self.world.device)
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise NonFiniteLoss(norm, sorted({row.index for row in rows}), what="gradient norm")
-        optim.clip_gradients(self.trained, norm, optim.clip_norm(self.config))
-        self.optimizer.step()
-        adapter.factors_changed(self.base.hf)
-        self.scheduler.step(increment=1)
-        return StepResult(
-            loss=loss,
-            metrics=metrics | self._lora_plus_rate(max(rates)),
-            grad_norm=norm,
-            learning_rate=min(rates),
-            num_target_tokens=sum(row.num_targets for row in rows),
-            num_tokens=sum(len(row) for row in rows),
-            logps=self._collect([kept], share, groups)[0] if kept is not None else None,
-        )
+        if math.isfinite(norm):
+            optim.clip_gradients(self.trained, norm, optim.clip_norm(self.config))
+            self.optimizer.step()
+            adapter.factors_changed(self.base.hf)
+        return norm
 
     @property
     def _linears(self) -> Mapping[str, adapter.AdaptedLinear]:

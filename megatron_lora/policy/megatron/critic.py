@@ -110,7 +110,8 @@ class MegatronCritic(MegatronPolicy):
                 parameter.requires_grad_(value)
             self._is_in_place = False
 
-    train_step = _in_place(MegatronPolicy.train_step)
+    forward_backward = _in_place(MegatronPolicy.forward_backward)
+    optim_step = _in_place(MegatronPolicy.optim_step)
     evaluate = _in_place(MegatronPolicy.evaluate)
     _score = _in_place(MegatronPolicy._score)
     save = _in_place(MegatronPolicy.save)

@@ -100,13 +100,13 @@ def clip_norm(policy: PolicyConfig) -> float:
     return float(policy.max_grad_norm or 0.0) if value is None else float(value)
 
 
-def update(optimizer: Any, max_norm: float) -> float | None:
-    """Clip and step. Returns the gradient norm before clipping, or None, nothing updated, where it is not finite."""
+def update(optimizer: Any, max_norm: float) -> float:
+    """Clip and step. Returns the gradient norm before clipping; where it is not finite nothing is updated."""
     optimizer.prepare_grads()
     norm = optimizer.get_grad_norm()
     norm = float(norm) if norm is not None else 0.0
     if not math.isfinite(norm):
-        return None
+        return norm
     if max_norm > 0.0:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             parameters = part.get_parameters()

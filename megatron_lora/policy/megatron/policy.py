@@ -26,17 +26,12 @@ from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adam_state import optimizer_backend, whole_model_backend
 from megatron_lora.policy.adapter_start import DrawnStart, check_same_adapter, draw_start, starting_adapter
 from megatron_lora.policy.backend import DTYPES
-from megatron_lora.policy.batching import BatchingOptions, Groups
+from megatron_lora.policy.batching import BatchingOptions
 from megatron_lora.policy.checksums import Pieces
 from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.cuda_graphs import ungraphed_reason
 from megatron_lora.policy.frozen_head import HeadOptions
-from megatron_lora.policy.interface import (
-    AdapterTensors,
-    NonFiniteLoss,
-    PendingSave,
-    StepResult,
-)
+from megatron_lora.policy.interface import AdapterTensors, Passed, PendingSave
 from megatron_lora.policy.lanes import LanePolicy
 from megatron_lora.policy.learning_rate import build_scheduler
 from megatron_lora.policy.megatron import checkpoint, optim, saved_modules, schedule, taken_over
@@ -158,41 +153,32 @@ class MegatronPolicy(LanePolicy):
         self.saved = saved_modules.unfreeze(self.base.chunks, drawn.spec, self.world)
         self._put_saved(drawn.saved)
 
-    def train_step(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> StepResult:
-        rows = [row for group in groups for row in group]
-        share = self._divide(groups, "training")
+    def _clear_gradients(self) -> None:
         for chunk in self.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        count = objective.count(rows)
-        num_tokens = sum(len(row) for row in rows)
+
+    def _accumulate(
+        self, batches: Sequence[MicroBatch], objective: Objective, count: float, num_tokens: int, *, keep_logps: bool
+    ) -> Passed:
         if self.balancing is not None:
             self.balancing.begin(num_tokens, self.world.device)
         if self.replay is not None:
             self.replay.begin(self.world.device)
-        outcome = schedule.run(self.engine, share.batches, objective, count, forward_only=False, keep_logps=keep_logps)
-        if not self._gradients_checked:
-            self._check_gradients()
-        rates = [group["lr"] for group in self.optimizer.param_groups] or [0.0]
-        learning_rate, highest = self._over_pipeline(min(rates)), self._over_pipeline(max(rates))
-        norm = optim.update(self.optimizer, optim.clip_norm(self.config))
-        self._values_changed()
-        if norm is None:
-            self._discard_gradients()
-            raise NonFiniteLoss(float("nan"), sorted({row.index for row in rows}), what="gradient norm")
-        self.scheduler.step(increment=1)
+        passed = schedule.run(self.engine, batches, objective, count, forward_only=False, keep_logps=keep_logps)
         balancing = {} if self.balancing is None else self.balancing.metrics(self.world.device)
         replayed = {} if self.replay is None else self.replay.metrics(self.world.device)
-        return StepResult(
-            loss=outcome.loss + balancing.get(METRIC, 0.0),
-            metrics=outcome.metrics | balancing | replayed | self._lora_plus_rate(highest),
-            grad_norm=norm,
-            learning_rate=learning_rate,
-            num_target_tokens=sum(row.num_targets for row in rows),
-            num_tokens=num_tokens,
-            logps=self._collect([outcome.logps], share, groups)[0] if outcome.logps is not None else None,
-        )
+        metrics = passed.metrics | balancing | replayed
+        return Passed(passed.loss + balancing.get(METRIC, 0.0), metrics, passed.logps)
+
+    def _learning_rates(self) -> tuple[float, float]:
+        rates = [group["lr"] for group in self.optimizer.param_groups] or [0.0]
+        return self._over_pipeline(min(rates)), self._over_pipeline(max(rates))
+
+    def _update(self) -> float:
+        norm = optim.update(self.optimizer, optim.clip_norm(self.config))
+        self._values_changed()
+        return norm
 
     def _build_critic(self, options: CriticConfig, seed: int, num_steps: int) -> "MegatronPolicy":
         from megatron_lora.policy.megatron.critic import MegatronCritic
@@ -327,10 +313,6 @@ class MegatronPolicy(LanePolicy):
             return base, base
         factors = sum(map(self.spec.num_parameters, self.spec.modules))
         return self.spec.num_trainable, base + factors
-
-    def _discard_gradients(self) -> None:
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
 
     def _over_pipeline(self, value: float) -> float:
         """The same number on stages that hold nothing that trains."""

@@ -17,7 +17,7 @@ from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.frozen_head import HeadOptions
-from megatron_lora.policy.interface import NonFiniteLoss
+from megatron_lora.policy.interface import NonFiniteLoss, Passed
 from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.logprobs import target_logprobs
 from megatron_lora.policy.megatron.packed import RotaryPositions, packed_params
@@ -51,15 +51,6 @@ class Engine:
     metric_names: dict[str, list[str]] = field(default_factory=dict)
 
 
-@dataclass
-class Outcome:
-    """loss, metrics: over the global batch. logps: of the targets of this rank's micro-batches, where asked for."""
-
-    loss: float
-    metrics: dict[str, float]
-    logps: list[Tensor] | None = None
-
-
 def run(
     engine: Engine,
     batches: Sequence[MicroBatch],
@@ -68,14 +59,14 @@ def run(
     *,
     forward_only: bool,
     keep_logps: bool = False,
-) -> Outcome:
+) -> Passed:
     """Forward (and backward) over this rank's micro-batches. Returns the loss and the metrics over the global batch,
     divided by `count`, on every rank; with keep_logps also the log-probabilities that the loss was computed from, on
     every rank of this pipeline. Raises NonFiniteLoss on every rank, before any update."""
     loss = partial(_loss, objective=objective, count=count, keep_logps=keep_logps)
     results = _schedule(engine, batches, loss, forward_only)
     value, metrics = _reduce(engine, objective, results, batches)
-    return Outcome(value, metrics, _logps(engine, batches, results) if keep_logps else None)
+    return Passed(value, metrics, _logps(engine, batches, results) if keep_logps else None)
 
 
 def run_logprobs(engine: Engine, batches: Sequence[MicroBatch]) -> list[Tensor]:
