@@ -67,7 +67,7 @@ class ServersConfig(Section):
     )
     requests_at_once: PositiveInt = Field(
         default=64,
-        description="Prompts that a server is asked at once; of proofs and validation, beside those asked ahead, as many.",
+        description="Prompts that a server is asked at once; of proofs and validation as many beside those asked ahead.",
     )
 
 
