@@ -67,7 +67,7 @@ class ServersConfig(Section):
     )
     requests_at_once: PositiveInt = Field(
         default=64,
-        description="Prompts that a server is asked at once; of proofs and validation as many beside those asked ahead.",
+        description="Prompts that a server is asked at once; of proofs and validation as many beside those ahead.",
     )
 
 
