@@ -79,6 +79,8 @@ class RouterReplay:
                 choice = self.choices[column] = ReplayedChoice(replays=replays)
                 router.router_replay = choice  # type: ignore[assignment]
                 layer.register_forward_pre_hook(partial(_take_reported, choice, column), with_kwargs=True)
+        routers = sum(isinstance(module, Router) for chunk in chunks for module in chunk.modules())
+        assert len(self.choices) == routers, f"{routers} routers, of which {len(self.choices)} stand in layers' MLPs"
 
     def begin(self, device: torch.device) -> None:
         """Count from here on."""
