@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_lora.errors import UserError
 from megatron_lora.lora.base_weight import CHUNK_ELEMENTS, BaseWeight
-from megatron_lora.lora.model_spec import LinearSpec, ModelSpec
+from megatron_lora.lora.model_spec import LAYER, ROUTER, LinearSpec, ModelSpec
 
 QuantType = Literal["nf4", "fp4"]
 BLOCK_SIZE = 64
@@ -242,16 +242,21 @@ def check_blocks(spec: ModelSpec, tp: int, key: str, block_size: int = BLOCK_SIZ
 
 def layer_linears(spec: ModelSpec) -> list[LinearSpec]:
     """The linears that are held in 4 bits: those of layers. Embeddings, norms and head stay dense."""
-    return [linear for linear in spec.linears if linear.is_in(0) and not linear.experts]
+    return [
+        linear
+        for linear in spec.linears
+        if linear.name.startswith(LAYER) and not linear.experts and linear.kind != ROUTER
+    ]
 
 
 def weight_names(spec: ModelSpec) -> set[str]:
-    """The HF weights of `layer_linears` in all layers."""
+    """The HF weights of `layer_linears`, of the layers that have them."""
     return {
         f"{linear.hf_name(segment, layer)}.weight"
         for linear in layer_linears(spec)
         for segment in linear.segments
         for layer in range(spec.num_layers)
+        if linear.is_in(layer)
     }
 
 

@@ -80,6 +80,7 @@ CASES = [
     dora_case("sp_qwen2", 2, SP, family="qwen2"),
     dora_case("sp_gemma3", 2, SP, family="gemma3"),
     nf4_case("tp1", 1, {}),
+    nf4_case("qwen3_5", 1, {}, family="qwen3_5_even", adapter="delta"),
     nf4_case("sp_full_recompute", 2, SP | FULL_RECOMPUTE, "dora", double=True),
     stored_case("tp", 2, TP),
     case("sp_qwen2", 2, SP, family="qwen2"),

@@ -185,6 +185,11 @@ DELTA: dict[str, Any] = {
 }
 LINEAR: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen3_5": (Qwen3_5TextConfig, DELTA),
+    # Whole blocks of 64 values in every row.
+    "qwen3_5_even": (
+        Qwen3_5TextConfig,
+        DELTA | {"intermediate_size": 128, "linear_num_value_heads": 4, "linear_value_head_dim": 32},
+    ),
     "qwen3_next": (
         Qwen3NextConfig,
         DELTA

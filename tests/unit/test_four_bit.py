@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
@@ -19,11 +19,11 @@ from megatron_lora.conversion.safetensors_io import SafetensorsFolder, write_ten
 from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.describe import describe_config
-from megatron_lora.lora.four_bit import FourBitMatrix, FourBitWeight, check_blocks, quantize
+from megatron_lora.lora.four_bit import FourBitMatrix, FourBitWeight, check_blocks, quantize, weight_names
 from megatron_lora.lora.methods import method_of
 from megatron_lora.policy.quantization import check_quantization, local_matrix, open_base
 from tests.support.four_bit import save_dequantized, save_four_bit
-from tests.support.models import family_config, save_model
+from tests.support.models import family_config, random_model, save_model
 from tests.support.recorder import kept_for_backward
 
 ALONE = TensorParallel(None, 1, 0, False)
@@ -183,3 +183,14 @@ def test_a_damaged_description_is_named(stored: Path, tmp_path: Path) -> None:
     write_tensor_dict(tmp_path / "model.safetensors", tensors)
     with pytest.raises(UserError, match=f"lacks {name}"):
         open_model(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "nemotron_h", "qwen3_moe"])
+def test_every_layers_linears_are_held_in_4_bits(family: str, tmp_path: Path):
+    """Of a model with two kinds of layers, those of both; of one with experts neither these nor the router."""
+    model = read_hf_model(save_model(tmp_path / "base", family))
+    stored = dict(random_model(AutoConfig.from_pretrained(tmp_path / "base")).named_parameters())
+    linears = {name for name, tensor in stored.items() if tensor.dim() == 2 and ".layers." in name}
+    names = weight_names(model.shapes)
+    assert names <= linears
+    assert all("experts" in name or name.endswith("gate.weight") for name in linears - names), linears - names
