@@ -10,6 +10,7 @@ import pytest
 TOGETHER = {
     "test_megatron_": "Megatron's ranks",
     "test_critic": "Megatron's ranks",
+    "test_router_replay": "Megatron's ranks",
     "test_dtensor": "DTensor's ranks",
     "test_config_sweep": "Megatron's ranks",
     "test_rollout_native": "Megatron's ranks",

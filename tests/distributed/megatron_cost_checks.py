@@ -1,5 +1,6 @@
 """What a worker can be asked about adapters' communication, gradients and dropout."""
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -120,8 +121,11 @@ def handing_over(case: dict[str, Any]) -> dict[str, Any]:
     together. layer: bytes of one layer's linears; adapter: of all factors; sent: of all weights."""
     policy = build_policy(case)
     own = [tensor for chunk in policy.base.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+    sent = 0
     with LiveFloats(besides=own) as live:
-        sent = sum(weight.nbytes for _, weight in policy.hf_weights(merged=True))
+        for _name, weight in policy.hf_weights(merged=True):
+            sent += weight.nbytes
+            gc.collect()  # what only cycles hold, for as long as the many policies before this one let them
     linears = [linear for linear in policy.shapes.linears if linear.is_in(0)]
     return {
         "peak": live.peak,

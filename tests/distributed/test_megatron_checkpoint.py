@@ -30,7 +30,6 @@ SAME = [
     case("own_a", 2, TP, {"dp": {}}, adapter="own"),
     case("unlike", 2, TP, {"pp": PP}, adapter="unlike"),
     case("sp_dropout", 2, SP | DROPOUT),
-    case("all_to_all", 2, SP | {"peft": {"a2a_experimental": True}}, {"tp": TP}),
     case("pp_dropout", 2, PP | DROPOUT),
     case("dp", 2, {}, {"tp": TP, "pp": PP, "whole_optimizer": WHOLE_OPTIMIZER}),
     case("tp", 2, TP, {"dp": {}, "vpp": VPP, "cp": CP}),
@@ -53,8 +52,9 @@ SHARED_EXPERTS = case(
     family="qwen3_moe",
     adapter="shared_experts",
 )
+ALL_TO_ALL = case("all_to_all", 2, SP | {"peft": {"a2a_experimental": True}}, {"tp": TP})
 FOUR = case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}})
-LONG = [pytest.param(case, marks=pytest.mark.long) for case in (SHARED_EXPERTS, FOUR)]
+LONG = [pytest.param(case, marks=pytest.mark.long) for case in (SHARED_EXPERTS, ALL_TO_ALL, FOUR)]
 REFUSED = [FROM_ONE_RANK]
 
 

@@ -25,13 +25,18 @@ CASES = [
     case("sp", 2, "qwen2", SP),
     case("pp", 2, "qwen2", PP),
     case("dp", 2, "qwen2"),
-    case("sp", 2, "qwen3", SP),
     case("pp", 2, "qwen3", PP),
     case("tp1_plain_logprobs_full_recompute", 1, "qwen3", PLAIN_LOGPROBS | FULL_RECOMPUTE),
     case("vpp", 2, "qwen2", VPP),
     case("cp", 2, "qwen2", CP),
-    case("sp", 2, "llama_biases", SP),
-    pytest.param(case("sp_pp", 4, "qwen2", SP | PP), marks=pytest.mark.long),
+    *(
+        pytest.param(more, marks=pytest.mark.long)
+        for more in (
+            case("sp", 2, "qwen3", SP),
+            case("sp", 2, "llama_biases", SP),
+            case("sp_pp", 4, "qwen2", SP | PP),
+        )
+    ),
 ]
 
 

@@ -34,7 +34,7 @@ LONG_TEXT = real_case("long_text", 3, TP3 | {"sequence_parallel": True} | FULL_R
     [
         real_case("tp1", 1, {}),
         real_case("pp", 2, PP),
-        real_case("tp3", 3, TP3),
+        pytest.param(real_case("tp3", 3, TP3), marks=pytest.mark.long),
         pytest.param(LONG_TEXT, marks=pytest.mark.long),
     ],
     ids=str,

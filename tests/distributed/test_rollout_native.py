@@ -51,10 +51,7 @@ CASES = [
     like_one("burst", 1, {}, stops=True, trains=True, burst=5),
     case("head", 1, {}, adapter="head"),
     case("dora", 1, DORA, adapter="dora", trains=True),
-    like_one("sp_a2a", 2, ALL_TO_ALL),
-    case("sp_gemma", 2, SP | {"activation_checkpointing": True}, family="gemma3"),
     case("sp_dora", 2, SP | DORA, adapter="dora", trains=True),
-    case("sp_head", 2, SP, adapter="head"),
     like_one("pp", 2, PP, stops=True, trains=True),
     case("pp_tied", 2, PP, family="qwen2"),
     case("pp_batch1", 2, PP, family="llama3", batch=1),
@@ -62,9 +59,14 @@ CASES = [
     like_one("dp", 2, {}, stops=True),
     like_one("cp", 2, CP),
 ]
-# Four ranks take a minute and a half of two cores.
-FOUR = pytest.param(like_one("tp_pp", 4, SP | PP), marks=pytest.mark.long)
-EVERY = pytest.mark.parametrize("case", [*CASES, FOUR], ids=str)
+LONG = [
+    like_one("sp_a2a", 2, ALL_TO_ALL),
+    case("sp_gemma", 2, SP | {"activation_checkpointing": True}, family="gemma3"),
+    case("sp_head", 2, SP, adapter="head"),
+    # Four ranks take a minute and a half of two cores.
+    like_one("tp_pp", 4, SP | PP),
+]
+EVERY = pytest.mark.parametrize("case", [*CASES, *(pytest.param(one, marks=pytest.mark.long) for one in LONG)], ids=str)
 STOPPED = pytest.mark.parametrize("case", [case for case in CASES if case.options.get("stops")], ids=str)
 Found = list[dict[str, Any]]
 Greedy = Callable[[Case, bool], list[list[int]]]
