@@ -1,6 +1,5 @@
 """What a worker can be asked about adapters' communication, gradients and dropout."""
 
-import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -116,29 +115,4 @@ def loading(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def handing_over(case: dict[str, Any]) -> dict[str, Any]:
-    """Floating-point bytes that are made while merged weights are handed over one by one: the most that are alive
-    together. layer: bytes of one layer's linears; adapter: of all factors; sent: of all weights."""
-    policy = build_policy(case)
-    own = [tensor for chunk in policy.base.chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
-    sent = 0
-    with LiveFloats(besides=own) as live:
-        for _name, weight in policy.hf_weights(merged=True):
-            sent += weight.nbytes
-            gc.collect()  # what only cycles hold, for as long as the many policies before this one let them
-    linears = [linear for linear in policy.shapes.linears if linear.is_in(0)]
-    return {
-        "peak": live.peak,
-        "sent": sent,
-        "layer": 4 * sum(linear.in_features * linear.out_features for linear in linears),
-        "adapter": 0 if policy.spec is None else 4 * sum(map(policy.spec.num_parameters, policy.spec.modules)),
-    }
-
-
-CHECKS = {
-    "handing_over": handing_over,
-    "loading": loading,
-    "communication": communication,
-    "arithmetic": arithmetic,
-    "dropout": dropout,
-}
+CHECKS = {"loading": loading, "communication": communication, "arithmetic": arithmetic, "dropout": dropout}

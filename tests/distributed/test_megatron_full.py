@@ -1,5 +1,4 @@
-"""Ten AdamW steps of full fine-tuning in every layout equal transformers: losses, gradient norms, weights (fp32); and
-what is held of a model while its weights are handed over."""
+"""Ten AdamW steps of full fine-tuning in every layout equal transformers: losses, gradient norms, weights (fp32)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,22 +46,3 @@ def test_ten_steps_equal_transformers(
     wanted = reference(case)
     for found in ranks_found:
         assert_same_training(found, wanted, TOLERANCE)
-
-
-# A small rank, so that the adapter is small beside a layer.
-RANK_2 = {"peft": {"dim": 2}}
-HANDED_OVER = [
-    Case("handed_over_full_sp", 2, "handing_over", adapter=None, megatron=SP),
-    Case("handed_over_rank_2_sp", 2, "handing_over", adapter="drawn", megatron=SP | RANK_2),
-]
-
-
-@pytest.mark.parametrize("case", HANDED_OVER, ids=str)
-def test_merged_weights_are_handed_over_without_ever_holding_a_layer(
-    case: Case, ranks_found: list[dict[str, Any]]
-) -> None:
-    for found in ranks_found:
-        assert found["sent"] > 4 * found["layer"]
-        # The whole adapter is gathered once, its parts and the whole side by side.
-        assert found["peak"] - 2 * found["adapter"] < found["layer"], found
-        assert found["adapter"] < found["layer"] / 4

@@ -2,7 +2,6 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 class LiveFloats(TorchDispatchMode):
     """Counts the bytes of floating-point tensors that operations within it make, but for those on the meta device.
-    peak: the most that were alive together; now: those that are. besides: what was there before, of which operations
-    give views."""
+    peak: the most that were alive together; now: those that are."""
 
-    def __init__(self, besides: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._before = {tensor.untyped_storage().data_ptr() for tensor in besides}
         self.now = self.peak = 0
         self._holders: Counter[int] = Counter()
 
@@ -31,8 +28,6 @@ class LiveFloats(TorchDispatchMode):
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
-        if place in self._before:
-            return
         if self._holders[place] == 0:
             self.now += size
             self.peak = max(self.peak, self.now)
