@@ -316,13 +316,15 @@ def test_the_loop_validates_from_its_first_step_on_and_ends_early() -> None:
         first_validation=5,
         stop_reason=lambda: "good" if session.step >= 8 else "",
     )
-    assert validated == [6, 8] and done == [(8, "the run ends after step 8: good"), (8, "saved")]
+    (first, start), *rest = done
+    assert first == 1 and start.startswith("the first step was done ")
+    assert validated == [6, 8] and rest == [(8, "the run ends after step 8: good"), (8, "saved")]
     done.clear()
     session.step, session.out_of_time = 8, lambda: session.step >= 10
     session.recipe = SimpleNamespace(checkpointing=CheckpointingConfig(checkpoint_must_save_by="00:03:45:00"))
     run_steps(session, options, step, lambda: validated.append(session.step))
-    assert [number for number, _ in done] == [10, 10] and done[0][1] == "saved"
-    assert "after step 10: checkpointing.checkpoint_must_save_by=00:03:45:00 leaves no time" in done[1][1]
+    assert [number for number, _ in done] == [9, 10, 10] and done[1][1] == "saved"
+    assert "after step 10: checkpointing.checkpoint_must_save_by=00:03:45:00 leaves no time" in done[2][1]
 
 
 def test_the_time_for_another_step() -> None:
