@@ -19,9 +19,7 @@ TOGETHER = {
 # Besides the unit tests: a case of two ranks of each kind of path.
 FAST = (
     "test_megatron_parity.py::test_ten_steps_equal_transformers_and_peft[train_sp]",
-    "test_megatron_parity.py::test_ten_steps_equal_transformers_and_peft[train_dora_pp]",
     "test_megatron_checkpoint.py::test_the_same_layout_goes_on_bit_for_bit[checkpoint_pp_dropout]",
-    "test_megatron_adapters.py::test_adapters_add_no_collective_to_the_bases_own[communication_sp]",
     "test_rollout_native.py::test_sampled_logprobs_equal_the_trainers[native_sp_dora]",
     "test_dtensor.py::test_training_equals_transformers_and_peft[dtensor_sp]",
     "test_dtensor.py::test_resume_is_bit_identical[dtensor_resume_tp]",

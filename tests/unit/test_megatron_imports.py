@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import torch
 
 from megatron_lora.runtime import activity
@@ -12,6 +13,7 @@ from megatron_lora.runtime.megatron_core import UNUSED, compiling_when_called
 LEFT_OUT = [*UNUSED] if torch.cuda.is_available() else [*UNUSED, "torch._dynamo"]
 
 
+@pytest.mark.slow
 def test_megatron_core_comes_without_trackers_and_compiler() -> None:
     code = (
         "import sys; from megatron_lora.runtime.megatron_core import import_megatron_core; import torch; "

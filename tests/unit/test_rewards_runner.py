@@ -171,6 +171,7 @@ def test_from_config():
     assert RewardSpec.from_config(entry) == RewardSpec("format", "format", weight=2.0, pattern="a+")
 
 
+@pytest.mark.slow
 def test_workers_do_not_import_torch_and_end_with_their_parent(user_spec, tmp_path):
     """A parent that is killed leaves no process behind, even with a reward that holds the interpreter's lock."""
     script = tmp_path / "parent.py"
