@@ -22,7 +22,6 @@ FAST = (
     "test_megatron_checkpoint.py::test_the_same_layout_goes_on_bit_for_bit[checkpoint_pp_dropout]",
     "test_rollout_native.py::test_sampled_logprobs_equal_the_trainers[native_sp_dora]",
     "test_dtensor.py::test_training_equals_transformers_and_peft[dtensor_sp]",
-    "test_dtensor.py::test_resume_is_bit_identical[dtensor_resume_tp]",
 )
 
 

@@ -131,6 +131,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "out")],
