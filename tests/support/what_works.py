@@ -8,7 +8,7 @@ A cell is there only with its test: `tests/unit/test_what_works.py` looks each o
 from dataclasses import dataclass
 from typing import Literal
 
-Mark = Literal["yes", "run", "merged", "converted"]
+Mark = Literal["yes", "merged", "converted"]
 COLUMNS = (
     "training",
     "SFT, whole run",
@@ -26,8 +26,9 @@ CHECKPOINT, DTENSOR = "tests/distributed/test_megatron_checkpoint.py", "tests/di
 PEFT = "tests/unit/test_layout_peft_format.py"
 EXPORT, SAVED = "tests/end_to_end/test_adapter_export.py", "tests/unit/test_saved_modules.py"
 PRINCIPAL = "tests/unit/test_lora_principal.py"
-GRPO, RUNS = "tests/end_to_end/test_grpo.py", "tools/kinds.py"
+GRPO = "tests/end_to_end/test_grpo.py"
 KIND_RUNS, DPO = "tests/end_to_end/test_kinds.py", "tests/end_to_end/test_dpo.py"
+VLLM_RUNS = "tests/end_to_end/test_kinds_vllm.py"
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,6 @@ def _dtensor(row: str, test: str = "test_training_equals_transformers_and_peft")
     return Shown("yes", DTENSOR, test, row)
 
 
-def _run(name: str) -> Shown:
-    return Shown("run", RUNS, "train", f'"{name}": (')
-
-
 def _whole_run(kind: str) -> Shown:
     """From the command line, with a resume and a stock peft's load of what it exports."""
     return Shown("yes", KIND_RUNS, "test_a_resumed_run_is_the_same_run_and_its_adapter_is_pefts", f'"{kind}": {{')
@@ -74,6 +71,16 @@ def _whole_runs(kind: str, *further: str) -> dict[str, Shown]:
     """further: other columns that these runs fill."""
     columns = ("SFT, whole run", "DPO", "GRPO, native rollouts", *further)
     return {column: _whole_run(kind) for column in columns}
+
+
+def _vllm(row: str, mark: Mark = "yes") -> dict[str, Shown]:
+    """From the command line, trainer and engine compared at every step."""
+    return {"GRPO, vLLM": Shown(mark, VLLM_RUNS, "test_vllm_computes_with_what_trains", f'"{row}": Given(')}
+
+
+def _imported(row: str) -> dict[str, Shown]:
+    """From the command line: in through `init_adapter`, and out again."""
+    return {"import": Shown("yes", VLLM_RUNS, "test_a_folder_goes_in_and_comes_out_bit_for_bit", row)}
 
 
 BY_LINEAR = Shown("yes", DPO, "test_ten_steps_of_dora_with_ranks_by_linear_equal_trl")
@@ -94,6 +101,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     "`canonical_lora`": {
         "training": _trained('case("own_a", 1, adapter="own")'),
         **_whole_runs("canonical_saved"),
+        **_vllm("canonical_by_linear"),
         **_resumed('case("own_a", 2'),
         **_in_and_out('"some_linears"'),
         "DTensor": _dtensor('residual("pissa_tp", 2', "test_an_adapter_of_the_residual_is_pefts_own"),
@@ -102,6 +110,7 @@ TABLE: dict[str, dict[str, Shown]] = {
         "training": _trained('case("pp_unlike", 2'),
         **_whole_runs("dora_by_linear"),
         "DPO": BY_LINEAR,
+        **_vllm("canonical_by_linear"),
         **_resumed('case("unlike", 2'),
         **_in_and_out('"all_linear_rslora"'),
         "DTensor": _dtensor('case("scores_unlike_tp", 2', "test_scores"),
@@ -109,7 +118,9 @@ TABLE: dict[str, dict[str, Shown]] = {
     "`lora_plus_ratio`": {
         "training": _trained('case("lora_plus_sp", 2, SP | LORA_PLUS)', "test_lora_plus_gives_b_a_rate_of_its_own"),
         **_whole_runs("qlora", "export"),
+        **_vllm("canonical_by_linear"),
         **_resumed('case("dora_lora_plus", 2'),
+        **_imported('"lora_plus_ratio": 2.0}'),
         "DTensor": Shown(
             "yes",
             "tests/distributed/test_backends.py",
@@ -122,6 +133,7 @@ TABLE: dict[str, dict[str, Shown]] = {
         "training": _trained('case("pp_unlike", 2'),
         **_whole_runs("dora_by_linear"),
         "DPO": BY_LINEAR,
+        **_vllm("canonical_by_linear"),
         **_resumed('case("unlike", 2'),
         **_in_and_out('"patterns"'),
         "DTensor": _dtensor('case("scores_unlike_tp", 2', "test_scores"),
@@ -136,7 +148,7 @@ TABLE: dict[str, dict[str, Shown]] = {
             "test_after_a_step_the_new_adapter_answers_and_a_stale_one_is_noticed",
             'case("dora", 1, DORA',
         ),
-        "GRPO, vLLM": Shown("merged", RUNS, "train", '"dora, vLLM": ('),
+        **_vllm("dora_by_linear", "merged"),
         **_resumed('case("dora_lora_plus", 2'),
         **_in_and_out('"dora"'),
         "DTensor": _dtensor('case("tp_dora", 2'),
@@ -144,7 +156,7 @@ TABLE: dict[str, dict[str, Shown]] = {
     "`pissa`": {
         "training": Shown("yes", KINDS, "test_ten_steps_equal_pefts_own", 'layouts("pissa", PISSA)'),
         **_whole_runs("pissa"),
-        "GRPO, vLLM": _run("pissa, vLLM"),
+        **_vllm("pissa"),
         **_resumed('case("pissa", 2'),
         "export": Shown("converted", KINDS, "test_a_stock_peft_loads_what_is_exported", 'layouts("pissa", PISSA)'),
         "import": Shown(
@@ -161,11 +173,13 @@ TABLE: dict[str, dict[str, Shown]] = {
             "test_refits_in_both_modes_answer_with_the_bases_own_values",
         ),
         **_resumed('case("nf4", 2'),
+        **_imported('"qlora": KINDS["qlora"],'),
         "DTensor": _dtensor('case("tp_nf4", 2'),
     },
     "`modules_to_save`": {
         "training": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
         **_whole_runs("canonical_saved"),
+        **_vllm("canonical_saved", "merged"),
         **_resumed('case("saved", 2'),
         "export": Shown("yes", KINDS, "test_whole_modules_train_as_pefts_do", 'layouts("saved", SAVED'),
         "import": Shown("yes", SAVED, "test_a_folder_of_peft_goes_in_and_out"),
