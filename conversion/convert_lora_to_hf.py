@@ -19,11 +19,16 @@ from megatron_lora.lora.peft_format import ExpertLayout
 
 # `megatron-lora export` and `merge` say by their names what is written.
 MODES = {"export": "adapter", "merge": "merged"}
+DESCRIPTIONS = {
+    "adapter": "Write a checkpoint's adapter as an HF PEFT folder; the base model is not needed.",
+    "merged": "Write a checkpoint's base and adapter, merged, as an HF model; the base is streamed.",
+}
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     default = MODES.get((prog or "").rpartition(" ")[2])
+    description = DESCRIPTIONS[default] if default is not None else __doc__
+    parser = Parser(prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--mode", choices=("merged", "adapter"), default=default, help=f"default: {default or 'merged'}"
     )

@@ -13,7 +13,9 @@ from megatron_lora.conversion.export import import_hf_adapter
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
-    parser = Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    installed = (prog or "").startswith("megatron-lora ")
+    description = "Write an HF PEFT adapter as a checkpoint of this project." if installed else __doc__
+    parser = Parser(prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--hf-adapter", required=True, help="folder of adapter_config.json and its weights")
     parser.add_argument("--adapter-ckpt-path", required=True, help="the folder to write; must not exist")
     parser.add_argument("--hf-model-name", help="base model: hub name or HF folder; default: the adapter's own")

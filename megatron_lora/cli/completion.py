@@ -8,16 +8,22 @@ from megatron_lora.config.schema import Recipe
 from megatron_lora.config.schema_tree import section_of, walk_fields
 from megatron_lora.errors import UserError
 
-FLAGS = (
-    "--nproc",
-    "--nnodes",
-    "--node-rank",
-    "--master-addr",
-    "--master-port",
-    "--print-config",
-    "--dry-run",
-    "--debug",
+_RUN = ("--help", "--print-config", "--dry-run", "--debug")
+_UPLOAD = ("--push-to-hub", "--public", "--debug")
+_EXPORT = (
+    *("--help", "--mode", "--adapter-only", "--adapter-ckpt", "--lora-ckpt", "--hf-ckpt-path", "--hf-model-name"),
+    *("--base-ckpt", "--dtype", "--uniform-scale", "--expert-layout", "--check-logits", *_UPLOAD),
 )
+# Written down, and not asked of the commands' parsers: importing the tools takes seconds.
+FLAGS = {
+    "train": (*_RUN, "--nproc", "--nnodes", "--node-rank", "--master-addr", "--master-port"),
+    "serve": (*_RUN, "--host", "--port"),
+    "show": ("--help", "--rows", "--json"),
+    "export": _EXPORT,
+    "merge": _EXPORT,
+    "import": ("--help", "--hf-adapter", "--adapter-ckpt-path", "--hf-model-name", "--base-ckpt", "--debug"),
+}
+_TAKE_KEYS = ("train", "serve", "show")
 _BASH = """_megatron_lora() {
     local line="${COMP_LINE:0:COMP_POINT}"
     local current="${line##* }"
@@ -29,11 +35,22 @@ _BASH = """_megatron_lora() {
     [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=./] ]] && compopt -o nospace
 }
 complete -o default -F _megatron_lora megatron-lora"""
-_SCRIPTS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{_BASH}"}
+_FISH = """function __megatron_lora
+    set -l before (commandline -opc)
+    megatron-lora __complete (commandline -ct) "$before[2]" (count $before)
+end
+complete -c megatron-lora -a '(__megatron_lora)'"""
+_SCRIPTS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{_BASH}", "fish": _FISH}
+_USAGE = f"""usage: megatron-lora completion [{"|".join(_SCRIPTS)}]
+
+Print the completion script of a shell, by default of $SHELL. bash and zsh: eval "$(megatron-lora completion bash)";
+fish: megatron-lora completion fish | source"""
 
 
 def script(arguments: Sequence[str]) -> str:
     """The script for a shell. Raises UserError for another one."""
+    if {"-h", "--help"} & set(arguments):
+        return _USAGE
     shell = arguments[0] if arguments else os.path.basename(os.environ.get("SHELL", "bash"))
     if shell not in _SCRIPTS:
         raise UserError(f"there is no completion for {shell}; the shells are {', '.join(_SCRIPTS)}")
@@ -45,10 +62,12 @@ def complete(words: Sequence[str], commands: Sequence[str]) -> list[str]:
     current, command, number = (*words, "", "", "1")[:3]
     if number == "1":
         return [name for name in commands if name.startswith(current)]
-    if command != "train":
-        return []
+    if command == "completion":
+        return [shell for shell in _SCRIPTS if shell.startswith(current)]
     if current.startswith("-"):
-        return [flag for flag in FLAGS if flag.startswith(current)]
+        return [flag for flag in FLAGS.get(command, ()) if flag.startswith(current)]
+    if command not in _TAKE_KEYS:
+        return []
     key, equals, value = current.partition("=")
     fields = dict(walk_fields(Recipe))
     if equals:

@@ -116,9 +116,12 @@ class _Ranks:
         self._note_failures()
 
     def _note_failures(self) -> None:
-        for number, process in enumerate(self.processes):
-            if process.poll() not in (None, 0) and number not in self.failed:
-                self.failed.append(number)
+        ended = [
+            (status > 0, number)  # first a rank that a signal ended: it is why the others failed
+            for number, process in enumerate(self.processes)
+            if number not in self.failed and (status := process.poll())
+        ]
+        self.failed += [number for _, number in sorted(ended)]
 
     def _send(self, number: int) -> None:
         for process in self.processes:
@@ -131,15 +134,16 @@ class _Ranks:
             return 0, None
         status = self.processes[self.failed[0]].returncode
         reports = [read_report(self.environments[number][ERROR_FILE]) for number in self._by_failure()]
-        message = next((report for report in reports if report is not None), None)
         if status > 0:
+            message = next((report for report in reports if report is not None), None)
             return status, message or f"error: rank {self._name(self.failed[0])} ended with status {status}"
         by_request = status == -signal.SIGTERM and bool(self.asked)
         if by_request and len(self.asked) == 1:
             return 0, "stopped before the run began; nothing was written"
         cause = signal.Signals(-status).name
         hint = "; the machine may have run out of memory" if status == -signal.SIGKILL and not by_request else ""
-        return 128 - status, message or f"error: rank {self._name(self.failed[0])} was ended by {cause}{hint}"
+        # The others' reports are of a rank that did not answer any more: of what followed, not of the cause.
+        return 128 - status, reports[0] or f"error: rank {self._name(self.failed[0])} was ended by {cause}{hint}"
 
     def _by_failure(self) -> list[int]:
         return [*self.failed, *(number for number in range(len(self.processes)) if number not in self.failed)]

@@ -29,7 +29,7 @@ USAGE = "\n".join(
         "  train       run a recipe: megatron-lora train RECIPE.yaml [--nproc N] [dotted.key=value ...]",
         "  serve       rollout server for a run: megatron-lora serve RECIPE.yaml --port 8000",
         *(f"  {name:<11} {what}" for name, (_, what) in TOOLS.items()),
-        '  completion  print a completion script: eval "$(megatron-lora completion bash)"',
+        "  completion  print a completion script, for bash, zsh or fish",
         "",
         "megatron-lora COMMAND --help says more.",
     ]
@@ -39,6 +39,8 @@ USAGE = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
     try:
         if command == "train":
             return train(rest)
@@ -91,6 +93,8 @@ def _machines(found: Namespace) -> Machines:
             f"--nproc={nproc} --nnodes={found.nnodes} --node-rank={found.node_rank}: wanted at least one rank and one "
             "machine, and a node rank below the number of machines"
         )
+    if not 0 <= found.master_port < 65536:
+        raise UserError(f"--master-port={found.master_port}: wanted a port, a number below 65536")
     if found.nnodes > 1 and (found.master_addr == "localhost" or not found.master_port):
         raise UserError(f"--nnodes={found.nnodes} needs --master-addr and --master-port of machine 0")
     return Machines(nproc, found.nnodes, found.node_rank, found.master_addr, found.master_port)
@@ -111,9 +115,11 @@ def _for_a_rank(options: RunOptions) -> list[str]:
 
 
 def _unknown_command(command: str) -> str:
-    near = get_close_matches(command, COMMANDS, n=1)
+    near = get_close_matches(command.lstrip("-").lower(), COMMANDS, n=1)
     if not near and command.endswith((".yaml", ".yml")):
         return f"unknown command {command}; did you mean megatron-lora train {command}?"
+    if command.startswith("-") and not near:
+        return f"a command comes first, before {command}: {', '.join(COMMANDS)}"
     return f"unknown command {command}; " + (
         f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
     )

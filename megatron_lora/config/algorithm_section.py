@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_lora.config.schema_base import Float, Int, Period, PositiveInt, Section
+from megatron_lora.config.schema_base import Float, Int, Period, PositiveInt, Section, Seed
 
 if TYPE_CHECKING:
     from megatron_lora.config.schema import Recipe
@@ -29,7 +29,7 @@ class AlgorithmSection(Section):
 
     max_num_epochs: PositiveInt = Field(default=1, description="Passes over the training rows, at most.")
     max_num_steps: PositiveInt = Field(default=60, description="Optimizer steps (GRPO: rollout steps), at most.")
-    seed: Int = Field(default=42, description="Seed of data order, adapters, dropout and sampling.")
+    seed: Seed = Field(default=42, description="Seed of data order, adapters, dropout and sampling.")
     val_period: Period = Field(default=10, description="Steps between validations; 0 or -1: none.")
     val_at_start: bool = Field(default=False, description="Validate before the first step.")
     val_at_end: bool = Field(default=False, description="Validate after the last step.")

@@ -2,13 +2,20 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
 from megatron_lora.config.overrides import looks_like_override
 from megatron_lora.errors import UserError
+
+_SUFFIXES = (".yaml", ".yml")
+# NeMo RL's, Hydra's, ms-swift's and others' flags that name a recipe.
+_FLAGS_OF_A_RECIPE = frozenset("c config recipe config-file config-name config-path config_file config_name".split())
 
 
 @dataclass(frozen=True)
@@ -34,26 +41,35 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Raises UserError for what it does not know, SystemExit for --help."""
+        args = list(sys.argv[1:] if args is None else args)
+        self.refuse_unknown(args)  # before a required flag is missed
         found, rest = self.parse_known_args(args, namespace)
-        self.refuse_unknown(rest)
+        self.refuse_unknown(rest, "-")
         if rest:
             self.error(f"unknown argument {rest[0]}")
         return found
 
-    def refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Raise UserError where an argument is a flag that this parser lacks."""
+    def refuse_unknown(self, arguments: Sequence[str], start: str = "--") -> None:
+        """Raise UserError where an argument is a flag that this parser lacks. start: what a flag begins with."""
         known = [flag for action in self._actions for flag in action.option_strings]
-        for argument in arguments:
-            flag, _, value = argument.partition("=")
-            if not argument.startswith("-") or flag in known:
-                continue
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-            if "." in flag or (value and not near):
-                raise UserError(f"unknown flag {flag}; overrides have no dashes: {argument.lstrip('-')}")
-            if near:
-                raise UserError(f"unknown flag {flag}; did you mean {near[0]}?")
-            keys = "" if self.usage is None else ", and keys of the recipe have no dashes: sft.seed=3"
-            raise UserError(f"unknown flag {flag}; the flags are {', '.join(known)}{keys}")
+        for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
+            flag, equals, value = argument.partition("=")
+            if flag.startswith(start) and flag.strip("-") and flag not in known:
+                raise UserError(f"unknown flag {flag}; {self._meant(flag, equals, value or following, known)}")
+
+    def _meant(self, flag: str, equals: str, value: str, known: Sequence[str]) -> str:
+        """What is to be written in place of an unknown flag. value: behind its =, if it has one, or the next word."""
+        name, takes_recipe = flag.lstrip("-"), self.usage is not None
+        if takes_recipe and name in _FLAGS_OF_A_RECIPE:
+            return f"the recipe needs no flag: {self.prog} {value or 'RECIPE.yaml'} [dotted.key=value ...]"
+        names = {known_flag.lstrip("-"): known_flag for known_flag in known if known_flag.startswith("--")}
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        if takes_recipe and ("." in name or (equals and not near)):
+            return f"overrides have no dashes: {name}={value}"
+        if near:
+            return f"did you mean {names[near[0]]}?"
+        keys = ", and keys of the recipe have no dashes: sft.seed=3" if takes_recipe else ""
+        return f"the flags are {', '.join(known)}{keys}"
 
 
 def build_recipe_parser(prog: str, description: str) -> Parser:
@@ -85,19 +101,35 @@ def build_parser(prog: str, description: str) -> Parser:
 def parse_recipe(parser: Parser, arguments: Sequence[str]) -> tuple[str, list[str], argparse.Namespace]:
     """The recipe, the overrides, and what else was found. Raises UserError for an unknown flag or a missing recipe,
     SystemExit for --help."""
+    parser.refuse_unknown(arguments)
     found, rest = parser.parse_known_intermixed_args(list(arguments))
-    parser.refuse_unknown(rest)
+    parser.refuse_unknown(rest, "-")
     words = [*found.words, *rest]
-    recipe = next((word for word in words if not looks_like_override(word)), words[0] if words else None)
+    recipe = next((word for word in words if not looks_like_override(word) or Path(word).is_file()), None)
+    if recipe is None:
+        # In a folder with an equals sign in its name.
+        recipe = next((word for word in words if word.endswith(_SUFFIXES)), None)
     if recipe is None:
         raise UserError(f"which recipe? {parser.prog} RECIPE.yaml [dotted.key=value ...]")
     overrides = list(words)
     overrides.remove(recipe)
-    if any(word.startswith("=") for word in overrides):
-        raise UserError(
-            "an override has spaces around its =; write dotted.key=value, in quotes where the value has some"
-        )
+    _refuse_stray_words(recipe, overrides)
     return recipe, overrides, found
+
+
+def _refuse_stray_words(recipe: str, overrides: Sequence[str]) -> None:
+    """Raise UserError for words that are no override and that a shell has probably cut off from one."""
+    for word, before in zip(overrides, ["", *overrides], strict=False):
+        if looks_like_override(word):
+            continue
+        if word.startswith("=") or before.endswith("="):
+            raise UserError(
+                "an override has spaces around its =; write dotted.key=value, in quotes where the value has some"
+            )
+        if word.endswith(_SUFFIXES):
+            raise UserError(
+                f"two recipes, {recipe} and {word}; a run has one, which may name others in its defaults: [...]"
+            )
 
 
 def parse_run(parser: Parser, arguments: Sequence[str]) -> tuple[RunOptions, argparse.Namespace]:

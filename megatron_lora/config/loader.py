@@ -1,7 +1,9 @@
 """From a recipe file and command-line overrides to a checked `Recipe`."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +140,23 @@ def _read_mapping(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"there is no recipe {path}{named_by}; check the path") from error
+        raise UserError(f"there is no recipe {path}{named_by}; {_near_recipe(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {path}{named_by} cannot be read: {error}") from error
     content = read_yaml(text, str(path))
     if content is None:
         raise UserError(f"the recipe {path}{named_by} is empty; wanted sections such as policy: and data:")
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise UserError(f"the recipe {path}{named_by} holds {show(content)}; wanted sections such as policy: and data:")
+    number = next((key for key in content if not isinstance(key, str)), None)
+    if number is not None:
+        raise UserError(f"the recipe {path}{named_by} has the key {number}; wanted sections such as policy: and data:")
     return protect_templates(content)
+
+
+def _near_recipe(path: Path) -> str:
+    """What a path to no recipe was probably meant to be."""
+    folders = [path.parent, *(Path(name).resolve() for name in ("configs", "recipes"))]
+    found = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.y*ml"))}
+    near = get_close_matches(path.name.removesuffix(path.suffix), found, n=1, cutoff=0.7)
+    return f"did you mean {os.path.relpath(found[near[0]])}?" if near else "check the path"

@@ -118,7 +118,7 @@ def _switch_of(section: str) -> str | None:
 def _describe(details: ErrorDetails, recipe: dict[str, Any], written: dict[str, Any]) -> str:
     location, kind = details["loc"], details["type"]
     path = dotted(location)
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         if isinstance(location[-1], str) and "." in location[-1]:
             first, *rest = location[-1].split(".")
             inner = "".join(f"{{{name}: " for name in rest) + show(details["input"]) + "}" * len(rest)
@@ -151,8 +151,23 @@ def _wanted(details: ErrorDetails) -> str:
         return f"wanted a number {words} {context[bound]}"
     for start, words in _WANTED.items():
         if kind.startswith(start):
-            return f"wanted {words}"
+            return f"wanted {words}{_example(details)}"
     return details["msg"][:1].lower() + details["msg"][1:]
+
+
+def _example(details: ErrorDetails) -> str:
+    """The entry that was probably meant where a text stands in its place, or one entry in a list's: `exact` for
+    `{kind: exact}`."""
+    kind, location, value = details["type"], details["loc"], details["input"]
+    section = section_at(Recipe, location) if kind.startswith("list") or isinstance(location[-1], int) else None
+    required = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
+    if isinstance(value, str) and required:
+        entry = f"{{{required[0]}: {value}}}"
+    elif isinstance(value, dict) and required and required[0] in value:
+        entry = "{" + ", ".join(f"{name}: {show(item)}" for name, item in value.items()) + "}"
+    else:
+        return ""
+    return f": [{entry}]" if kind.startswith("list") else f": {entry}"
 
 
 def _own_message(details: ErrorDetails) -> str:

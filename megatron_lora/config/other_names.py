@@ -171,6 +171,8 @@ _UPLOAD = (
 )
 # What other projects have as a key and this one elsewhere.
 _ELSEWHERE = {
+    "defaults": "a recipe's file names the ones below it; no override does",
+    "hydra": "there is no Hydra here: the run's folder is checkpointing.checkpoint_dir, sweeps are a shell's loop",
     "report_to": "each tracker has a key of its own: logger.wandb_enabled, tensorboard_enabled, trackio_enabled, "
     "swanlab_enabled, mlflow_enabled",
     "push_to_hub": _UPLOAD,

@@ -1,6 +1,7 @@
 """Overrides of the command line: `a.b=value`, with Hydra's `+a.b=value`, `++a.b=value` and `~a.b`."""
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 from megatron_lora.config.schema import Recipe
@@ -24,7 +25,7 @@ def apply_override(recipe: dict[str, Any], override: str) -> dict[str, Any]:
     """The recipe with one override applied; a mapping given for a section is merged into it. Raises UserError.
 
     `+` and `++` mean nothing more here: a key that the recipe lacks may always be given, one that nobody knows never.
-    `~a.b` sets a key back to its default; `~a.b=value` only where it has that value.
+    `~a.b` sets a key back to its default, if it is not there already; `~a.b=value` only where it has that value.
     """
     if override.startswith("~"):
         return _without(recipe, override)
@@ -58,6 +59,8 @@ def put(container: Any, parts: list[str], value: Any, override: str) -> Any:
         number = _position(container, name, override)
         item = put(container[number], rest, value, override) if rest else value
         return [*container[:number], item, *container[number + 1 :]]
+    if container is None and name.isdecimal():
+        raise UserError(f"override {override!r}: there is no list with entries to change; give the whole list")
     section = container if isinstance(container, dict) else {}
     if rest:
         return {**section, name: put(section.get(name), rest, value, override)}
@@ -79,17 +82,29 @@ def _without(recipe: dict[str, Any], override: str) -> dict[str, Any]:
     holder: Any = recipe
     for part in parts[:-1]:
         holder = holder.get(part) if isinstance(holder, dict) else None
-    if not isinstance(holder, dict) or parts[-1] not in holder:
-        raise UserError(f"override {override!r}: the recipe has no key {path or '(none given)'} to take out")
-    found = holder[parts[-1]]
+    is_there = isinstance(holder, dict) and parts[-1] in holder
+    has_default, default = default_of(path)
+    if not is_there and not has_default:
+        fields = list(dict(walk_fields(Recipe)))
+        near = [] if path in fields else get_close_matches(path, fields, n=1, cutoff=0.8)
+        meant = f"; did you mean ~{near[0]}?" if near else ""
+        raise UserError(f"override {override!r}: the recipe has no key {path or '(none given)'} to take out{meant}")
+    found = holder[parts[-1]] if is_there else default
     if equals and read_yaml(text, f"override {override!r}") != found:
         raise UserError(f"override {override!r}: the recipe has {path}={show(found)}, which is not taken out")
+    if not is_there:
+        return recipe
+    # The default rather than nothing: other keys may refer to it.
+    return put(_drop(recipe, parts), parts, default, override) if has_default else _drop(recipe, parts)
+
+
+def default_of(path: str) -> tuple[bool, Any]:
+    """(whether the schema has a default for the key at `path`, that default in plain values)."""
     field = dict(walk_fields(Recipe)).get(path)
     if field is None or field.is_required():
-        return _drop(recipe, parts)
-    # The default rather than nothing: other keys may refer to it.
+        return False, None
     default = field.get_default(call_default_factory=True)
-    return put(_drop(recipe, parts), parts, default.model_dump() if isinstance(default, Section) else default, override)
+    return True, default.model_dump() if isinstance(default, Section) else default
 
 
 def _drop(section: dict[str, Any], parts: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The recipe: every key that this project implements, with its type, default and meaning."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -37,13 +37,19 @@ class Recipe(Section):
     )
     logger: LoggerConfig = Field(default_factory=LoggerConfig, description="Where metrics go.")
 
-    @model_validator(mode="after")
-    def _one_algorithm(self) -> Self:
-        present = [name for name in ALGORITHMS if getattr(self, name) is not None]
-        if not present:
-            raise ValueError(f"the recipe has none of the sections {', '.join(ALGORITHMS)}; add the one to run")
+    @model_validator(mode="before")
+    @classmethod
+    def _not_several_algorithms(cls, recipe: Any) -> Any:
+        """Before all else: which key was meant depends on the algorithm."""
+        present = [name for name in ALGORITHMS if isinstance(recipe, dict) and recipe.get(name) is not None]
         if len(present) > 1:
             raise ValueError(f"the recipe has the sections {' and '.join(present)}; keep one (set others to null)")
+        return recipe
+
+    @model_validator(mode="after")
+    def _has_an_algorithm(self) -> Self:
+        if all(getattr(self, name) is None for name in ALGORITHMS):
+            raise ValueError(f"the recipe has none of the sections {', '.join(ALGORITHMS)}; add the one to run")
         return self
 
     @model_validator(mode="after")

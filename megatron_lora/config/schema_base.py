@@ -41,6 +41,8 @@ Place = Annotated[str, AfterValidator(os.path.expanduser)]
 Int = Annotated[int, BeforeValidator(_integral)]
 PositiveInt = Annotated[Int, Field(ge=1)]
 NonNegativeInt = Annotated[Int, Field(ge=0)]
+Seed = Annotated[Int, Field(ge=0, lt=2**32)]
+"""What NumPy, torch and vLLM all take."""
 Float = Annotated[float, BeforeValidator(number_from_text)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
 NonNegativeFloat = Annotated[Float, Field(ge=0)]

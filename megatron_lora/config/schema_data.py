@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from megatron_lora.config.schema_base import Fraction, Int, Place, PositiveInt, Section
+from megatron_lora.config.schema_base import Fraction, Place, PositiveInt, Section, Seed
 
 
 class DatasetConfig(Section):
@@ -43,7 +43,7 @@ class DatasetConfig(Section):
     repeat: PositiveInt = Field(
         default=1, description="`data.validation` of GRPO: its prompts so many times over, each with draws of its own."
     )
-    seed: Int | None = Field(default=None, description="Seed of those two draws; null: the algorithm's.")
+    seed: Seed | None = Field(default=None, description="Seed of those two draws; null: the algorithm's.")
     also: "list[DatasetConfig]" = Field(
         default_factory=list,
         description="Further data sets, whose rows follow; a list in place of this section is read as its first entry "

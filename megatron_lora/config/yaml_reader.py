@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from megatron_lora.config.show import show
 from megatron_lora.errors import UserError
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -22,6 +23,9 @@ class _RecipeLoader(yaml.SafeLoader):
             if key_node.tag == _MERGE:
                 continue
             key = self.construct_object(key_node, deep=True)
+            if key is None or isinstance(key, bool):
+                problem = f"the key {show(key)} is no text; put it in quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", key_node.start_mark)
             if isinstance(key, str):
@@ -70,7 +74,7 @@ def read_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         if problem == "but found another document":
             raise UserError(f"{source}{where} begins a second document (---); keep one of them") from error
         if getattr(error, "context", None) == "while scanning an alias" or "undefined alias" in str(problem):

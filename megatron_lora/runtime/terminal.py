@@ -17,6 +17,7 @@ from typing import TextIO
 from megatron_lora.errors import UserError
 
 LOG_NAME = "log.txt"
+LONGEST_LIST = 400  # characters: four lines of a terminal
 
 
 class RunLog:
@@ -104,6 +105,16 @@ def terminal_output() -> TextIO:
 def say(text: str) -> None:
     """A line on the user's standard output, whatever else is printed there."""
     print(text, file=terminal_output(), flush=True)
+
+
+def brief(text: str) -> str:
+    """A list as the terminal has room for it; all of a long one goes to the log."""
+    if len(text) <= LONGEST_LIST or _log is None:
+        return text
+    _flush()
+    os.write(1, f"{text}\n".encode())
+    kept = text[:LONGEST_LIST].rpartition(", ")[0]
+    return f"{kept}, ... and {text.count(', ', len(kept))} more, which are in {LOG_NAME}"
 
 
 def complain(text: str) -> None:

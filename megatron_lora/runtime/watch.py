@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_lora.config.schema_run import TimeoutsConfig
-from megatron_lora.runtime import activity
+from megatron_lora.runtime import activity, terminal
 from megatron_lora.runtime.failure import tell
 from megatron_lora.runtime.quiet import end_children
 from megatron_lora.runtime.world import World
@@ -97,9 +97,11 @@ class _Watch(threading.Thread):
 def _message(found: Mapping[int, str], now: activity.Activity, limit: float) -> str:
     ranks = "; ".join(f"rank {rank} (last: {what})" for rank, what in found.items())
     key = "slow_seconds" if now.is_slow else "training_seconds"
+    log = terminal.log()
+    stood = f"; where each rank stood is in {log.path}" if log is not None else ""
     return (
         f"error: no progress for {limit:g} s while {now.what}. Did not answer: {ranks}. Raise timeouts.{key} if it "
-        "only takes long; where each rank stood is in log.txt. The last complete checkpoint is as it was"
+        f"only takes long{stood}. The last complete checkpoint is as it was"
     )
 
 

@@ -159,8 +159,8 @@ def _open_for_writing(recipe: Recipe, folder: RunFolder, lock: RunLock, reporter
 def _tell(reporter: RunReporter, notices: Sequence[str], warnings: Sequence[str]) -> None:
     for warning in warnings:
         reporter.warning(warning)
-    for notice in notices:
-        reporter.message(notice)
+    for notice in notices if reporter.enabled else ():
+        reporter.message(terminal.brief(notice))
 
 
 def _train(session: Session, loop: Callable[[], None]) -> int:

@@ -1,8 +1,12 @@
 """A run's command line: any order, mistakes in one line, help that succeeds."""
 
+import re
+
 import pytest
 
 from conversion.convert_lora_to_hf import parse_args
+from megatron_lora.cli.completion import FLAGS
+from megatron_lora.cli.main import main
 from megatron_lora.config.command_line import build_parser, parse_run
 from megatron_lora.errors import UserError
 
@@ -43,6 +47,12 @@ def test_a_recipe_in_a_folder_with_an_equals_sign(recipe: str):
             "the flags are -h, --help, --print-config, --dry-run, --debug, and keys of the recipe",
         ),
         (("r.yaml", "--dry-run=true"), "--dry-run: takes no value, and has 'true'"),
+        (("r.yaml", "--sft.seed", "3"), "overrides have no dashes: sft.seed=3"),
+        (("--config", "r.yaml"), "unknown flag --config; the recipe needs no flag: train r.yaml ["),
+        (("--recipe=r.yaml", "a.b=1"), "unknown flag --recipe; the recipe needs no flag: train r.yaml ["),
+        (("r.yaml", "s.yml"), "two recipes, r.yaml and s.yml; a run has one"),
+        (("r.yaml", "sft.seed=", "3"), "an override has spaces around its ="),
+        (("sft.seed=3",), "which recipe?"),
         (("r.yaml", "sft.seed", "=", "3"), "an override has spaces around its =; write dotted.key=value"),
         (("r.yaml", "sft.seed", "=3"), "an override has spaces around its ="),
         (("--dry-run",), "which recipe?"),
@@ -59,6 +69,19 @@ def test_mistakes_are_one_line(words: tuple[str, ...], wanted: str):
 def test_a_commands_name_says_what_is_written(name: str, mode: str | None):
     arguments = ["--adapter-ckpt", "step_1", "--hf-ckpt-path", "out"]
     assert parse_args(arguments, f"megatron-lora {name}").mode == mode
+
+
+def test_an_unknown_flag_is_named_before_a_required_one_is_missed():
+    with pytest.raises(UserError, match="unknown flag --adapter-ckp; did you mean --adapter-ckpt?"):
+        parse_args(["--adapter-ckp", "x", "--hf-ckpt-path", "y"], "megatron-lora export")
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_completion_knows_every_flag(command: str, capsys: pytest.CaptureFixture[str]):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out.partition("\noptions:")[2]
+    entries = [line.partition("  ")[0] for line in shown.replace("\n  -", "\n-").splitlines() if line.startswith("-")]
+    assert {flag for entry in entries for flag in re.findall(r"--[a-z-]+", entry)} == set(FLAGS[command]) != set()
 
 
 def test_help_succeeds(capsys: pytest.CaptureFixture[str]):

@@ -27,7 +27,7 @@ def message(path: Path, *overrides: str) -> str:
 
 def test_hydras_plus_signs_and_tilde():
     recipe = load_recipe(
-        SFT, [f"++{PEFT}.dim=4", f"+{PEFT}.alpha=8", f"~{PEFT}.dropout", "~sft.val_at_end=true"]
+        SFT, [f"++{PEFT}.dim=4", f"+{PEFT}.alpha=8", f"~{PEFT}.dropout", "~sft.val_at_end=true", "~sft.seed"]
     ).recipe
     assert (recipe.policy.megatron_cfg.peft.dim, recipe.policy.megatron_cfg.peft.alpha) == (4, 8)
     assert recipe.sft is not None and recipe.sft.val_at_end is False  # the default again
@@ -38,6 +38,8 @@ def test_hydras_plus_signs_and_tilde():
     ("override", "wanted"),
     [
         ("~sft.no_such_key", "the recipe has no key sft.no_such_key to take out"),
+        ("~sft.sead", "to take out; did you mean ~sft.seed?"),
+        ("~sft.seed=1", "the recipe has sft.seed=42"),  # by default
         ("~sft.val_at_end=false", "the recipe has sft.val_at_end=true"),
         ("+sft.sead=1", "did you mean sft.seed?"),
         ("+++sft.seed=1", "wanted dotted.key=value"),
@@ -52,6 +54,7 @@ def test_a_number_leads_into_a_list():
     rewards = ["env.reward_functions=[{kind: exact}, {kind: math}]", "env.reward_functions.1.weight=0.5"]
     assert [item.weight for item in load_recipe(GRPO, rewards).recipe.env.reward_functions] == [1.0, 0.5]
     assert "2 is no place in a list of 2" in message(GRPO, rewards[0], "env.reward_functions.2.weight=1")
+    assert "there is no list with entries to change" in message(SFT, "policy.scheduler.0.name=x")  # null there
     schedulers = ["policy.optimizer={}", "policy.scheduler=[{name: a.B}]", "policy.scheduler.0.nam=x"]
     assert "unknown key policy.scheduler.0.nam; did you mean policy.scheduler.0.name?" in message(SFT, *schedulers)
 
@@ -214,6 +217,57 @@ def test_a_section_set_to_null_that_others_refer_to():
     assert "policy.megatron_cfg.peft is null, but policy.dtensor_cfg.lora_cfg.enabled is ${policy.megatron_cfg" in text
 
 
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("policy.megatron_cfg=true", "policy.megatron_cfg is true, but policy.dtensor_cfg.tensor_parallel_size is"),
+        ("policy.model_name=${policy.modl_name}", "no key policy.modl_name; did you mean ${policy.model_name}?"),
+        ("data.train.seed=${grpo.seed}", "the recipe has no key grpo.seed; give it"),
+        ("policy.model_name=${nothing.at_all}", "the recipe has no key nothing.at_all; give it"),
+        ("policy.model_name=${", "not an interpolation"),
+        ("policy.model_name=${foo:3}", "${foo:...} is not known; known are add, mul, div, max"),
+        ("sft.seed=${mul:a,2}", "${mul:...} takes numbers, and has 'a', 2"),
+        ("sft.seed=${div:1,0}", "${div:1,0} divides by 0"),
+    ],
+)
+def test_interpolations_gone_wrong(override: str, wanted: str):
+    assert wanted in message(SFT, override) and "raised while" not in message(SFT, override)
+
+
+def test_an_interpolation_reaches_a_key_that_is_at_its_default():
+    recipe = load_recipe(SFT, ["data.train.seed=${sft.seed}", "sft.max_num_steps=${timeouts.training_seconds}"]).recipe
+    assert (recipe.data.train.seed, recipe.section.max_num_steps) == (42, 300)
+    assert load_recipe(SFT, ["data.train.seed=${sft.seed}", "sft.seed=7"]).recipe.data.train.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("env.reward_functions=exact", "wanted a list: [{kind: exact}]"),
+        ("env.reward_functions=[exact]", "env.reward_functions.0='exact': wanted a section"),
+        ("env.reward_functions=[exact]", ": {kind: exact}"),
+        ("env.reward_functions={kind: exact}", "wanted a list: [{kind: 'exact'}]"),
+    ],
+)
+def test_an_entry_that_stands_for_itself_is_shown_as_one(override: str, wanted: str):
+    assert wanted in message(GRPO, override)
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_that_a_generator_would_refuse(seed: str):
+    assert f"sft.seed={seed}: wanted a number " in message(SFT, f"sft.seed={seed}")
+
+
+def test_two_algorithms_are_told_before_a_key_of_one_of_them():
+    assert "the recipe has the sections sft and dpo; keep one" in message(SFT, "dpo.beta=0.1")
+
+
+@pytest.mark.parametrize("name", ["configs/sft", "configs/sftt.yaml", "config/sft.yaml", "sft.yaml"])
+def test_a_recipe_that_is_not_there_is_answered_with_one_that_is(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(SFT.parents[1])
+    assert "; did you mean configs/sft.yaml?" in message(Path(name))
+
+
 def test_nemo_rls_markers(tmp_path: Path):
     base = {"sft": {"seed": 1, "max_num_steps": 2}, "policy": {"model_name": "m"}, "data": {"train": "???"}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
@@ -238,6 +292,10 @@ def test_nemo_rls_markers(tmp_path: Path):
         ),
         ("sft: {}\npolicy: {megatron_cfg.peft.dim: 3}\n", "in a file write megatron_cfg: {peft: {dim: 3}}"),
         ("sft: {}\nsft: {seed: 1}\n", "the key sft stands twice"),
+        ("sft: {}\npolicy: {on: 1}\n", "line 2 is not YAML: the key true is no text; put it in quotes"),
+        ("sft: {}\npolicy: {null: 1}\n", "the key null is no text"),
+        ("sft: {}\n1: 2\n", "has the key 1; wanted sections"),
+        ("sft: {}\npolicy: {1: 2}\n", "unknown key policy.1; "),
     ],
 )
 def test_files_gone_wrong(text: str, wanted: str, tmp_path: Path):

@@ -156,7 +156,7 @@ def test_overrides_take_yaml_values(minimal: Path):
         ("data.train=[x]", "data.train=['x']: wanted a section"),
         ("polcy.precision=float32", "did you mean policy?"),
         ("policy.generation.vllm_cfg.use_tqmd=true", "did you mean policy.generation.vllm_cfg.use_tqdm?"),
-        ("grpo.async_grpo.enabld=false", "did you mean grpo.async_grpo.enabled?"),
+        ("grpo.async_grpo.enabld=false", "the recipe has the sections sft and grpo; keep one"),
         ("policy.megatron_cfg.peft.dim=eight", "policy.megatron_cfg.peft.dim='eight': wanted an integer"),
         ("policy.megatron_cfg.peft.dim=true", "policy.megatron_cfg.peft.dim=true: wanted an integer"),
         ("policy.megatron_cfg.peft.dim=0", "policy.megatron_cfg.peft.dim=0: wanted a number at least 1"),

@@ -88,6 +88,22 @@ def test_a_killed_rank_is_named(capfd: pytest.CaptureFixture[str]):
     assert "error: rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
+def test_a_killed_rank_is_named_where_another_fails_on_its_silence(capfd: pytest.CaptureFixture[str]):
+    speaks = "time.sleep(0.3); tell('error: connection closed by peer'); sys.exit(1)"
+    assert ranks(f"import signal\nif rank: os.kill(os.getpid(), signal.SIGSEGV)\nelse: {speaks}") == 139
+    assert capfd.readouterr().err == "error: rank 1 was ended by SIGSEGV\n"
+
+
+def test_of_ranks_that_ended_at_once_the_killed_one_is_named(tmp_path: Path):
+    started = launcher._Ranks(list(Machines(2).environments(tmp_path)))
+    started.processes = [subprocess.Popen(["sh", "-c", end]) for end in ("exit 1", "kill -9 $$")]
+    for process in started.processes:
+        process.wait()
+    started.wait()
+    status, message = started.outcome()
+    assert status == 137 and message is not None and message.startswith("error: rank 1 was ended by SIGKILL")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_ranks_and_the_status_is_0(number: signal.Signals, tmp_path: Path):
     """Ranks that save and leave, and ranks that were not yet able to."""
@@ -127,7 +143,7 @@ def test_a_signal_reaches_the_ranks_and_the_status_is_0(number: signal.Signals, 
         (["export"], "required: --adapter-ckpt/--lora-ckpt, --hf-ckpt-path; see megatron-lora export --help"),
         (
             ["merge", "--adapter-ckpt", "x", "--hf-ckpt", "y"],
-            "required: --hf-ckpt-path; see megatron-lora merge --help",
+            "unknown flag --hf-ckpt; did you mean --hf-ckpt-path?",
         ),
         (["import", "x"], "see megatron-lora import --help"),
         (["train", "configs/sft.yaml", "--nporc", "2"], "unknown flag --nporc; did you mean --nproc?"),
@@ -172,6 +188,11 @@ def test_mistakes_and_help_import_no_torch():
         (["sft.val_at_end=", "train", "3"], ["sft.val_at_end=true", "sft.val_at_end=false"]),
         (["--dr", "train", "3"], ["--dry-run"]),
         (["x", "export", "2"], []),
+        (["--push", "export", "2"], ["--push-to-hub"]),
+        (["--ro", "show", "3"], ["--rows"]),
+        (["sft.se", "show", "3"], ["sft.seed="]),
+        (["--po", "serve", "3"], ["--port"]),
+        (["", "completion", "2"], ["bash", "zsh", "fish"]),
     ],
 )
 def test_completion(words: list[str], wanted: list[str]):

@@ -66,6 +66,18 @@ def test_a_mistake_removes_a_temporary_log_and_a_crash_keeps_it(capfd: pytest.Ca
     assert capfd.readouterr().out == "back\n"
 
 
+def test_a_long_list_is_short_in_the_terminal_and_whole_in_the_log(tmp_path: Path):
+    names = [f"section.key_{number}" for number in range(100)]
+    with terminal.output_in_log(0) as log:
+        log.move_to(tmp_path)
+        shown = terminal.brief(f"no effect: {', '.join(names)}")
+        assert terminal.brief("few: a, b") == "few: a, b"
+    kept = shown.partition(", ... and ")[0].count(",") + 1
+    assert len(shown) < 450 and shown.endswith(f", ... and {100 - kept} more, which are in log.txt"), shown
+    assert f"{names[0]}, {names[1]}" in (log := (tmp_path / "log.txt").read_text()) and log.endswith(f"{names[-1]}\n")
+    assert terminal.brief(", ".join(names)) == ", ".join(names)  # with no log, as in --debug
+
+
 def test_a_live_bar_leaves_noise_in_the_log(monkeypatch: pytest.MonkeyPatch):
     """Such as the bars of vLLM's captures: Rich's live display would take the streams over and print them above it."""
     screen, log = io.StringIO(), io.StringIO()
