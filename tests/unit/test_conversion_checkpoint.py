@@ -4,13 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_lora.conversion.adapter_checkpoint import read_adapter, write_adapter
-from megatron_lora.conversion.torch_dist import TorchDistFolder
+from megatron_lora.conversion.torch_dist import StoredTensor, TorchDistFolder, write_torch_dist
 from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe
 from megatron_lora.lora.layout import AdapterSpec, build_layout, module_name
@@ -181,3 +183,16 @@ print(peak() - before)
     assert float(done.stdout) < 5 * 64
     stored = TorchDistFolder(tmp_path / "all").read(["w3", "w11"])
     assert [float(value.unique()) for value in stored.values()] == [3.0, 11.0]
+
+
+def test_a_machine_with_a_gpu_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch then fetches ahead, and a tensor's memory is freed when the next one is fetched."""
+    entries = {f"w{n}": StoredTensor(torch.float32, (8,)) for n in range(4)}
+    stream = SimpleNamespace(synchronize=lambda: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "current_stream", lambda: stream)
+        patched.setattr(torch.cuda, "stream", nullcontext)
+        write_torch_dist(tmp_path / "all", entries, lambda name: torch.full((8,), float(name[1:])))
+    stored = TorchDistFolder(tmp_path / "all").read(entries)
+    assert [float(stored[name].unique()) for name in entries] == [0.0, 1.0, 2.0, 3.0]
