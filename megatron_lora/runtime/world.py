@@ -1,17 +1,22 @@
 """torchrun's environment and Megatron's process groups, as one frozen `World`."""
 
+import math
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 from megatron_lora.runtime.cpu import install_cpu_stand_ins, stand_in_for_token_dispatch
 from megatron_lora.runtime.megatron_core import import_megatron_core
 from megatron_lora.runtime.transformer_engine import prepare_transformer_engine
+
+# torch gives a group that is made later its own default (10 minutes over NCCL), whatever the first one waits.
+_timeout: timedelta | None = None
 
 # Between the seeds of ranks that see different tokens; those of stages, TP ranks and experts lie closer together.
 SEED_STRIDE = 1_000_003
@@ -60,6 +65,7 @@ def environment_world() -> World:
 def init_distributed(timeout_seconds: float | None = None) -> World:
     """Join torchrun's processes over NCCL on GPUs, gloo on CPUs. Safe to call again. timeout_seconds: how long a rank
     waits for another in a collective, such as for the one that computes rewards; None: torch's default."""
+    global _timeout
     world = environment_world()
     if world.device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
@@ -78,14 +84,25 @@ def init_distributed(timeout_seconds: float | None = None) -> World:
         os.environ.setdefault("MASTER_PORT", "0" if world.size == 1 else "29500")
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         device_id = world.device if backend == "nccl" else None
-        timeout = timedelta(seconds=timeout_seconds) if timeout_seconds is not None else None
+        _timeout = timedelta(seconds=timeout_seconds) if timeout_seconds is not None else None
         if world.size == 1 and "RANK" not in os.environ:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id, timeout=_timeout)
         else:
             dist.init_process_group(
-                backend, rank=world.rank, world_size=world.size, device_id=device_id, timeout=timeout
+                backend, rank=world.rank, world_size=world.size, device_id=device_id, timeout=_timeout
             )
     return world
+
+
+def make_mesh(world: World, **axes: int) -> DeviceMesh:
+    """All ranks as a mesh of the named sizes, the last one fastest; groups wait as long as `init_distributed` says."""
+    ranks = torch.arange(world.size).reshape(*axes.values())
+    groups = []
+    for axis in range(ranks.dim()):
+        lines = ranks.movedim(axis, -1).reshape(-1, ranks.shape[axis]).tolist()
+        groups.append(dist.new_subgroups_by_enumeration(lines, timeout=_timeout)[0])
+    return DeviceMesh.from_group(groups, world.device.type, mesh=ranks, mesh_dim_names=tuple(axes))
 
 
 def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
@@ -109,6 +126,7 @@ def init_megatron_world(policy: PolicyConfig, seed: int) -> World:
         context_parallel_size=megatron.context_parallel_size,
         expert_model_parallel_size=megatron.expert_model_parallel_size,
         expert_tensor_parallel_size=megatron.expert_tensor_parallel_size,
+        distributed_timeout_minutes=30 if _timeout is None else math.ceil(_timeout.total_seconds() / 60),
         create_gloo_process_groups=False,
     )
     pp_rank, cp_rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank()

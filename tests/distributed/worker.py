@@ -33,6 +33,16 @@ CHECKS = {
     "dtensor": ("policy_checks", "critic_checks", "dtensor_checks", "dtensor_fault_checks"),
 }
 
+# What every group has to wait, those of Megatron and of FSDP as well: unlike any default.
+TIMEOUT_SECONDS = 1260.0
+
+
+def check_timeouts() -> None:
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        if group is not None and group.size() > 1:
+            options = group._get_backend(torch.device("cpu")).options
+            assert options._timeout.total_seconds() == TIMEOUT_SECONDS, f"{group.group_desc} waits {options._timeout}"
+
 
 def main() -> None:
     warnings.filterwarnings("ignore")
@@ -42,7 +52,7 @@ def main() -> None:
     [backend] = {case["backend"] for case in cases.values()}
     modules = [import_module(f"tests.distributed.{name}") for name in CHECKS[backend]]
     checks = {name: check for module in modules for name, check in module.CHECKS.items()}
-    rank = init_distributed().rank
+    rank = init_distributed(TIMEOUT_SECONDS).rank
     failed: list[str] = []
     for name, case in cases.items():
         # The end of stderr is shown where a rank fails.
@@ -59,6 +69,7 @@ def main() -> None:
         torch.save(found, partial)
         partial.replace(folder / f"{name}.{rank}.pt")
         gc.collect()
+    check_timeouts()
     torch.distributed.destroy_process_group()
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Placement, distribute_tensor
 
@@ -26,7 +26,7 @@ from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
 from megatron_lora.policy.dtensor.parallel import ParallelPlan, parallelize
 from megatron_lora.policy.quantization import FourBitSource, open_base
-from megatron_lora.runtime.world import World
+from megatron_lora.runtime.world import World, make_mesh
 
 
 @dataclass
@@ -53,7 +53,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int, *, critic: bool =
     model, weights = open_base(policy)
     dtype = DTYPES[policy.precision]
     shapes = model.shapes
-    mesh = init_device_mesh(world.device.type, (world.dp, world.tp), mesh_dim_names=("dp", "tp"))
+    mesh = make_mesh(world, dp=world.dp, tp=world.tp)
     hf = build_empty(model, dtype=dtype, attn_implementation=attention.NAME)
     start = None
     notices: list[str] = []
