@@ -86,7 +86,7 @@ def write_torch_dist(folder: Path, entries: Mapping[str, StoredTensor], read: Ca
     """
     folder.mkdir(parents=True, exist_ok=True)
     announced = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
-    # Where there is a GPU torch fetches ahead of what it writes, and the planner frees a tensor when the next is fetched.
+    # Where there is a GPU torch fetches ahead of what it writes, and the planner frees one tensor when it gets another.
     writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
     try:
         with _one_process():
