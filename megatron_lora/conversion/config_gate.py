@@ -164,7 +164,7 @@ def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str
     if not problems and model.shapes.num_experts:
         problems += check_routing(model, megatron=megatron)
     if not problems:
-        problems += _linear_attention(model, megatron)
+        problems += _linear_attention(model)
     problems += _rope_kinds(model, max_length)
     if not problems:
         problems += _rotary(model, megatron)
@@ -264,7 +264,7 @@ def _attention(model: HFModel) -> Iterator[str]:
         yield f"sliding_window={window}: wanted a positive number or null"
 
 
-def _linear_attention(model: HFModel, megatron: bool) -> Iterator[str]:
+def _linear_attention(model: HFModel) -> Iterator[str]:
     shapes, hybrid = model.shapes, bool(model.shapes.mixers)
     if hybrid and set(shapes.mixers) - set(HYBRID):
         yield f"layers_block_type has {', '.join(set(shapes.mixers) - set(HYBRID))}; wanted {' or '.join(HYBRID)}"
@@ -275,11 +275,6 @@ def _linear_attention(model: HFModel, megatron: bool) -> Iterator[str]:
         yield "attention_bias or mlp_bias is true: linears of this family have no biases here"
     if not shapes.linear_layers:
         return
-    if not megatron:
-        yield (
-            f"{len(shapes.linear_layers)} layers are {'Mamba' if hybrid else 'linear_attention'} (layer_types), whose "
-            "state transformers carries from one row of a micro-batch to the next: set policy.megatron_cfg.enabled=true"
-        )
     if len(shapes.linear_layers) == shapes.num_layers:
         yield "layer_types has no full_attention; wanted it in one layer or more"
     if shapes.linear_value_heads % shapes.linear_key_heads:

@@ -22,7 +22,7 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
         _check_tensor_parallel(f"{_MEGATRON}.tensor_model_parallel_size", megatron.tensor_model_parallel_size, shape)
         _check_pipeline(megatron, shape.num_layers)
         _check_experts(megatron, shape, world_size)
-        _check_linear_attention(policy, shape)
+        _check_linear_attention(megatron, shape)
         _check_world(megatron, world_size)
         _check_shared_prefix(policy)
         _check_adapters(megatron, shape)
@@ -32,6 +32,11 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
         key = f"{_DTENSOR}.tensor_parallel_size"
         _check_tensor_parallel(key, size, shape)
         _check_divides(key, size, world_size, "ranks")
+        if size > 1 and shape.linear_layers:
+            raise UserError(
+                f"{key}={size}: transformers has no tensor-parallel plan for {shape.recurrence} ({shape.model_type}); "
+                f"use 1, or set {_MEGATRON}.enabled=true"
+            )
         if policy.dtensor_cfg.lora_cfg.enabled and policy.dtensor_cfg.lora_cfg.use_triton and size > 1:
             raise UserError(
                 f"{_DTENSOR}.lora_cfg.use_triton=true works on whole matrices only, and {key}={size}; "
@@ -41,10 +46,9 @@ def check_layout(policy: PolicyConfig, shape: ModelSpec, world_size: int) -> Non
     _check_sequence_length(policy)
 
 
-def _check_linear_attention(policy: PolicyConfig, shape: ModelSpec) -> None:
+def _check_linear_attention(megatron: MegatronConfig, shape: ModelSpec) -> None:
     if not shape.linear_layers:
         return
-    megatron = policy.megatron_cfg
     key = f"{_MEGATRON}.tensor_model_parallel_size"
     what = f"{'groups' if shape.mixers else 'key heads'} of {shape.recurrence}"
     _check_divides(key, megatron.tensor_model_parallel_size, shape.linear_key_heads, what)
@@ -52,11 +56,6 @@ def _check_linear_attention(policy: PolicyConfig, shape: ModelSpec) -> None:
         raise UserError(
             f"{_MEGATRON}.context_parallel_size={megatron.context_parallel_size}: the state of "
             f"{shape.recurrence} ({shape.model_type}) is not passed between ranks here; use 1"
-        )
-    if not policy.adapter.enabled:
-        raise UserError(
-            f"{_MEGATRON}.peft.enabled=false is full fine-tuning, which a model with "
-            f"{shape.recurrence} ({shape.model_type}) does not take; set it to true"
         )
 
 

@@ -24,10 +24,10 @@ def unshared_reason(
 
 
 def _reason_against(policy: PolicyConfig, *, model_type: str, head_dim: int, on_gpu: bool) -> str | None:
-    if policy.backend != "megatron":
-        return None
     if model_type in RECURRENT:
         return "some of its layers carry a state from token to token, which follows one row"
+    if policy.backend != "megatron":
+        return None
     if policy.megatron_cfg.context_parallel_size > 1:
         return (
             f"policy.megatron_cfg.context_parallel_size={policy.megatron_cfg.context_parallel_size} splits rows over "

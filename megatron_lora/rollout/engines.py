@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_lora.config.rollout_engines import BACKENDS
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_generation import GenerationConfig
 from megatron_lora.errors import UserError
-from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import read_base
@@ -72,9 +73,16 @@ class ColocatedVllm(Engine):
         vllm_engine.check_request(policy, world, model, rank)
         vllm_engine.check_with_vllm(policy, world, model)
 
+    def not_ready(self, policy: PolicyConfig) -> list[str]:
+        reason = None if torch.cuda.is_available() else vllm_engine.needs_gpu_reason(policy)
+        return [] if reason is None else [f"not ready yet: {reason}"]
+
     def build(self, trainer: Trainer) -> Generator:
         from megatron_lora.rollout.vllm import VllmGenerator
 
+        reason = None if trainer.world.device.type == "cuda" else vllm_engine.needs_gpu_reason(trainer.config)
+        if reason is not None:
+            raise UserError(reason)
         hands_over = vllm_engine.hands_over_adapter(trainer.config, trainer.world)
         adapter = trainer.policy.adapter() if hands_over else None
         return VllmGenerator(trainer.config, trainer.world, trainer.tokenizer, adapter)
@@ -137,7 +145,6 @@ class TrainingModel(Engine):
                 "policy.generation.backend=megatron generates with the Megatron model, but policy.megatron_cfg.enabled "
                 "is false; set policy.generation.backend=vllm or policy.megatron_cfg.enabled=true"
             )
-        _check_no_linear_attention(policy, read_base(policy).shapes)
         experts = policy.megatron_cfg.expert_model_parallel_size
         if experts > 1:
             raise UserError(
@@ -180,17 +187,8 @@ def check_place(generation: GenerationConfig) -> None:
     engine_of(generation).check_keys(generation)
 
 
-def _check_no_linear_attention(policy: PolicyConfig, shapes: ModelSpec) -> None:
-    if shapes.linear_layers:
-        raise UserError(
-            f"policy.model_name={policy.model_name!r} has {shapes.recurrence} ({shapes.model_type}), whose state no "
-            "generator keeps here, and whose adapters vLLM was not seen to apply; train it with SFT or DPO"
-        )
-
-
 def _check_model(policy: PolicyConfig) -> None:
     model = read_base(policy)
-    _check_no_linear_attention(policy, model.shapes)
     if model.tower:
         raise UserError(
             f"policy.model_name={policy.model_name!r} is a vision-language model, and vLLM, which serves it, holds its "

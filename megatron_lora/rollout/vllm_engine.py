@@ -112,7 +112,8 @@ def num_weights(model: Any) -> int:
     heads, hidden = model.num_attention_heads, model.hidden_size
     groups = getattr(model, "num_key_value_heads", None) or heads
     head_dim = getattr(model, "head_dim", None) or hidden // heads
-    experts = getattr(model, "num_experts", None) or getattr(model, "num_local_experts", None) or 1
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((found for name in names if (found := getattr(model, name, None))), 1)
     width = getattr(model, "moe_intermediate_size", None) or model.intermediate_size
     layer = hidden * head_dim * 2 * (heads + groups) + 3 * hidden * width * experts
     embeddings = 1 if getattr(model, "tie_word_embeddings", False) else 2
@@ -129,10 +130,24 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
         return "vLLM serves no modules_to_save with an adapter"
     if world.device.type == "cuda" and engine_dtype(policy) == "float32":
         return "on a GPU vLLM's adapter kernels take bfloat16 and float16, not float32"
+    shapes = read_base(policy).shapes
+    if shapes.linear_layers:
+        return f"vLLM was not seen to apply an adapter to a model with {shapes.recurrence}"
     planned = planned_adapter(policy)
     if planned is not None and adapts_parameters(planned.spec):
         return "adapters on experts and routers are handed over merged"
     return None
+
+
+def needs_gpu_reason(policy: PolicyConfig) -> str | None:
+    """Why vLLM does not run the model on a CPU; None where it does."""
+    shapes = read_base(policy).shapes
+    if not shapes.mixers:
+        return None
+    return (
+        f"vLLM's kernels for {shapes.recurrence} ({policy.model_name}) run on a GPU alone, and there is none here; set "
+        "policy.generation.backend=megatron"
+    )
 
 
 def hands_over_adapter(policy: PolicyConfig, world: World) -> bool:
@@ -228,7 +243,8 @@ def engine_arguments(
         "max_model_len": max_model_len,
         "enforce_eager": generation.vllm_cfg.enforce_eager or not on_gpu,
         "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
+        # What a recurrent layer carries is no part of a prefix's keys and values.
+        "enable_prefix_caching": not read_base(policy).shapes.linear_layers,
         "use_tqdm_on_load": False,
         # Sampling parameters are the recipe's, never the model folder's generation_config.json.
         "generation_config": "vllm",

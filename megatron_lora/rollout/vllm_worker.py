@@ -6,6 +6,7 @@ the worker lives in this process, so tensors are handed over as they are.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,17 @@ from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.checksums import Pieces, checksum
 
 ADAPTER_ID = 1
-ATTENTION, MLP = "self_attn", "mlp"
+# Where a layer's linears are that are read back, and the HF linears in each; a hybrid's layer has one mixer.
+PARENTS = ("self_attn", "mlp", "mixer")
+READ_BACK = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+_PARTS = "|".join(part for parts in READ_BACK.values() for part in parts)
+_READ_BACK_NAME = re.compile(rf"model\.layers\.\d+\.({'|'.join(PARENTS)})\.({_PARTS})\.weight")
 
 
 def swap_adapter(worker: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -137,8 +148,9 @@ def sampled_columns(num_columns: int) -> list[int]:
 
 
 def is_read_back(name: str) -> bool:
-    """Whether `weight_pieces` has this HF tensor: not of experts, which vLLM packs and has no linears for."""
-    return re.fullmatch(rf"model\.layers\.\d+\.({ATTENTION}|{MLP})\.\w+_proj\.weight", name) is not None
+    """Whether `weight_pieces` has this HF tensor: not of experts, which vLLM packs and has no linears for, nor of a
+    recurrent mixer, whose rows vLLM divides in a way of its own."""
+    return _READ_BACK_NAME.fullmatch(name) is not None
 
 
 def weight_pieces(worker: Any) -> Pieces:
@@ -147,15 +159,10 @@ def weight_pieces(worker: Any) -> Pieces:
     dtype = engine_dtype(worker)
     pieces: Pieces = {}
     for layer, block in enumerate(model.layers):
-        for parent, name, parts in (
-            (ATTENTION, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
-            (ATTENTION, "o_proj", ("o_proj",)),
-            (MLP, "gate_up_proj", ("gate_proj", "up_proj")),
-            (MLP, "down_proj", ("down_proj",)),
-        ):
-            linear = getattr(getattr(block, parent), name, None)
+        for parent, (name, parts) in product(PARENTS, READ_BACK.items()):
+            linear = getattr(getattr(block, parent, None), name, None)
             if linear is None:
-                continue  # a layer with experts
+                continue
             linear = getattr(linear, "base_layer", linear)
             names = [f"model.layers.{layer}.{parent}.{part}.weight" for part in parts]
             pieces |= _linear_pieces(linear, names, dtype)

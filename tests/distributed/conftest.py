@@ -37,6 +37,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "shared_experts": {"targets": TARGETS[:4], "parameters": EXPERTS, "share_experts": True},
     "latent": {"targets": LATENT_TARGETS},
     "delta": {"targets": DELTA_TARGETS},
+    # peft takes names of an MLP for parameters of the experts.
+    "delta_attention": {"targets": [*TARGETS[:4], *DELTA_TARGETS[len(TARGETS) :]]},
     "mamba": {"targets": MAMBA_TARGETS},
     "mamba_experts": {"targets": MAMBA_TARGETS, "parameters": ["mixer.experts.up_proj", "mixer.experts.down_proj"]},
     "dora": {"use_dora": True},

@@ -78,6 +78,8 @@ TRAINED = [
     case("one_gemma", 1, family="gemma3", policy=PACKED),
     # peft takes names of an MLP for parameters of the experts.
     case("one_experts", 1, family="qwen3_moe", adapter="attention", policy=PACKED),
+    # Rows of one micro-batch must not see each other's state.
+    case("one_nemotron_h", 1, family="nemotron_h", adapter="mamba", policy=PACKED),
     case("one_head", 1, family="llama3", adapter="head"),
     full("one", 1, "qwen2"),
     case("one_dora", 1, DORA, family="llama3", adapter="dora"),
@@ -106,6 +108,10 @@ TRAINED = [
     full("sp_tied", 2, "qwen2", SP2),
     full("sp_biases", 2, "llama_biases", SP2),
     *long(
+        case("one_qwen3_5", 1, family="qwen3_5", adapter="delta", policy=PACKED),
+        case("one_qwen3_next_recompute", 1, RECOMPUTE, family="qwen3_next", adapter="delta_attention"),
+        full("one_qwen3_5", 1, "qwen3_5", policy=PACKED),
+        case("dp_nemotron_h_recompute", 2, RECOMPUTE, family="nemotron_h", adapter="mamba"),
         case("one_saved", 1, SAVED, family="llama3", adapter="saved"),
         case("one_dora_peft_forward", 1, DORA_BY_PEFT, family="llama3", adapter="dora"),
         case("one_dora_compiled", 1, DORA | COMPILED, family="llama3", adapter="dora"),

@@ -49,6 +49,8 @@ CASES = [
     case("gemma", 1, {}, family="gemma3_softcap"),
     # Several tokens at once, as on a GPU, over a batch of rows that end at different times.
     like_one("burst", 1, {}, stops=True, trains=True, burst=5),
+    # Mixers that carry a state, beside attention: a row's own, whose slot moves as others end.
+    case("nemotron_h", 1, {}, family="nemotron_h", adapter="mamba", trains=True, burst=5),
     case("head", 1, {}, adapter="head"),
     case("dora", 1, DORA, adapter="dora", trains=True),
     case("sp_dora", 2, SP | DORA, adapter="dora", trains=True),
@@ -60,6 +62,9 @@ CASES = [
     like_one("cp", 2, CP),
 ]
 LONG = [
+    case("qwen3_next", 1, {}, family="qwen3_next", adapter="delta_attention", trains=True),
+    case("sp_qwen3_5", 2, SP, family="qwen3_5", adapter="delta", burst=5),
+    case("pp_nemotron_h", 2, PP, family="nemotron_h", adapter="mamba"),
     like_one("sp_a2a", 2, ALL_TO_ALL),
     case("sp_gemma", 2, SP | {"activation_checkpointing": True}, family="gemma3"),
     case("sp_head", 2, SP, adapter="head"),

@@ -22,12 +22,40 @@ from megatron_lora.rollout.vllm_engine import merge_only_reason
 from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
 from tests.support.grouped import grouped_numbers
 from tests.support.models import save_model
-from tests.support.reference import EXPERTS, TARGETS, make_rows, save_adapter, token_logps, train
+from tests.support.reference import (
+    DELTA_TARGETS,
+    EXPERTS,
+    MAMBA_TARGETS,
+    TARGETS,
+    make_rows,
+    save_adapter,
+    token_logps,
+    train,
+)
 
 VOCAB = 509
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": VOCAB, "max_position_embeddings": 512}
 STEPS, ROWS, LONGEST = 10, 6, 120
 RATES = {"float32": 1e-2, "bfloat16": 1e-3}
+# Sizes that vLLM's kernels take: whole blocks of 16.
+DELTA_SIZES = {"linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+MAMBA_SIZES = {
+    "ssm_state_size": 16,
+    "mamba_head_dim": 32,
+    "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 64,
+}
+# Families with adapters of their own, beside the options of their config and the learning rate of both precisions.
+OWN: dict[str, tuple[list[str], dict[str, Any], float]] = {
+    "gpt_oss": (TARGETS[:4], {"head_dim": 64, "sliding_window": 32}, 2e-4),
+    "qwen3_next": (
+        DELTA_TARGETS,
+        DELTA_SIZES | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        2e-4,
+    ),
+    "qwen3_5": (DELTA_TARGETS, DELTA_SIZES, 2e-4),
+    "nemotron_h": (MAMBA_TARGETS, MAMBA_SIZES, 2e-4),
+}
 # Mean |trainer - engine| over random answers, nats.
 ROLLOUT_TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -68,6 +96,13 @@ def prepare(folder: Path) -> None:
     # vLLM's product of experts on a CPU takes multiples of 32.
     model = save_model(folder / "qwen3_moe", "qwen3_moe", **SIZES, moe_intermediate_size=64)
     save_adapter(model, folder / "qwen3_moe-adapter", targets=TARGETS[:4], parameters=EXPERTS)
+    for family, (targets, options, _) in OWN.items():
+        model = save_model(folder / family, family, **SIZES | options)
+        save_adapter(model, folder / f"{family}-adapter", targets=targets)
+
+
+def rate_of(family: str, precision: str) -> float:
+    return OWN[family][2] if family in OWN else RATES[precision]
 
 
 def make_policy(
@@ -106,7 +141,7 @@ def common_settings(folder: Path, family: str, precision: str, rate: float) -> d
         "train_micro_batch_size": 2,
         "max_total_sequence_length": 2 * LONGEST,
         "megatron_cfg": {
-            "optimizer": {"lr": rate or RATES[precision], "weight_decay": 0.1},
+            "optimizer": {"lr": rate or rate_of(family, precision), "weight_decay": 0.1},
             "use_fused_linear_logprobs": True,
             "fused_linear_logprobs_chunk_size": 64,
         },
@@ -120,7 +155,7 @@ def losses(policy: Any, rows: list[list[Row]]) -> list[float]:
 def train_case(folder: Path, family: str, precision: str, layout: str, lora: str = "lora") -> dict[str, Any]:
     """Ten steps here and in transformers + peft (fp32, CPU). lora: `lora`, or `full` for full fine-tuning."""
     adapted = lora == "lora"
-    rate = RATES[precision] if adapted else RATES[precision] / 10
+    rate = rate_of(family, precision) if adapted else RATES[precision] / 10
     ours = losses(make_policy(folder, family, precision, layout, lora=adapted, rate=rate), steps())
     reference = train(folder / family, folder / f"{family}-adapter" if adapted else None, steps(), lr=rate)
     return {"ours": ours, "reference": reference.losses}
@@ -130,7 +165,7 @@ def dtensor_case(folder: Path, family: str, precision: str, option: str) -> dict
     """Ten steps on the other backend and in transformers + peft (fp32, CPU), and the adapters that both end with."""
     policy = make_dtensor_policy(folder, family, precision, option)
     ours = losses(policy, steps())
-    reference = train(folder / family, folder / f"{family}-adapter", steps(), lr=RATES[precision])
+    reference = train(folder / family, folder / f"{family}-adapter", steps(), lr=rate_of(family, precision))
     found = policy.adapter().tensors
     merged = dict(policy.hf_weights())
     largest = max(float(value.abs().max()) for value in reference.adapter.values())

@@ -50,23 +50,28 @@ def logits(model: Any) -> torch.Tensor:
 
 def policy(folder: Path | str = "somewhere", **megatron: Any) -> PolicyConfig:
     section = {"enabled": True, "peft": {"enabled": True}} | megatron
-    return PolicyConfig.model_validate({"model_name": str(folder), "megatron_cfg": section})
+    sizes = {"model_name": str(folder), "max_total_sequence_length": 128}
+    return PolicyConfig.model_validate(sizes | {"megatron_cfg": section})
 
 
+@pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize("tokens", [1, 4, 11])
-def test_the_chunked_scan_is_the_recurrence(tokens: int) -> None:
-    """One token after the other, in fp64; lengths within a chunk, of one chunk, and of a part of the third."""
+def test_the_chunked_scan_is_the_recurrence(tokens: int, begun: bool) -> None:
+    """One token after the other, in fp64; lengths within a chunk, of one chunk, and of a part of the third. begun: from
+    a state that is not empty."""
     torch.manual_seed(0)
     rows, groups, heads, features, state = 2, 2, 3, 5, 4
     x = torch.randn(rows, tokens, groups, heads, features, dtype=torch.float64)
     log_decay = -torch.rand(rows, tokens, groups, heads, dtype=torch.float64)
     b, c = torch.randn(2, rows, tokens, groups, state, dtype=torch.float64)
     states, wanted = torch.zeros(rows, groups, heads, features, state, dtype=torch.float64), []
+    start = states.normal_().clone() if begun else None
     for t in range(tokens):
         states = states * log_decay[:, t, ..., None, None].exp()
         states = states + x[:, t, ..., None] * b[:, t, :, None, None, :]
         wanted.append((states * c[:, t, :, None, None, :]).sum(-1))
-    assert torch.allclose(scan(x, log_decay, b, c, chunk=4), torch.stack(wanted, 1), atol=1e-12)
+    found, last = scan(x, log_decay, b, c, start, chunk=4)
+    assert torch.allclose(found, torch.stack(wanted, 1), atol=1e-12) and torch.allclose(last, states, atol=1e-12)
 
 
 def test_rows_of_in_proj_lie_group_by_group() -> None:
@@ -161,7 +166,6 @@ def test_a_folder_without_its_embedding(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"megatron": False}, r"2 layers are Mamba \(layer_types\), whose state transformers carries"),
         ({"layers_block_type": ["mamba", "mlp"]}, "layers_block_type has no attention"),
         ({"n_groups": 3}, "n_groups=3 does not divide mamba_num_heads=8"),
         ({"mamba_hidden_act": "gelu"}, "mamba_hidden_act='gelu'"),
@@ -173,17 +177,15 @@ def test_a_folder_without_its_embedding(base: Path, tmp_path: Path) -> None:
     ],
 )
 def test_configs_that_are_refused(changes: dict[str, Any], words: str) -> None:
-    megatron = changes.pop("megatron", True)
     model = HFModel("folder", {}, family_config("nemotron_h", **changes))
     with pytest.raises(UserError, match=words):
-        check_config(model, megatron=megatron, max_length=32)
+        check_config(model, megatron=True, max_length=32)
 
 
 @pytest.mark.parametrize(
     ("megatron", "ranks", "words"),
     [
         ({"context_parallel_size": 2}, 2, "context_parallel_size=2: the state of Mamba layers .* use 1"),
-        ({"peft": {"enabled": False}}, 1, "full fine-tuning, which a model with Mamba layers"),
         ({"tensor_model_parallel_size": 4}, 4, "=4 does not divide the 2 groups of Mamba layers"),
     ],
 )
@@ -193,7 +195,22 @@ def test_layouts_that_are_refused(megatron: dict[str, Any], ranks: int, words: s
         check_layout(policy(**megatron), dense, ranks)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "servers", "megatron"])
-def test_rollouts_are_refused(base: Path, engine: str) -> None:
-    with pytest.raises(UserError, match=r"has Mamba layers \(nemotron_h\), whose state no generator keeps"):
-        ENGINES[engine].check(policy(base), World.alone())
+def test_on_the_other_backend_ranks_hold_whole_mixers() -> None:
+    section = {"tensor_parallel_size": 2, "lora_cfg": {"enabled": True}}
+    recipe = PolicyConfig.model_validate({"model_name": "somewhere", "dtensor_cfg": section})
+    with pytest.raises(UserError, match=r"tensor_parallel_size=2: .* plan for Mamba layers \(nemotron_h\); use 1"):
+        check_layout(recipe, shapes(), 2)
+
+
+def test_rollouts(base: Path) -> None:
+    """vLLM is given merged weights, on a GPU; the training model answers on whatever it trains."""
+    pytest.importorskip("vllm")
+    world = World.alone()
+    for engine in ("vllm", "megatron"):
+        ENGINES[engine].check(policy(base), world)
+    assert ENGINES["vllm"].merge_only_reason(policy(base), world) == (
+        "vLLM was not seen to apply an adapter to a model with Mamba layers"
+    )
+    if not torch.cuda.is_available():
+        [line] = ENGINES["vllm"].not_ready(policy(base))
+        assert "kernels for Mamba layers" in line and "backend=megatron" in line

@@ -25,6 +25,7 @@ from megatron_lora.policy.dtensor import adapter, attention
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears, weight_name
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
 from megatron_lora.policy.dtensor.parallel import ParallelPlan, parallelize
+from megatron_lora.policy.dtensor.recurrent import keep_rows_apart
 from megatron_lora.policy.quantization import FourBitSource, open_base
 from megatron_lora.runtime.world import World, make_mesh
 
@@ -64,6 +65,7 @@ def build_model(policy: PolicyConfig, world: World, seed: int, *, critic: bool =
         adapter.inject(hf, start, options.lora_cfg, fused=fused, tp_rank=world.tp_rank, critic=critic)
     if isinstance(weights, FourBitSource):
         replace_linears(hf, weights)
+    keep_rows_apart(hf, shapes)
     plan = ParallelPlan()
     if world.tp > 1:
         plan = parallelize(hf, mesh["tp"], sequence_parallel=options.sequence_parallel)

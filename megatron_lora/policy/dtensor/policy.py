@@ -30,6 +30,7 @@ from megatron_lora.policy.dtensor import adapter, checkpoint, optim
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 from megatron_lora.policy.dtensor.model import build_model
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, Passed, PendingSave
+from megatron_lora.policy.shared_prefix import unshared_reason
 from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.agreement import same_on_every_rank
 
@@ -52,7 +53,14 @@ class DTensorPolicy(BackendPolicy):
         if self.base.start is not None and self.base.start.drawn.principal is not None:
             drawn = self.base.start.drawn
             self._principal = drawn.principal_of([module.name for module in drawn.spec.modules])
-        self.unshared_reason = "policy.shared_prefix=false" if policy.shared_prefix is False else None
+        shapes = self.base.shapes
+        self.unshared_reason = unshared_reason(
+            policy,
+            model_type=shapes.model_type,
+            head_dim=shapes.head_dim,
+            num_experts=shapes.num_experts,
+            on_gpu=world.device.type == "cuda",
+        )
         self._build_optimizer(num_steps)
         return self.base.weights
 
@@ -73,7 +81,7 @@ class DTensorPolicy(BackendPolicy):
         return BatchingOptions(
             pad_token_id=pad_token_id,
             total_multiple=math.lcm(self.config.make_sequence_length_divisible_by, multiple),
-            shares_prefixes=self.config.shared_prefix is not False,
+            shares_prefixes=self.unshared_reason is None,
         )
 
     def _clear_gradients(self) -> None:

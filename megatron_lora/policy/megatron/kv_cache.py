@@ -1,4 +1,4 @@
-"""A KV cache around the training model's own attention layers.
+"""A KV cache around the training model's own attention layers, and what recurrent mixers carry (`mixer_cache.py`).
 
 While `cached_attention` is open, every layer's core attention is a `CachedAttention` and rotary embeddings follow each
 token's own position. The model is then called with new tokens only, as one flat sequence [T, 1, hidden] in which any
@@ -17,6 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_lora.policy.lanes import LaneStep, whole_reads
+from megatron_lora.policy.megatron.mixer_cache import CachedMixer
+from megatron_lora.policy.megatron.recurrent_mixer import RecurrentMixer
 from megatron_lora.runtime.native_layers import NativeAttention, plain_attention
 from megatron_lora.runtime.rotary import picked, rotary_modules
 from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM, shared_attention
@@ -24,9 +26,11 @@ from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM, shared_atte
 
 def row_bytes(chunks: Sequence[GPTModel], capacity: int) -> int:
     """What one row of up to `capacity` tokens keeps on this rank."""
-    attentions: list[Any] = [layer.self_attention for chunk in chunks for layer in chunk.decoder.layers]
+    mixers: list[Any] = [layer.self_attention for chunk in chunks for layer in chunk.decoder.layers]
+    attentions = [mixer for mixer in mixers if hasattr(mixer, "core_attention")]
     widths = [a.num_query_groups_per_partition * (a.key_hidden_size + a.val_hidden_size) for a in attentions]
-    return sum(widths) * whole_reads(capacity) * chunks[0].config.params_dtype.itemsize
+    carried = sum(mixer.row_bytes() for mixer in mixers if isinstance(mixer, RecurrentMixer))
+    return carried + sum(widths) * whole_reads(capacity) * chunks[0].config.params_dtype.itemsize
 
 
 class CacheSession:
@@ -36,17 +40,18 @@ class CacheSession:
         self.num_slots = num_slots
         self.capacity = whole_reads(capacity)
         self.max_position = max_position
-        self.layers: list[CachedAttention] = []
+        self.layers: list[CachedAttention | CachedMixer] = []
         self.step: LaneStep | None = None
 
     def copy(self, lane: int, sources: list[int], targets: list[int], length: int) -> None:
-        """Put the first `length` keys and values of the source slots into the target slots, none of which is both."""
+        """Put the first `length` keys and values of the source slots into the target slots, none of which is both, and
+        what their rows carry."""
+        if not self.layers:
+            return  # a stage of MLPs alone
         device = self.layers[0].lanes[lane][0].device
         read, written = (torch.tensor(slots, device=device) for slots in (sources, targets))
         for layer in self.layers:
-            for tensor in layer.lanes[lane]:
-                part = tensor[:, :, :length]
-                part.index_copy_(0, written, part.index_select(0, read))
+            layer.copy(lane, read, written, length)
 
 
 class CachedAttention(torch.nn.Module):
@@ -72,6 +77,12 @@ class CachedAttention(torch.nn.Module):
             attend = self._decode if step.decoding else self._prefill
             attend(step, query, key, value, keys, values, out)
         return out
+
+    def copy(self, lane: int, read: Tensor, written: Tensor, length: int) -> None:
+        """Put the first `length` keys and values of the slots `read` into the slots `written`."""
+        for tensor in self.lanes[lane]:
+            part = tensor[:, :, :length]
+            part.index_copy_(0, written, part.index_select(0, read))
 
     def _lane(self, lane: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if lane not in self.lanes:
@@ -150,6 +161,13 @@ def cached_attention(
                 restore.callback(delattr, rotary, "forward")
             for layer in chunk.decoder.layers:
                 attention: Any = layer.self_attention
+                if isinstance(attention, RecurrentMixer):
+                    attention.cache = CachedMixer(session)
+                    session.layers.append(attention.cache)
+                    restore.callback(delattr, attention, "cache")
+                    continue
+                if not hasattr(attention, "core_attention"):
+                    continue  # a hybrid's MLP
                 original = attention.core_attention
                 cached = CachedAttention(_native(attention), session)
                 session.layers.append(cached)

@@ -11,54 +11,57 @@ import torch.nn.functional as F
 from megatron.core.ssm.gated_delta_net import torch_chunk_gated_delta_rule
 from torch import Tensor
 
-from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.policy.megatron.recurrent_mixer import RecurrentMixer, Weight
+from megatron_lora.policy.row_grid import RowGrid
 
 L2_EPS = 1e-6  # transformers' `l2norm`
+CHUNK = 64
 
 
 class DeltaAttention(RecurrentMixer):
     """The mixer of one layer. in_proj's rows lie key head by key head: query, key, values, gates of the output, and of
     each of its value heads a strength and a decay."""
 
-    def __init__(
-        self, config: Any, submodules: Any, layer_number: int, sizes: ModelSizes, pg_collection: Any, **_: Any
-    ):
-        value = sizes.linear_value_heads * sizes.linear_value_dim
-        mixed = 2 * sizes.linear_key_heads * sizes.linear_key_dim + value
-        super().__init__(
-            config,
-            submodules,
-            layer_number,
-            sizes,
-            pg_collection.tp,
-            rows=mixed + value + 2 * sizes.linear_value_heads,
-            inner=value,
-            channels=mixed,
-            conv_bias=False,
-        )
-        self.key_dim, self.value_dim = sizes.linear_key_dim, sizes.linear_value_dim
-        self.out_norm = Weight(self.value_dim, **self.of)
+    extra, conv_bias = 2, False
 
-    def mix(self, mixed: Tensor, places: Tensor, back: Tensor) -> Tensor:
-        values = self.heads * self.value_dim
-        query, key, value, gate, strength, decay = mixed.split(
-            [self.key_dim, self.key_dim, values, values, self.heads, self.heads], -1
-        )
-        qkv = torch.cat([part.flatten(1) for part in (query, key, value)], -1)[places]
-        query, key, value = self._queries_keys_values(qkv)
-        beta = strength.flatten(1).sigmoid()[places]
-        g = -self.A_log.exp() * F.softplus(decay.flatten(1).float() + self.dt_bias)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.out_norm = Weight(self.value_dim, **self.of, split=False)
+
+    def channels_of(self, mixed: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in self._parts(mixed)[:3]], -1)
+
+    def recur(
+        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool
+    ) -> tuple[Tensor, Any]:
+        query, key, value = self._queries_keys_values(convolved)
+        *_, gate, strength, decay = self._parts(mixed)
+        beta = strength.flatten(1).sigmoid()[grid.places]
+        g = (-self.A_log.exp() * F.softplus(decay.flatten(1).float() + self.dt_bias))[grid.places]
+        if keeps:
+            # What is beyond a row's end changes its state in nothing.
+            outside = ~grid.inside[..., None]
+            beta, g = beta.masked_fill(outside, 0.0), g.masked_fill(outside, 0.0)
         rule: Any = torch_chunk_gated_delta_rule
-        out, _state = rule(query, key, value, g=g[places], beta=beta)
-        return self._normed(out.flatten(0, 1)[back], gate.reshape(len(mixed), -1, self.value_dim))
+        chunk = min(CHUNK, query.shape[1])
+        out, state = rule(
+            query, key, value, g=g, beta=beta, chunk_size=chunk, initial_state=state, output_final_state=keeps
+        )
+        return self._normed(out.flatten(0, 1)[grid.back], gate.reshape(len(mixed), -1, self.value_dim)), state
 
-    def _queries_keys_values(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def state_shape(self) -> tuple[int, ...]:
+        return self.groups * self.heads, self.key_dim, self.value_dim
+
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        """[tokens, groups, rows of a group] -> query, key, values, gates, strengths and decays of each group."""
+        values = self.heads * self.value_dim
+        return mixed.split([self.key_dim, self.key_dim, values, values, self.heads, self.heads], -1)
+
+    def _queries_keys_values(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, longest, channels] -> queries, keys (both of length 1, for each value head) and values
         [rows, longest, value heads, features]."""
-        mixed = self.convolved(qkv)
         keys = self.groups * self.key_dim
-        query, key, value = mixed.split([keys, keys, mixed.shape[-1] - 2 * keys], -1)
+        query, key, value = convolved.split([keys, keys, convolved.shape[-1] - 2 * keys], -1)
         query, key = (_normalized(part.unflatten(-1, (self.groups, self.key_dim))) for part in (query, key))
         query, key = (part.repeat_interleave(self.heads, 2) for part in (query, key))
         return query, key, value.unflatten(-1, (-1, self.value_dim))

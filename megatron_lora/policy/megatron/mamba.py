@@ -10,47 +10,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.policy.megatron.recurrent_mixer import RecurrentMixer, Weight
-from megatron_lora.policy.state_space import scan
+from megatron_lora.policy.row_grid import RowGrid
+from megatron_lora.policy.state_space import mamba2
 
 
 class MambaAttention(RecurrentMixer):
     """The mixer of one layer. in_proj's rows lie group by group: gates of the output (z), x, B, C, and a step size for
     each of the group's heads."""
 
-    def __init__(
-        self, config: Any, submodules: Any, layer_number: int, sizes: ModelSizes, pg_collection: Any, **_: Any
-    ):
-        value = sizes.linear_value_heads * sizes.linear_value_dim
-        mixed = 2 * sizes.linear_key_heads * sizes.linear_key_dim + value
-        super().__init__(
-            config,
-            submodules,
-            layer_number,
-            sizes,
-            pg_collection.tp,
-            rows=mixed + value + sizes.linear_value_heads,
-            inner=value,
-            channels=mixed,
-            conv_bias=True,
-        )
-        self.state, self.features = sizes.linear_key_dim, sizes.linear_value_dim
-        self.D = self.of_heads()
-        self.out_norm = Weight(self.groups * self.heads * self.features, **self.of)
+    extra, conv_bias = 1, True
 
-    def mix(self, mixed: Tensor, places: Tensor, back: Tensor) -> Tensor:
-        values = self.heads * self.features
-        gate, x, b, c, step = mixed.split([values, values, self.state, self.state, self.heads], -1)
-        xbc = self.convolved(torch.cat([part.flatten(1) for part in (x, b, c)], -1)[places]).float()
-        states = self.groups * self.state
-        x, b, c = xbc.split([xbc.shape[-1] - 2 * states, states, states], -1)
-        x = x.unflatten(-1, (self.groups, self.heads, self.features))
-        b, c = (part.unflatten(-1, (self.groups, self.state)) for part in (b, c))
-        steps = F.softplus(step.flatten(1).float() + self.dt_bias)[places].unflatten(-1, (self.groups, self.heads))
-        decay = -self.A_log.exp().view(self.groups, self.heads)
-        out = scan(x * steps[..., None], steps * decay, b, c) + self.D.view(self.groups, self.heads, 1) * x
-        return self._normed(out.flatten(0, 1)[back].flatten(2), gate).to(mixed.dtype)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.D = self.of_heads()
+        self.out_norm = Weight(self.inner, **self.of)
+
+    def channels_of(self, mixed: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in self._parts(mixed)[1:4]], -1)
+
+    def recur(
+        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool
+    ) -> tuple[Tensor, Any]:
+        gate, *_, step = self._parts(mixed)
+        steps = F.softplus(step.flatten(1).float() + self.dt_bias)[grid.places]
+        if keeps:
+            # What is beyond a row's end changes its state in nothing.
+            steps = steps.masked_fill(~grid.inside[..., None], 0.0)
+        out, state = mamba2(
+            convolved.float(), steps, self.A_log, self.D, groups=self.groups, state=self.key_dim, start=state
+        )
+        return self._normed(out.flatten(0, 1)[grid.back].flatten(2), gate).to(mixed.dtype), state
+
+    def state_shape(self) -> tuple[int, ...]:
+        return self.groups, self.heads, self.value_dim, self.key_dim
+
+    def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
+        """[tokens, groups, rows of a group] -> gates, x, B, C and step sizes of each group."""
+        values = self.heads * self.value_dim
+        return mixed.split([values, values, self.key_dim, self.key_dim, self.heads], -1)
 
     def _normed(self, x: Tensor, gate: Tensor) -> Tensor:
         """RMSNorm of each group's features after the gate's SiLU. x fp32, gate [tokens, groups, features]."""

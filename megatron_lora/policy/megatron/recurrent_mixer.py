@@ -2,6 +2,7 @@
 the last tokens, and rows of a micro-batch that each begin with an empty state. Plain PyTorch, also on a GPU."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,48 +12,67 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_lora.lora.model_spec import ModelSizes
+from megatron_lora.policy.row_grid import RowGrid, even_grid, packed_grid
 
 
 class Weight(nn.Module):
-    """A frozen weight under a module's name, with a bias or not."""
+    """A weight under a module's name, with a bias or not. split: each tensor-parallel rank has a part of its own; else
+    all have the same, and see a part of the heads."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype, device: Any, bias: bool = False):
+    def __init__(self, *shape: int, dtype: torch.dtype, device: Any, bias: bool = False, split: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device)) if bias else None
+        for parameter in self.parameters():
+            _mark(parameter, split)
+
+
+def _mark(parameter: Any, split: bool) -> None:
+    """For Megatron's gradient norm, and for the sum of gradients over ranks, in full fine-tuning."""
+    if split:
+        parameter.tensor_model_parallel = True
+    else:
+        parameter.sum_gradient_over = ("tp",)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What rows leave for their next tokens. tail [rows, kernel - 1, channels]: what the convolution sees of their last
+    tokens. state [rows, ...] fp32: of the recurrence."""
+
+    tail: Tensor
+    state: Tensor
 
 
 class RecurrentMixer(MegatronModule):
     """A mixer in the place of attention. A tensor-parallel rank has some of its groups of heads (key heads), whose rows
     of in_proj lie one after the other.
 
-    rows: of in_proj. inner: features that out_proj gets. channels: that the convolution mixes. conv_bias: whether that
-    has a bias. All are the whole model's.
+    extra: rows of in_proj a value head beyond the channels of the convolution and the gates. conv_bias: whether the
+    convolution has a bias. cache: keeps what rows carry while the model answers.
     """
 
+    extra: int
+    conv_bias: bool
+    cache: Any = None
+
     def __init__(
-        self,
-        config: Any,
-        submodules: Any,
-        layer_number: int,
-        sizes: ModelSizes,
-        tp: Any,
-        *,
-        rows: int,
-        inner: int,
-        channels: int,
-        conv_bias: bool,
+        self, config: Any, submodules: Any, layer_number: int, sizes: ModelSizes, pg_collection: Any, **_: Any
     ):
         super().__init__(config)
+        tp = pg_collection.tp
         self.layer_number = layer_number
         self.groups = sizes.linear_key_heads // tp.size()
         self.heads = sizes.linear_value_heads // sizes.linear_key_heads
+        self.key_dim, self.value_dim = sizes.linear_key_dim, sizes.linear_value_dim
         self.kernel = sizes.linear_kernel
+        inner = sizes.linear_value_heads * sizes.linear_value_dim
+        channels = 2 * sizes.linear_key_heads * sizes.linear_key_dim + inner
         common = {"config": config, "bias": False, "is_expert": False, "tp_group": tp}
         self.in_proj: Any = build_module(
             submodules.linear_qkv,
             sizes.hidden_size,
-            rows,
+            channels + inner + self.extra * sizes.linear_value_heads,
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
@@ -60,7 +80,8 @@ class RecurrentMixer(MegatronModule):
             **common,
         )
         self.of: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        self.conv1d = Weight(channels // tp.size(), 1, self.kernel, **self.of, bias=conv_bias)
+        self.channels, self.inner = channels // tp.size(), inner // tp.size()
+        self.conv1d = Weight(self.channels, 1, self.kernel, **self.of, bias=self.conv_bias)
         # Decays are computed in fp32 whatever the model's precision, and files may hold these in it.
         self.A_log, self.dt_bias = self.of_heads(), self.of_heads()
         self.out_proj: Any = build_module(
@@ -76,41 +97,62 @@ class RecurrentMixer(MegatronModule):
 
     def of_heads(self) -> nn.Parameter:
         """A number for each head of this rank, in fp32."""
-        return nn.Parameter(torch.empty(self.groups * self.heads, dtype=torch.float32, device=self.of["device"]))
+        numbers = nn.Parameter(torch.empty(self.groups * self.heads, dtype=torch.float32, device=self.of["device"]))
+        _mark(numbers, split=True)
+        return numbers
 
     def forward(self, hidden_states: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> tuple[Tensor, Any]:
         """hidden_states [tokens, rows, hidden], with `packed_seq_params` one row of packed ones -> the same."""
         mixed, _bias = self.in_proj(hidden_states)
         tokens, batch = mixed.shape[:2]
-        # What lies behind a row's end comes after all of it, and is not read back.
-        places, back = row_places(tokens, batch, packed_seq_params, mixed.device)
-        out = self.mix(mixed.view(tokens * batch, self.groups, -1), places, back)
+        flat = mixed.view(tokens * batch, self.groups, -1)
+        if self.cache is not None:
+            out = self.cache.advance(self, flat)
+        elif packed_seq_params is None:
+            out, _carried = self.mix(flat, even_grid(batch, tokens, mixed.device))
+        else:
+            out, _carried = self.mix(flat, packed_grid(packed_seq_params.cu_seqlens_q, tokens))
         return self.out_proj(out.reshape(tokens, batch, -1))
 
-    def mix(self, mixed: Tensor, places: Tensor, back: Tensor) -> Tensor:
-        """mixed [tokens, groups, rows of a group], places and back as `row_places` gives them -> what out_proj gets."""
+    def mix(
+        self, mixed: Tensor, grid: RowGrid, before: Carried | None = None, *, keeps: bool = False
+    ) -> tuple[Tensor, Carried | None]:
+        """mixed [tokens, groups, rows of a group] -> ([tokens, ...] for out_proj, what the rows carry on).
+
+        before: what they carry from earlier tokens, None for nothing. keeps: whether what they carry on is wanted.
+        """
+        channels = self.channels_of(mixed)[grid.places]
+        tail = channels.new_zeros(len(channels), self.kernel - 1, self.channels) if before is None else before.tail
+        channels = torch.cat([tail, channels], 1)
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        convolved = F.silu(F.conv1d(channels.transpose(1, 2), weight, bias, groups=self.channels)).transpose(1, 2)
+        state = None if before is None else before.state
+        out, state = self.recur(mixed, convolved, grid, state, keeps)
+        if not keeps:
+            return out, None
+        last = grid.lengths[:, None] + torch.arange(self.kernel - 1, device=channels.device)
+        tail = channels.gather(1, last[..., None].expand(-1, -1, self.channels))
+        return out, Carried(tail, state)
+
+    def channels_of(self, mixed: Tensor) -> Tensor:
+        """[tokens, groups, rows of a group] -> [tokens, channels], what the convolution mixes."""
         raise NotImplementedError
 
-    def convolved(self, channels: Tensor) -> Tensor:
-        """[rows, longest, channels]: each channel mixed over the last tokens, and its SiLU."""
-        padded = F.pad(channels.transpose(1, 2), (self.kernel - 1, 0))
-        return F.silu(F.conv1d(padded, self.conv1d.weight, self.conv1d.bias, groups=padded.shape[1])).transpose(1, 2)
+    def recur(
+        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool
+    ) -> tuple[Tensor, Any]:
+        """mixed as above, convolved [rows, longest, channels], the state that rows begin with (None: an empty one) ->
+        ([tokens, ...] for out_proj, the state that rows end with; any where it is not kept)."""
+        raise NotImplementedError
 
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one row's state."""
+        raise NotImplementedError
 
-def row_places(tokens: int, batch: int, packed: Any, device: Any) -> tuple[Tensor, Tensor]:
-    """places [rows, longest]: of [tokens, batch] flattened, the place of each row's tokens (beyond its end any). back
-    [tokens * batch]: of [rows, longest] flattened, the place of each token."""
-    if packed is None:
-        places = torch.arange(tokens * batch, device=device).view(tokens, batch).t()
-        return places, torch.arange(tokens * batch, device=device).view(batch, tokens).t().reshape(-1)
-    bounds = packed.cu_seqlens_q.long()
-    lengths = bounds.diff()
-    longest = int(lengths.max())
-    offsets = torch.arange(longest, device=device)
-    places = (bounds[:-1, None] + offsets).clamp(max=tokens - 1)
-    back = (torch.arange(lengths.numel(), device=device)[:, None] * longest + offsets)[offsets < lengths[:, None]]
-    # Tokens behind the last row fill the micro-batch up.
-    return places, F.pad(back, (0, tokens - back.numel()))
+    def row_bytes(self) -> int:
+        """What one row carries."""
+        state = torch.Size(self.state_shape()).numel() * torch.float32.itemsize
+        return state + (self.kernel - 1) * self.channels * self.of["dtype"].itemsize
 
 
 def mixer_spec(mixer: type[RecurrentMixer], attention: ModuleSpec, sizes: ModelSizes) -> ModuleSpec:
