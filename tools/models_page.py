@@ -28,6 +28,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.families import families, unknown_reason
 from megatron_lora.policy.weights_check import MEGATRON_FAMILIES, check_base, read_base
 from megatron_lora.runtime.world import init_megatron_world
+from tools.small_sizes import LINEAR_ATTENTION, MAMBA
 from tools.towers import tower_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -55,22 +56,12 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 16,
     "v_head_dim": 40,
     "sliding_window": 8,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 10,
-    "linear_conv_kernel_dim": 3,
+    **LINEAR_ATTENTION,
     "shared_expert_intermediate_size": 56,
+    **MAMBA,
     "layers_block_type": ["mamba", "attention", "mlp", "mamba", "moe"],
-    "ssm_state_size": 6,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 10,
-    "n_groups": 2,
-    "conv_kernel": 3,
     # The limit that transformers' path on a CPU has, and its kernels do not.
     "time_step_min": 1e-9,
-    "moe_shared_expert_intermediate_size": 56,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -97,27 +88,31 @@ Shared experts are adapted as an MLP is; the bias by which a router chooses stay
 GLM-4.7-Flash) has adapters on its own linears: `linear_q_proj`, or `linear_q_down_proj` and `linear_q_up_proj`;
 `linear_kv_down_proj`, `linear_kv_up_proj`, `linear_proj`. The two down projections are whole on every TP rank.
 DeepSeek-V2 is taken with `topk_method: greedy` (V2-Lite) alone. The experts of GPT-OSS, one tensor a layer with biases,
-carry no adapters and are not split (ETP); its weights are read in bfloat16, not in MXFP4. Layers that predict further
+are not split (ETP); its weights are read in bfloat16, not in MXFP4. Layers that predict further
 tokens (`num_nextn_predict_layers`) are not computed: they stay as they are, and a merged export has them.
 Of a vision-language model (Gemma 3, InternVL, LLaVA, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5) the language
 model trains, on text, with adapters. The description has its names in transformers' whole model
 (`model.language_model.`), which an exported adapter has too: peft loads it on the whole model. The vision tower and the
 projector stay as they are, and a merged export has them, under the names of the files that it was made from. GRPO draws
-answers with the training model (`policy.generation.backend=megatron`; not of Qwen3.5); in vLLM such a model is refused,
-and that vLLM serves an exported adapter over it was not tried.
+answers with the training model (`policy.generation.backend=megatron`); in vLLM such a model is refused, and that vLLM
+serves an exported adapter over it was not tried.
 Linear attention (the gated delta net of Qwen3-Next and of Qwen3.5's language model) is plain PyTorch here, also on a
 GPU, where it was not run yet: each row of a packed micro-batch begins with an empty state. Adapters go on its
 `in_proj` (`in_proj_qkvz`, `in_proj_ba`; Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a`) and `out_proj`.
-Context parallelism, full fine-tuning, GRPO and the DTensor backend are refused for it, and so are Qwen3.5's mixtures,
-whose files hold one tensor of all experts.
+A model without experts trains whole, too. Context parallelism is refused (no rank hands its state to the next), and on
+the DTensor backend, which trains transformers' own modules, tensor parallelism (transformers plans none). The training
+model answers for GRPO, with a state for each row beside the caches of attention; vLLM is given merged weights.
+Files of Qwen3.5's mixtures that hold one tensor of all experts of a layer are read, and written again, as such.
 Nemotron-H's layers are one thing each: Mamba-2, attention, an MLP, or experts. Its Mamba mixer is plain PyTorch here
 too, since Megatron-Core's own cannot be built without the packages mamba-ssm and causal-conv1d; it was not run on a
 GPU yet. Adapters go on the mixer's `in_proj`, on attention, MLPs and shared experts, and on experts, router and the
 mixer's `out_proj` where they are named, under transformers' names (`model.layers.0.mixer.in_proj`; files say
 `backbone.`). PEFT loads none on `out_proj`: such an adapter is merged. Step sizes have no lower limit, as in the
-kernels; transformers' own path on a CPU has one (`time_step_min`). What is refused for linear attention is refused
-here, so of NeMo RL's LoRA recipes the four of Nemotron 3 Nano (GRPO, or the DTensor backend) are. Falcon-H1, which has
-Mamba and attention side by side in a layer, is refused.
+kernels; transformers' own path on a CPU has one (`time_step_min`), which the DTensor backend does without: where the
+kernels are not installed it computes with the scan of the Megatron backend. What holds for linear attention holds here:
+no context parallelism, merged weights for vLLM, which runs Mamba on a GPU alone (not run yet). NeMo RL's four LoRA
+recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the architecture. Falcon-H1, which
+has Mamba and attention side by side in a layer, is refused.
 
 | model_type | class in transformers | state | log-probability | there and back |
 |---|---|---|---|---|

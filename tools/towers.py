@@ -37,7 +37,7 @@ def tower_config(family: str, text: dict[str, Any], *, tied: bool) -> Any:
         half = text["hidden_size"] // text["num_attention_heads"] // 2
         sections = [half // 4, half // 4, half - 2 * (half // 4)]
         own["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
-    if family == "qwen3_5":
+    if family in ("qwen3_5", "qwen3_5_moe"):
         own["rope_parameters"] = {
             "rope_type": "default",
             "rope_theta": 10000.0,

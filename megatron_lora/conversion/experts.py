@@ -30,12 +30,23 @@ def is_fused(name: str, spec: ModelSpec) -> bool:
 
 def expert_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """HF name in the files -> shape, of every expert's matrices."""
+    found: dict[str, tuple[int, ...]] = {}
+    for linear, layer in fused_tensors(spec).values():
+        found |= fused_pieces(linear, layer)
+    return found
+
+
+def fused_pieces(linear: LinearSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    """HF name in most files -> shape, of the matrices in such a tensor, in the order of its bytes."""
     return {
         f"{resolve(part.name, layer, expert)}.weight": (part.rows, linear.in_features)
-        for linear, layer in fused_tensors(spec).values()
         for expert in range(linear.experts)
         for part in linear.parts
     }
+
+
+def fused_shape(linear: LinearSpec) -> tuple[int, ...]:
+    return linear.experts, linear.out_features, linear.in_features
 
 
 def read_fused(linear: LinearSpec, layer: int, read: Callable[[str], Any]) -> Tensor:

@@ -97,6 +97,10 @@ class FourBitFolder:
         groups = scale_groups(matrix, code, absmax, torch.tensor(state.offset), state.group_size)
         return FourBitMatrix(matrix.packed, scales, groups, state.block_size, state.quant_type)
 
+    @property
+    def packed(self) -> Mapping[str, tuple[int, ...]]:
+        return self.stored.packed
+
     def file_name(self, name: str) -> str:
         return self.stored.file_name(name)
 
@@ -129,6 +133,10 @@ class QuantizedWeights:
     @property
     def shards(self) -> Mapping[str, Sequence[str]]:
         return self.weights.shards
+
+    @property
+    def packed(self) -> Mapping[str, tuple[int, ...]]:
+        return self.weights.packed
 
     def read(self, name: str) -> Tensor:
         """The tensor, quantized and made dense."""

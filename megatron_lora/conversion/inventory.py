@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_lora.conversion.experts import expert_shapes, is_fused
+from megatron_lora.conversion.experts import expert_shapes, fused_pieces, fused_shape, fused_tensors, is_fused
 from megatron_lora.conversion.four_bit_folder import FourBitFolder
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.conversion.merge import FLOATS
@@ -39,6 +39,10 @@ def open_weights(model: HFModel, folder: Path) -> SafetensorsFolder | FourBitFol
     stored = SafetensorsFolder(folder)
     if has_file_names(model.shapes):
         stored.rename(file_names(stored.entries, folder, model.shapes).in_model)
+    for name, (linear, layer) in fused_tensors(model.shapes).items():
+        # transformers takes a tensor of all experts as well, and some models are published so (Qwen3.5's mixtures).
+        if name in stored.entries and stored.entries[name].shape == fused_shape(linear):
+            stored.split(name, fused_pieces(linear, layer))
     weights = FourBitFolder(stored) if model.stored_four_bit else stored
     problems = list(_problems(model, weights))
     outside = sorted(set(weights.four_bit) - weight_names(model.shapes)) if isinstance(weights, FourBitFolder) else []

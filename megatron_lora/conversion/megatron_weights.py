@@ -1,10 +1,13 @@
 """A whole model in a distributed checkpoint, read under Hugging Face names, one tensor at a time."""
 
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_lora.conversion.experts import fused_pieces, fused_shape, fused_tensors
 from megatron_lora.conversion.model_names import (
     KEPT,
     ModelParameter,
@@ -40,7 +43,11 @@ class MegatronWeights:
             name: StoredTensor(self._stored.tensors[parameter.name].dtype, hf_shape(parameter, name, shapes))
             for name, parameter in self._parameters.items()
         }
-        self.shards = _plan_shards(self.entries)
+        self.packed: dict[str, tuple[int, ...]] = {}
+        self._packed_names: dict[str, str] = {}
+        if names is not None and names.packed:
+            self._pack(names)
+        self.shards = _plan_shards(self.entries, self.file_name)
 
     def read(self, name: str) -> Tensor:
         parameter = self._parameters[name]
@@ -50,7 +57,15 @@ class MegatronWeights:
         return unfuse(parameter, self._last[1], name, self.shapes)
 
     def file_name(self, name: str) -> str:
+        if name in self._packed_names:
+            return self._packed_names[name]
         return name if self._names is None else self._names.in_file(name)
+
+    def _pack(self, names: FileNames) -> None:
+        for whole, (linear, layer) in fused_tensors(self.shapes).items():
+            name = names.in_file(whole)
+            self.packed[name] = fused_shape(linear)
+            self._packed_names |= dict.fromkeys(fused_pieces(linear, layer), name)
 
     def sample(self, name: str) -> bytes:
         content = tensor_bytes(self.read(name))
@@ -76,16 +91,17 @@ class MegatronWeights:
         return parameters
 
 
-def _plan_shards(entries: dict[str, StoredTensor]) -> dict[str, list[str]]:
-    """Safetensors files of at most 5 GB, as transformers names them."""
+def _plan_shards(entries: dict[str, StoredTensor], file_name: Callable[[str], str]) -> dict[str, list[str]]:
+    """Safetensors files of at most 5 GB, as transformers names them; a file's tensor is in one of them."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name, entry in entries.items():
-        tensor_size = torch.Size(entry.shape).numel() * entry.dtype.itemsize
+    for _, pieces in groupby(entries, file_name):
+        names = list(pieces)
+        tensor_size = sum(torch.Size(entries[name].shape).numel() * entries[name].dtype.itemsize for name in names)
         if groups[-1] and size + tensor_size > MAX_SHARD_BYTES:
             groups.append([])
             size = 0
-        groups[-1].append(name)
+        groups[-1] += names
         size += tensor_size
     if len(groups) == 1:
         return {SINGLE_FILE: groups[0]}

@@ -6,7 +6,7 @@ The format: 8 bytes little-endian header length, a JSON header (name -> dtype, s
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ def write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a file from tensors that come one at a time, in the order of `shapes`; returns the bytes of data.
+    """Write a file from tensors that come one at a time, in the order of `shapes`; returns the bytes of data. A tensor
+    may come in pieces, under its name each, in the order of its bytes.
 
     Raises ValueError where a tensor is not the announced one.
     """
@@ -132,14 +133,21 @@ def write_tensors(
         offset += size
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    wanted = iter(shapes.items())
+    wanted, current, missing = iter(shapes), "", 0
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name, tensor in tensors:
-            if (name, (tensor.dtype, tuple(tensor.shape))) != next(wanted, None):
+            if not missing:
+                current = next(wanted, "")
+                missing = torch.Size(shapes[current][1]).numel() * shapes[current][0].itemsize if current else 0
+                whole = missing
+            dtype, shape = shapes.get(name, (None, ()))
+            other_shape = tensor.nbytes == whole and tuple(tensor.shape) != shape
+            if name != current or tensor.dtype != dtype or tensor.nbytes > missing or other_shape:
                 raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} is not what the header says comes next")
             file.write(tensor_bytes(tensor.contiguous()))
-        if next(wanted, None) is not None:
+            missing -= tensor.nbytes
+        if missing or next(wanted, None) is not None:
             raise ValueError(f"{path} got fewer tensors than its header names")
         file.flush()
     return offset
@@ -162,7 +170,7 @@ class SafetensorsFolder:
     index; of the files that an index names every tensor counts, whichever file it names for it.
 
     entries: every tensor by name, the files' until `rename`. shards: file name -> its tensors' names in the order they
-    lie in the file.
+    lie in the file. packed: of `WeightSource`.
     """
 
     def __init__(self, folder: Path):
@@ -172,6 +180,7 @@ class SafetensorsFolder:
         self.folder = folder
         self.entries: dict[str, TensorEntry] = {}
         self.shards: dict[str, list[str]] = {}
+        self.packed: dict[str, tuple[int, ...]] = {}
         for name in self._files():
             entries, _ = read_header(folder / name)
             for tensor in entries.keys() & self.entries.keys():
@@ -217,6 +226,21 @@ class SafetensorsFolder:
             raise UserError(f"{self.folder} holds tensors of the language model under two names; keep one of them")
         self.entries = entries
         self.shards = {file: [in_model(name) for name in names] for file, names in self.shards.items()}
+
+    def split(self, name: str, pieces: Mapping[str, tuple[int, ...]]) -> None:
+        """Take a tensor as pieces that lie one after the other in its bytes, by name, with their shapes."""
+        whole = self.entries.pop(name)
+        self.packed[whole.name] = whole.shape
+        start = whole.start
+        for piece, shape in pieces.items():
+            stop = start + torch.Size(shape).numel() * whole.dtype.itemsize
+            self.entries[piece] = replace(whole, shape=shape, start=start, stop=stop)
+            start = stop
+        assert start == whole.stop, f"{name}: pieces of {start - whole.start} bytes"
+        for names in self.shards.values():
+            if name in names:
+                place = names.index(name)
+                names[place : place + 1] = pieces
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.entries[name])

@@ -1,7 +1,7 @@
 """A whole model as safetensors files, streamed, with the index that transformers wants."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ def write_shards(
                     yield source.file_name(name), read(name)
                     progress.advance(task)
 
-            header = {source.file_name(name): described[name] for name in names}
+            header = _in_files(source, names, described)
             total_bytes += write_tensors(out / shard, header, stream(), metadata)
     if list(shards) != [SINGLE_FILE]:
         weight_map = {source.file_name(name): shard for shard, names in shards.items() for name in names}
@@ -51,10 +51,21 @@ def check_shards(out: Path, source: WeightSource, described: Mapping[str, Descri
     """Names, dtypes and shapes of what lies in `out` are as described. Raises RuntimeError where they are not."""
     entries = [entry for shard in source.shards for entry in read_header(out / shard)[0].values()]
     found = {entry.name: (entry.dtype, entry.shape) for entry in entries}
-    wanted = {source.file_name(name): description for name, description in described.items()}
+    wanted = _in_files(source, described, described)
     if found != wanted:
         names = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise RuntimeError(f"self-check failed: {names[:3]} were not written as they should have been")
+
+
+def _in_files(
+    source: WeightSource, names: Iterable[str], described: Mapping[str, Description]
+) -> dict[str, Description]:
+    """What the files hold of these tensors."""
+    found = {}
+    for name in names:
+        file_name, (dtype, shape) = source.file_name(name), described[name]
+        found[file_name] = dtype, source.packed.get(file_name, shape)
+    return found
 
 
 def progress_bar(show: bool) -> Progress:

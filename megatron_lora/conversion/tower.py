@@ -27,6 +27,7 @@ WITH_TOWER = (
     "qwen2_5_vl",
     "qwen3_vl",
     "qwen3_5",
+    "qwen3_5_moe",
 )
 TOWER = "model.language_model."
 HEAD = "lm_head."
@@ -43,6 +44,7 @@ TEXT_FAMILIES = {
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
     "qwen3_5_text": "qwen3_5_text",
+    "qwen3_5_moe_text": "qwen3_5_moe_text",
 }
 # "type": the older spelling of rope_type, which is `mrope` there.
 _MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved", "type")
@@ -51,12 +53,13 @@ _MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved", "type")
 @dataclass(frozen=True)
 class FileNames:
     """How the files of a model name its tensors: see `_TOWERS_IN_FILES`. tower: what stands there for `own`. embedding:
-    the last name of a hybrid's embedding there."""
+    the last name of a hybrid's embedding there. packed: whether they hold one tensor of all experts of a layer."""
 
     tower: str = TOWER
     head: str = HEAD
     own: str = TOWER
     embedding: str = ""
+    packed: bool = False
 
     def in_file(self, name: str) -> str:
         """The name in the files of a tensor of the model."""
@@ -95,7 +98,7 @@ def file_names(stored: Collection[str], where: object, shapes: ModelSizes) -> Fi
             f"{', '.join(_TOWERS_IN_FILES)}; is it complete, and of this model?"
         )
     head = next((prefix for prefix in _HEADS_IN_FILES if f"{prefix}weight" in stored), HEAD)
-    return FileNames(tower, head)
+    return FileNames(tower, head, packed=any(name.endswith(".experts.down_proj") for name in stored))
 
 
 def _hybrid_file_names(stored: Collection[str], where: object) -> FileNames:

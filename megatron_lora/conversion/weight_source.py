@@ -31,6 +31,12 @@ class WeightSource(Protocol):
     @property
     def shards(self) -> Mapping[str, Sequence[str]]: ...
 
+    @property
+    def packed(self) -> Mapping[str, tuple[int, ...]]:
+        """Of tensors of the files that are read in pieces, a piece an expert's matrix: their names in the files, and
+        their shapes. Pieces of one have its `file_name`, and stand in its order in `shards`."""
+        ...
+
     def read(self, name: str) -> Tensor: ...
 
     def file_name(self, name: str) -> str:

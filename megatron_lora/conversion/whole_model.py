@@ -24,7 +24,7 @@ from megatron_lora.conversion.model_source import (
     write_config_dtype,
 )
 from megatron_lora.conversion.output_folder import output_folder
-from megatron_lora.conversion.safetensors_io import SafetensorsFolder, tensor_bytes
+from megatron_lora.conversion.safetensors_io import tensor_bytes
 from megatron_lora.conversion.shard_writer import check_shards, progress_bar, write_shards
 from megatron_lora.conversion.torch_dist import StoredTensor, write_torch_dist
 from megatron_lora.conversion.tower import file_names, has_file_names
@@ -91,8 +91,7 @@ def convert_megatron_to_hf(
             out, source.weights, described, source.weights.read, title="converting", show_progress=show_progress
         )
         check_shards(out, source.weights, described)
-        written = SafetensorsFolder(out)
-        written.rename({source.weights.file_name(name): name for name in described}.__getitem__)
+        _, written = open_model(out, out)
         _check_same_weights(source.weights, written, show_progress)
     return str(hf_ckpt_path)
 

@@ -193,7 +193,7 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {
         "model_type": family,
         "hidden_size": hidden,
-        "ffn_hidden_size": int(config["intermediate_size"]),
+        "ffn_hidden_size": _mlp_width(config),
         "num_layers": layers,
         "num_attention_heads": heads,
         "num_query_groups": int(config.get("num_key_value_heads") or heads),
@@ -215,6 +215,12 @@ def _sizes_of(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if family in GATED_ATTENTION:
         sizes |= _linear_sizes(config)
     return sizes
+
+
+def _mlp_width(config: Mapping[str, Any]) -> int:
+    """Of a layer's MLP. Where every layer has experts, a config may not have it (Qwen3.5's mixtures)."""
+    only_experts = "intermediate_size" not in config and "moe_intermediate_size" in config
+    return int(config["moe_intermediate_size" if only_experts else "intermediate_size"])
 
 
 def _expert_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from typing import Any
 from megatron_lora.lora.model_spec import LAYER
 from megatron_lora.lora.model_tables import PATHS, QUERIES, has_place
 
-# Bridge maps a tensor of each expert; transformers writes one of all.
-OTHER_EXPERT_FILES = ("qwen3_5_moe_text",)
 # Families that bridge builds as Megatron-Core's hybrid model, under names of its own: (there, here). Here each layer is
 # one of the usual model's, with its mixer in the place of attention.
 _HYBRID_NAMES = {
@@ -84,8 +82,6 @@ def unknown_reason(family: object) -> str | None:
         return " (megatron-bridge maps no such family)"
     if "failed" in families()[family]:
         return f" (megatron-bridge gives no mapping: {families()[family]['failed']})"
-    if family in OTHER_EXPERT_FILES:
-        return " (its files hold one tensor of all experts of a layer, which is not read)"
     strange = [name for name in mapping(family) if not has_place(name)]
     if strange:
         return f" (nothing here knows {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''})"

@@ -170,7 +170,7 @@ QUERIES = ("linear_qkv", "linear_kv_down_proj")
 # Families whose norms of queries and keys are over all heads together, not over each.
 WHOLE_QK_NORM = ("olmoe",)
 # Families whose queries have a gate of the output each, and most of whose layers have linear attention.
-GATED_ATTENTION = ("qwen3_next", "qwen3_5_text")
+GATED_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Families whose files hold one tensor of all experts of a layer, as transformers' model does, with a bias beside it.
 PACKED_EXPERTS = ("gpt_oss",)
 # Families whose router adds a bias to what it chooses experts by. Bridge maps one for DeepSeek-V2 too, which has none.

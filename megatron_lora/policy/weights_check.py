@@ -29,6 +29,7 @@ MEGATRON_FAMILIES = (
     "glm4_moe_lite",
     "qwen3_next",
     "qwen3_5_text",
+    "qwen3_5_moe_text",
     "nemotron_h",
 )
 

@@ -22,12 +22,15 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
+from tools.small_sizes import LINEAR_ATTENTION as DELTA
+from tools.small_sizes import MAMBA
 from tools.towers import tower_config
 
 SIZES = {
@@ -85,7 +88,9 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return NemotronHConfig(**values | own | changes)
     if family in LINEAR:
         kind, own = LINEAR[family]
-        return kind(**sizes | own | changes)
+        mixture = family == "qwen3_5_moe"  # has experts in every layer
+        values: dict[str, Any] = {name: v for name, v in sizes.items() if not (mixture and name == "intermediate_size")}
+        return kind(**values | own | changes)
     if family.endswith("_tower"):
         seeing = family.removesuffix("_tower")
         return tower_config(seeing, sizes | TOWERS.get(seeing, {}), tied=seeing == "gemma3")
@@ -173,15 +178,11 @@ EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     ),
 }
 
-# Value heads beyond key heads, layers of both kinds on each of two pipeline stages.
-DELTA: dict[str, Any] = {
-    "head_dim": 32,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 10,
-    "linear_conv_kernel_dim": 3,
+SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 56,
 }
 LINEAR: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "qwen3_5": (Qwen3_5TextConfig, DELTA),
@@ -190,36 +191,22 @@ LINEAR: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         Qwen3_5TextConfig,
         DELTA | {"intermediate_size": 128, "linear_num_value_heads": 4, "linear_value_head_dim": 32},
     ),
-    "qwen3_next": (
-        Qwen3NextConfig,
-        DELTA
-        | {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 48,
-            "shared_expert_intermediate_size": 56,
-        },
-    ),
+    "qwen3_next": (Qwen3NextConfig, DELTA | SHARED_EXPERT),
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, DELTA | SHARED_EXPERT),
 }
 
-# Two groups of heads; an MLP has no gate.
-NEMOTRON_H: dict[str, Any] = {
-    "head_dim": 32,
-    "ssm_state_size": 6,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 10,
-    "n_groups": 2,
-    "conv_kernel": 3,
+# An MLP has no gate.
+NEMOTRON_H: dict[str, Any] = MAMBA | {
     "use_mamba_kernels": False,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
-    "moe_shared_expert_intermediate_size": 56,
     "routed_scaling_factor": 1.5,
 }
 TOWERS: dict[str, dict[str, Any]] = {
     "gemma3": {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32},
     "qwen3_5": DELTA,
+    "qwen3_5_moe": DELTA | SHARED_EXPERT,
 }
 
 FAMILIES = ("llama2", "llama3", "qwen2", "qwen3", "mistral", "gemma3")

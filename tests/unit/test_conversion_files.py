@@ -20,6 +20,7 @@ from megatron_lora.conversion.safetensors_io import (
     write_tensor_dict,
     write_tensors,
 )
+from megatron_lora.conversion.shard_writer import check_shards, write_shards
 from megatron_lora.errors import UserError
 
 
@@ -51,6 +52,29 @@ def test_a_stream_that_is_not_the_announced_one_is_refused(tmp_path):
         write_tensors(tmp_path / "x", shapes, [("a", torch.zeros(3))])
     with pytest.raises(ValueError, match="fewer tensors"):
         write_tensors(tmp_path / "x", shapes, [("a", torch.zeros(2))])
+
+
+def test_a_tensor_is_read_and_written_in_pieces(tmp_path, tensors):
+    """One of all experts of a layer, between others."""
+    packed = torch.arange(24.0).view(2, 4, 3)
+    save_file({"a": tensors["a"], "packed": packed, "z": tensors["c.d"]}, tmp_path / "model.safetensors")
+    folder = SafetensorsFolder(tmp_path)
+    order = [name for name in folder.shards["model.safetensors"] if name != "packed"]
+    pieces = {f"{expert}.{part}": (2, 3) for expert in range(2) for part in ("gate", "up")}
+    folder.split("packed", pieces)
+    assert torch.equal(torch.cat([folder.read(name) for name in pieces]), packed.view(8, 3))
+    described = {name: (entry.dtype, entry.shape) for name, entry in folder.entries.items()}
+    out = tmp_path / "out"
+    out.mkdir()
+    write_shards(out, folder, described, folder.read, title="", show_progress=False)
+    check_shards(out, folder, described)
+    assert [name for name in folder.shards["model.safetensors"] if name not in pieces] == order
+    written = load_file(out / "model.safetensors")
+    assert written.keys() == {"a", "packed", "z"} and torch.equal(written["packed"], packed)
+    whole = {"packed": (torch.float32, (2, 4, 3))}
+    for parts in ([packed[0]], [packed[0], packed[0], packed[0]], [packed.view(4, 2, 3)]):
+        with pytest.raises(ValueError):
+            write_tensors(tmp_path / "x", whole, (("packed", part) for part in parts))
 
 
 @pytest.mark.parametrize("keep", [4, 40, -8])

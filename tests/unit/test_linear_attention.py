@@ -12,13 +12,12 @@ from megatron_lora.conversion.config_gate import check_config
 from megatron_lora.conversion.hf_model import HFModel
 from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe_config, describe_json
-from megatron_lora.lora.families import unknown_reason
 from megatron_lora.lora.layout import rows_of_part
 from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.layout_checks import check_layout
 from tests.support.models import family_config
 
-FAMILIES = ("qwen3_next", "qwen3_5")
+FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 
 
 def shapes(family: str, **changes: Any) -> ModelSpec:
@@ -30,8 +29,8 @@ def policy(**megatron: Any) -> PolicyConfig:
     return PolicyConfig.model_validate({"model_name": "somewhere", "megatron_cfg": section})
 
 
-def gate(family: str, *, megatron: bool = True, **changes: Any) -> list[str]:
-    return check_config(HFModel("folder", {}, family_config(family, **changes)), megatron=megatron, max_length=32)
+def gate(family: str, **changes: Any) -> list[str]:
+    return check_config(HFModel("folder", {}, family_config(family, **changes)), megatron=True, max_length=32)
 
 
 def test_both_families_have_their_rows_in_one_order() -> None:
@@ -82,10 +81,6 @@ def test_taken(family: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"megatron": False},
-            r"2 layers are linear_attention \(layer_types\), whose state transformers carries .* next",
-        ),
         ({"layer_types": ["linear_attention"] * 4}, "layer_types has no full_attention"),
         ({"layer_types": ["linear_attention", "sliding_attention"] * 2}, "layer_types has sliding_attention; wanted"),
         ({"linear_num_value_heads": 5}, "linear_num_key_heads=2 does not divide linear_num_value_heads=5"),
@@ -101,7 +96,6 @@ def test_configs_that_are_refused(changes: dict[str, Any], words: str) -> None:
     ("megatron", "ranks", "words"),
     [
         ({"context_parallel_size": 2}, 2, "context_parallel_size=2: the state of linear attention .* use 1"),
-        ({"peft": {"enabled": False}}, 1, "full fine-tuning, which a model with linear attention"),
         ({"tensor_model_parallel_size": 2}, 2, "=2 does not divide the 3 key heads of linear attention"),
     ],
 )
@@ -109,7 +103,3 @@ def test_layouts_that_are_refused(megatron: dict[str, Any], ranks: int, words: s
     heads = {"linear_num_key_heads": 3} if "tensor_model_parallel_size" in megatron else {}
     with pytest.raises(UserError, match=words):
         check_layout(policy(**megatron), shapes("qwen3_5", **heads), ranks)
-
-
-def test_experts_in_one_tensor_of_the_files_are_refused() -> None:
-    assert "one tensor of all experts" in (unknown_reason("qwen3_5_moe_text") or "")
