@@ -54,5 +54,6 @@ def _mamba(mixer: Any, hidden: Tensor, *_: Any) -> Tensor:
     gate, channels, step = mixed.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
     convolved = mixer.act(mixer.conv1d(channels.transpose(1, 2))[..., : hidden.shape[1]]).transpose(1, 2)
     steps = F.softplus(step.float() + mixer.dt_bias.float())
-    out, _state = mamba2(convolved.float(), steps, mixer.A_log, mixer.D, groups=mixer.n_groups, state=mixer.ssm_state_size)
+    groups, state = mixer.n_groups, mixer.ssm_state_size
+    out, _state = mamba2(convolved.float(), steps, mixer.A_log, mixer.D, groups=groups, state=state)
     return mixer.out_proj(mixer.norm(out.flatten(2), gate).to(hidden.dtype))
