@@ -58,13 +58,14 @@ def test_parity_cases_that_are_named_exist():
         assert f'case("{name}"' in TESTS["test_megatron_parity.py"], name
 
 
-def _commands() -> list[str]:
+def migration_commands() -> list[str]:
+    """The worked examples of docs/migrating.md."""
     blocks = re.findall(r"```\n(.*?)```", MIGRATING, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip().startswith("megatron-lora train")]
 
 
-@pytest.mark.parametrize("command", _commands())
+@pytest.mark.parametrize("command", migration_commands())
 def test_commands_of_the_migration_page_are_understood(command: str):
     parser = build_parser("megatron-lora train", "")
     parser.add_argument("--nproc", type=int)

@@ -3,10 +3,13 @@
 import importlib.util
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.trainers.run import check_only
@@ -48,6 +51,54 @@ def test_a_folder_that_is_no_clone_is_a_mistake(tmp_path: Path, capsys: pytest.C
 def test_every_key_that_a_refusal_names_is_counted() -> None:
     text = "the recipe has several mistakes:\n  unknown key policy.x_cfg; policy has ...\n  policy.backend='y': wanted"
     assert reasons(text) == {"policy.x_cfg", "policy.backend"}
+
+
+def as_nemo_rl_reads_it(path: Path) -> dict[str, Any]:
+    """A recipe merged over its defaults by OmegaConf alone, as NeMo RL does (nemo_rl/utils/config.py)."""
+    plain = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(plain, dict)
+    defaults = plain.pop("defaults", [])
+    for name in [defaults] if isinstance(defaults, str) else reversed(defaults):
+        plain = OmegaConf.to_container(OmegaConf.merge(as_nemo_rl_reads_it(path.parent / name), plain))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# What another spelling is here: key -> (theirs, ours).
+SPELT_OTHERWISE = {
+    "policy.megatron_cfg.peft.lora_dtype": ("None", None),
+    "policy.megatron_cfg.env_vars": (None, {}),
+    "policy.dtensor_cfg.env_vars": (None, {}),
+    "policy.generation.vllm_cfg.env_vars": (None, {}),
+}
+
+
+@pytest.mark.parametrize("path", sorted((CLONE / "examples/configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_means_here_what_it_says_there(path: Path) -> None:
+    """Every value of their merged recipe is the resolved one here, but for keys that a notice names."""
+    loaded = load_recipe(path)
+    theirs = OmegaConf.to_container(OmegaConf.create(as_nemo_rl_reads_it(path)), resolve=True)
+    assert isinstance(theirs, dict)
+    ours, compared = dict(leaves(loaded.resolved)), 0
+    for key, value in leaves({str(name): section for name, section in theirs.items()}):
+        if key not in ours:
+            continue
+        mine, compared = ours[key], compared + 1
+        if isinstance(value, list) and value and isinstance(value[0], dict):  # keys that an entry lacks are null here
+            mine = [{name: item[name] for name in entry} for entry, item in zip(value, mine or [], strict=False)]
+        if value == mine or (isinstance(value, str) and value[:1].isdigit() and float(value) == mine):
+            continue
+        told = key.rpartition(".")[2] in loaded.notices[0]
+        assert SPELT_OTHERWISE.get(key) == (value, mine) or told, (key, value, mine)
+    assert compared > 100
 
 
 LORA = sorted((CLONE / "examples/configs/recipes/llm").glob("*-lora.yaml"))
