@@ -17,10 +17,28 @@ from tools.quickstart import ROOT
 START_SECONDS = 600
 
 
+class Server:
+    """url: where it answers, or will. Its output goes to `log`."""
+
+    def __init__(self, url: str, log: Path, process: subprocess.Popen):
+        self.url, self._log, self._process = url, log, process
+
+    def check(self) -> None:
+        """Raise UserError where it has ended."""
+        if self._process.poll() is not None:
+            raise UserError(f"the rollout server has ended; {self._log} says why")
+
+    def answers(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.url}/health", timeout=5)
+        except OSError:
+            return False
+        return True
+
+
 @contextmanager
-def served(recipe: str, log: Path, *overrides: str, **environment: str) -> Iterator[str]:
-    """The address of a server that is there within the block; its output goes to `log`. Raises UserError where it does
-    not start."""
+def starting(recipe: str, log: Path, *overrides: str, **environment: str) -> Iterator[Server]:
+    """A server that starts, and is there until the end of the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -37,21 +55,21 @@ def served(recipe: str, log: Path, *overrides: str, **environment: str) -> Itera
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"the rollout server did not start; {log} says why")
-            time.sleep(1)
-        yield url
+        yield Server(url, log, process)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=5)
-    except OSError:
-        return False
-    return True
+@contextmanager
+def served(recipe: str, log: Path, *overrides: str, **environment: str) -> Iterator[str]:
+    """The address of a server that answers within the block. Raises UserError where it does not start."""
+    with starting(recipe, log, *overrides, **environment) as server:
+        deadline = time.monotonic() + START_SECONDS
+        while not server.answers():
+            server.check()
+            if time.monotonic() > deadline:
+                raise UserError(f"the rollout server did not answer within {START_SECONDS} s; {log} says why")
+            time.sleep(1)
+        yield server.url

@@ -65,6 +65,9 @@ class ServersConfig(Section):
     timeout_seconds: PositiveFloat = Field(
         default=600.0, description="A server that takes longer for a prompt's answers is left out."
     )
+    start_timeout_seconds: NonNegativeFloat = Field(
+        default=0.0, description="A run waits so long at its start for servers that do not answer yet."
+    )
     requests_at_once: PositiveInt = Field(
         default=64,
         description="Prompts that a server is asked at once; of proofs and validation as many beside those ahead.",

@@ -9,6 +9,7 @@ import json
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from megatron_lora.rollout.generator import (
 from megatron_lora.rollout.sent_weights import SentWeights
 from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFailed
 from megatron_lora.rollout.server_requests import Batch, ServerRequests
+from megatron_lora.runtime.activity import tick
 from megatron_lora.runtime.world import World
 
 # A file of merged weights has a layer's, and no more bytes than this.
@@ -103,7 +105,11 @@ class ServerGenerator(AheadGenerator):
         self._on_first(self._look)
 
     def _look(self) -> None:
+        until = time.monotonic() + self.policy.generation.servers.start_timeout_seconds
         for client in self.clients:
+            while time.monotonic() < until and not client.answers():
+                tick()
+                time.sleep(0.5)
             check_server(client, self.max_length)
             with _as_mistake():
                 client.restore_base()

@@ -4,25 +4,48 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.launch import ROOT
-from tools.bench.asynchronous import COLUMNS, WAYS, main, parse, table
+from tools.bench.asynchronous import COLUMNS, WAYS, main, parse, summary, table
 from tools.bench.gpu_use import GpuUse
+from tools.bench.grpo_step import end
 
 
 def test_table_has_a_row_a_way() -> None:
     values = {name: float(number) for number, name in enumerate(COLUMNS)}
     without = {name: value for name, value in values.items() if name != "rollout_wait_seconds"}
     of_way = {
-        "turns": without | {"ages": {}, "idle": {}},
-        "ahead": values | {"ages": {0: 0.25, 1: 0.75}, "idle": {0: 0.1, 1: 0.5}},
-        "colocated": without | {"ages": {}, "idle": {}},
+        "turns": without | {"ages": {}, "idle": {}, "steps": 0},
+        "ahead": values | {"ages": {0: 0.25, 1: 0.75}, "idle": {0: 0.1, 1: 0.5}, "steps": 3},
+        "colocated": without | {"ages": {}, "idle": {}, "steps": 3},
     }
     lines = table(of_way).splitlines()
     assert len(lines) == 2 + len(WAYS)
-    assert {line.count("|") for line in lines} == {len(COLUMNS) + 4}
+    assert {line.count("|") for line in lines} == {len(COLUMNS) + 5}
     assert "0: 25%, 1: 75%" in lines[3] and "10%, 50%" in lines[3] and "-" in lines[2]
+    assert "warms up" in lines[2] and lines[3].endswith("| 3 |")
+
+
+def test_a_summary_leaves_out_what_warms_up() -> None:
+    steps = [
+        {"step_time_seconds": seconds, "num_samples": 8, "staleness_share_0": 0.5, "staleness_share_1": 0.5}
+        for seconds in (9.0, 5.0, 2.0, 4.0)
+    ]
+    found = summary(steps)
+    assert found == {"step_time_seconds": 3.0, "samples_per_second": 3.0, "ages": {0: 0.5, 1: 0.5}, "steps": 2}
+    assert summary(steps[:2])["step_time_seconds"] == 5.0 and summary(steps[:2])["steps"] == 0
+
+
+def test_a_run_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    code = "import subprocess,sys,time; c=subprocess.Popen(['sleep','600']); print(c.pid, flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    end(process, seconds=0.2)
+    child.wait(5)
+    assert process.poll() is not None and not child.is_running()
 
 
 def test_a_gpu_is_idle_in_what_it_does_not_run_while_steps_count() -> None:

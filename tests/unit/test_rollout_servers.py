@@ -96,14 +96,16 @@ def adapter() -> AdapterTensors:
     return AdapterTensors({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, tensors)
 
 
-def start(servers: list[Server], tmp_path: Path, timeout: float = 30.0) -> tuple[ServerGenerator, list[str]]:
-    urls = [server.url for server in servers]
+def start(
+    servers: list[Server], tmp_path: Path, timeout: float = 30.0, **options: float
+) -> tuple[ServerGenerator, list[str]]:
+    servers_section = {"urls": [server.url for server in servers], "timeout_seconds": timeout, **options}
     policy = PolicyConfig.model_validate(
         {
             "model_name": "base",
             "precision": "float32",
             "max_total_sequence_length": 64,
-            "generation": {"colocated": {"enabled": False}, "servers": {"urls": urls, "timeout_seconds": timeout}},
+            "generation": {"colocated": {"enabled": False}, "servers": servers_section},
         }
     )
     said: list[str] = []
@@ -222,6 +224,20 @@ def test_a_server_that_is_not_there_is_refused_at_start(two: list[Server], tmp_p
     two[1].stop()
     with pytest.raises(UserError, match=r"servers\.urls.*refused.*megatron-lora serve"):
         start(two, tmp_path)
+
+
+def test_a_server_that_is_still_loading_is_waited_for(two: list[Server], tmp_path: Path) -> None:
+    port = two[1].port
+    two[1].stop()
+
+    def come() -> None:
+        two[1] = Server(port)
+
+    loading = threading.Timer(0.7, come)
+    loading.start()
+    generator, _ = start(list(two), tmp_path, start_timeout_seconds=20.0)
+    loading.join()
+    assert len(answers(generator)) == 16 and two[1].models
 
 
 def test_a_server_of_shorter_sequences_is_refused(two: list[Server], tmp_path: Path) -> None:

@@ -7,29 +7,35 @@
 `turns` and `ahead` have one rollout server on GPU 1 and one trainer on GPU 0, which wait for each other or answer ahead
 (`grpo.async_grpo`); in `colocated` both GPUs train (DP=2) and answer (a vLLM engine each). The model is random, so all
 answers have the full length, and rewards are drawn, as in tools.bench.rollouts. A GPU is idle while it runs no kernel.
+
+table.md is written anew after each step, so that a cut-off leaves what was measured up to there; the last column
+says how many steps a row is of. With `--limit` a way ends after so many seconds and the next one begins.
 """
 
 import argparse
 import statistics
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from megatron_lora.errors import UserError
-from megatron_lora.reporting.metrics_file import read_metrics
-from tools.bench.__main__ import write_model
 from tools.bench.gpu_use import watch_gpus
+from tools.bench.grpo_step import RECIPE, build_step_parser, prepare, read_steps, run_settings, train
 from tools.bench.options import check_out
-from tools.bench.rollouts import RECIPE, build_step_parser, run_settings
 from tools.bench.task import shape_of
-from tools.quickstart import run_command
-from tools.server import served
-from tools.tiny_model import build_tokenizer
+from tools.server import START_SECONDS, Server, starting
 
 APART = ("policy.generation.colocated.enabled=false", "policy.generation.refit=adapter")
+# The server loads while the first trainer starts.
+WAITS = f"policy.generation.servers.start_timeout_seconds={START_SECONDS}"
 # The steps of `ahead` but the first have answers of older weights; the loss is the same in all ways.
 CORRECTED = "loss_fn.use_importance_sampling_correction=true"
+# CUDA graphs without torch.compile: an engine is ready a good deal sooner, and a token takes little longer.
+QUICK = "policy.generation.vllm_kwargs={compilation_config: {mode: 0, cudagraph_mode: FULL_DECODE_ONLY}}"
 WAYS = {
     "turns": "one trains, one answers, in turn",
     "ahead": "one trains while one answers",
@@ -50,11 +56,15 @@ WARM_UP = 2
 AGE = "staleness_share_"
 SERVER_GPU, TRAINER_GPU = 1, 0
 
+_began = time.monotonic()
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_step_parser("tools.bench.asynchronous", __doc__)
     parser.add_argument("--ways", default="turns,ahead", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--age", type=int, default=1, help="versions that an answer may be behind")
+    parser.add_argument("--limit", type=float, help="seconds after which a way is ended, whatever it has measured")
+    parser.add_argument("--quick-start", action="store_true", help="vLLM records CUDA graphs without torch.compile")
     options = parser.parse_args(arguments)
     options.ways = options.ways.split(",")
     if unknown := [way for way in options.ways if way not in WAYS]:
@@ -64,61 +74,102 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _ahead(options: argparse.Namespace) -> str:
-    return f"grpo.async_grpo={{enabled: true, max_trajectory_age_steps: {options.age}, in_flight_weight_updates: true}}"
+def settings_of(way: str, options: argparse.Namespace, run_dir: Path) -> list[str]:
+    """Overrides of the recipe; of a server, those of `ahead`, which have places for every version that answers."""
+    settings = [*run_settings(options, run_dir, 1), CORRECTED]
+    settings += [QUICK] if options.quick_start else []
+    settings += APART if way != "colocated" else ()
+    if way == "ahead":
+        age = f"max_trajectory_age_steps: {options.age}, in_flight_weight_updates: true"
+        settings.append(f"grpo.async_grpo={{enabled: true, {age}}}")
+    return [*settings, *options.overrides]
 
 
-def _on(options: argparse.Namespace, gpu: int) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": str(gpu)} if options.device == "cuda" else {}
-
-
-def measure(way: str, options: argparse.Namespace, ranks: int, *settings: str, **environment: str) -> dict[str, Any]:
-    """Run the trainer: medians of its metrics, the share of answers of each age, and each GPU's idle share. Raises
-    CalledProcessError."""
+def measure(way: str, options: argparse.Namespace, server: Server | None, found: Callable[[dict], None]) -> None:
+    """Run the trainer, and give what is known after each step. Raises CalledProcessError."""
     run_dir = options.out / way
-    settings = (*run_settings(options, options.out / "model", run_dir, 1), CORRECTED, *settings, *options.overrides)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    with watch_gpus(lambda: WARM_UP <= len(_steps(run_dir)) < options.steps) as use:
-        run_command([sys.executable, *launcher, "-m", "megatron_lora.train", RECIPE, *settings], **environment)
-    steps = _steps(run_dir)[WARM_UP:]
-    for step in steps:
+    settings = settings_of(way, options, run_dir)
+    if server is not None:
+        settings += [f"policy.generation.servers.urls=[{server.url}]", WAITS]
+    counted = lambda: WARM_UP <= len(read_steps(run_dir)) < options.steps  # noqa: E731
+    known = 0
+    with watch_gpus(counted) as use:
+
+        def look() -> None:
+            nonlocal known
+            if server is not None:
+                server.check()
+            steps = read_steps(run_dir)
+            if len(steps) > known:
+                known = len(steps)
+                say(f"{way}: step {known} took {steps[-1]['step_time_seconds']:.2f} s")
+                found(summary(steps) | {"idle": use.idle_shares()})
+
+        say(f"{way}: starting the trainer")
+        try:
+            train(settings, 2 if server is None else 1, _on(options, server), look=look, limit=options.limit)
+        except subprocess.TimeoutExpired:
+            say(f"{way}: cut off after {options.limit:g} s")
+        look()
+
+
+def _on(options: argparse.Namespace, server: Server | None) -> dict[str, str]:
+    """The trainer's GPUs."""
+    alone = server is not None and options.device == "cuda"
+    return {"CUDA_VISIBLE_DEVICES": str(TRAINER_GPU)} if alone else {}
+
+
+def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians of the steps' metrics, and the share of answers of each age. Of the last step, while all warm up."""
+    counted = [dict(step) for step in steps[WARM_UP:] or steps[-1:]]
+    for step in counted:
         step["samples_per_second"] = step["num_samples"] / step["step_time_seconds"]
-    found: dict[str, Any] = {
-        name: statistics.median(step[name] for step in steps) for name in COLUMNS if name in steps[0]
+    values: dict[str, Any] = {
+        name: statistics.median(step[name] for step in counted) for name in COLUMNS if name in counted[0]
     }
-    ages = sorted(name for name in steps[0] if name.startswith(AGE))
-    found["ages"] = {int(name.removeprefix(AGE)): statistics.mean(step[name] for step in steps) for name in ages}
-    found["idle"] = use.idle_shares()
+    ages = sorted(name for name in counted[0] if name.startswith(AGE))
+    values["ages"] = {int(name.removeprefix(AGE)): statistics.mean(step[name] for step in counted) for name in ages}
+    values["steps"] = max(0, len(steps) - WARM_UP)
+    return values
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """way -> what it took; table.md has what is known so far."""
+    found: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        server: Server | None = None
+        if set(options.ways) & {"turns", "ahead"}:
+            place = {"CUDA_VISIBLE_DEVICES": str(SERVER_GPU)} if options.device == "cuda" else {}
+            settings = settings_of("ahead", options, options.out)
+            say("starting the rollout server")
+            server = stack.enter_context(starting(RECIPE, options.out / "server.log", *settings, **place))
+        for way in sorted(options.ways, key=list(WAYS).index):
+            if way == "colocated":  # the server's GPU is wanted
+                stack.close()
+                server = None
+
+            def note(values: dict[str, Any], way: str = way) -> None:
+                found[way] = values
+                (options.out / "table.md").write_text(table(found))
+
+            measure(way, options, server, note)
+            print(table(found), flush=True)
     return found
 
 
-def measure_all(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(way, what it took), each as it is done."""
-    apart = [way for way in ("turns", "ahead") if way in options.ways]
-    if apart:
-        settings = run_settings(options, options.out / "model", options.out, 1)
-        settings += [CORRECTED, *APART, _ahead(options), *options.overrides]
-        with served(RECIPE, options.out / "server.log", *settings, **_on(options, SERVER_GPU)) as url:
-            for way in apart:
-                place = (*APART, f"policy.generation.servers.urls=[{url}]")
-                more = (_ahead(options),) if way == "ahead" else ()
-                yield way, measure(way, options, 1, *place, *more, **_on(options, TRAINER_GPU))
-    if "colocated" in options.ways:
-        yield "colocated", measure("colocated", options, 2)
-
-
-def _steps(run_dir: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
+def say(what: str) -> None:
+    print(f"[{time.monotonic() - _began:.0f} s] {what}", flush=True)
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """One row a way."""
-    header = ["two GPUs", *(label for label, _ in COLUMNS.values()), "answers by age", "idle: GPU 0, 1"]
+    header = ["two GPUs", *(label for label, _ in COLUMNS.values()), "answers by age", "idle: GPU 0, 1", "steps"]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for way, values in found.items():
         cells = [form.format(values[name]) if name in values else "-" for name, (_, form) in COLUMNS.items()]
         cells.append(", ".join(f"{age}: {share:.0%}" for age, share in values["ages"].items()) or "-")
         cells.append(", ".join(f"{share:.0%}" for share in values["idle"].values()) or "-")
+        cells.append(str(values["steps"] or "0 (the last one that warms up)"))
         lines.append(f"| {' | '.join([WAYS[way], *cells])} |")
     return "\n".join(lines) + "\n"
 
@@ -131,20 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True)
-    write_model(options, options.out / "model")
-    build_tokenizer().save_pretrained(options.out / "model")
-    found: dict[str, dict[str, Any]] = {}
+    prepare(options)
+    say(f"the model is at {options.model}")
     try:
-        for way, values in measure_all(options):
-            found[way] = values
-            (options.out / "table.md").write_text(table(found))
-            print(table(found), flush=True)
-    except UserError as error:
+        found = measure_all(options)
+    except (UserError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return 0 if len(found) == len(options.ways) else 1
 
 
 if __name__ == "__main__":
