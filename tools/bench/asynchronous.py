@@ -86,7 +86,7 @@ def settings_of(way: str, options: argparse.Namespace, run_dir: Path) -> list[st
 
 
 def measure(way: str, options: argparse.Namespace, server: Server | None, found: Callable[[dict], None]) -> None:
-    """Run the trainer, and give what is known after each step. Raises CalledProcessError."""
+    """Run the trainer, and give what is known after each step. Raises UserError where the server has ended."""
     run_dir = options.out / way
     settings = settings_of(way, options, run_dir)
     if server is not None:
@@ -110,6 +110,8 @@ def measure(way: str, options: argparse.Namespace, server: Server | None, found:
             train(settings, 2 if server is None else 1, _on(options, server), look=look, limit=options.limit)
         except subprocess.TimeoutExpired:
             say(f"{way}: cut off after {options.limit:g} s")
+        except subprocess.CalledProcessError as error:
+            say(f"{way}: the trainer ended with status {error.returncode}")
         look()
 
 
@@ -186,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"the model is at {options.model}")
     try:
         found = measure_all(options)
-    except (UserError, subprocess.CalledProcessError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0 if len(found) == len(options.ways) else 1
