@@ -12,8 +12,9 @@ class Row:
     """One tokenized sequence.
 
     input_ids: [S] int64. target_mask: [S] bool, True where the token carries loss (never at position 0, which
-    nothing predicts). token_fields: name -> [S] fp32, aligned with input_ids (old log-probabilities, advantages...).
-    row_fields: name -> scalar. index: the row's number in its data set, counted from 1 as error messages do.
+    nothing predicts). token_fields: name -> [S] or [S, m] fp32, aligned with input_ids (old
+    log-probabilities, advantages, a teacher's most likely tokens...). row_fields: name -> scalar. index: the row's
+    number in its data set, counted from 1 as error messages do.
     routed_experts: [S, layers, k] int16, the experts that a rollout engine sent each token to, -1 for a token of which
     it says nothing; None: of none.
     """
@@ -61,8 +62,8 @@ class MicroBatch:
 
     tokens, positions (within the row), targets: [T] int64; targets[t] is the token that follows tokens[t] in its row.
     target_mask: [T] bool, True where targets[t] carries loss. row_of_token: [T] int64; padding belongs to the row it
-    follows. cu_seqlens: [rows + 1] int32. token_fields: name -> [T], shifted like targets. row_fields: name ->
-    [rows] fp32. row_indices: data set row numbers, -1 for a padding row. row_lengths: each row's tokens without its
+    follows. cu_seqlens: [rows + 1] int32. token_fields: name -> [T] or [T, m], shifted like targets. row_fields: name
+    -> [rows] fp32. row_indices: data set row numbers, -1 for a padding row. row_lengths: each row's tokens without its
     padding, 0 for a padding row. num_rows counts the padding row too. bounds: cu_seqlens on the CPU. max_seqlen: the
     longest row. routed_experts: [T, layers, k] of `tokens`, not shifted, -1 where nothing is said; None: of no row.
 

@@ -166,7 +166,8 @@ def collate(
         max_seqlen=max(padded),
         row_indices=row_indices,
         token_fields={
-            name: spread([row.token_fields[name] for row in rows], torch.zeros(total)) for name in token_names
+            name: spread([row.token_fields[name] for row in rows], torch.zeros(total, *field_shape(name, rows, like)))
+            for name in token_names
         },
         row_fields=collate_row_fields(rows, row_names, len(padded)),
         row_lengths=row_lengths,
@@ -203,6 +204,13 @@ def field_names(rows: Sequence[Row], like: Row | None) -> tuple[list[str], list[
     return token_names, row_names
 
 
+def field_shape(name: str, rows: Sequence[Row], like: Row | None) -> torch.Size:
+    """What a token field has of each token: () or (m,)."""
+    row = rows[0] if rows else like
+    assert row is not None
+    return row.token_fields[name].shape[1:]
+
+
 def collate_row_fields(rows: Sequence[Row], names: Sequence[str], num_rows: int) -> dict[str, Tensor]:
     """Each field [num_rows] fp32, 0 for padding rows."""
     padding = [0.0] * (num_rows - len(rows))
@@ -220,13 +228,13 @@ def row_places(batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
 
 def split_by_row(values: Tensor, batch: MicroBatch) -> list[Tensor]:
-    """Cut per-target values [T] into one tensor [S] a row, aligned with its input_ids again.
+    """Cut per-target values [T, ...] into one tensor [S, ...] a row, aligned with its input_ids again.
 
     Place 0, which nothing predicts, is 0; padding is left out, and so is the padding row. Inverse of `collate` for
     token fields. Where rows share prefixes, tokens without a target are 0 too.
     """
     sources, destinations = row_places(batch)
-    flat = values.new_zeros(sum(batch.row_lengths))
+    flat = values.new_zeros(sum(batch.row_lengths), *values.shape[1:])
     flat[destinations] = values[sources]
     return list(flat.split([length for length in batch.row_lengths if length]))
 

@@ -21,7 +21,11 @@ class LossSum:
 
 
 class Objective(Protocol):
-    """One formula. Pure: no process group, no engine."""
+    """One formula. Pure: no process group, no engine.
+
+    An objective with an attribute `candidates`, the name of a token field of token ids [T, k], is called with [T, 1 +
+    k]: the log-probability of each target, then those of the field's tokens in its place.
+    """
 
     def count(self, rows: list[Row]) -> float:
         """What the loss of these rows is to be divided by (target tokens, pairs or sequences), summed over rows."""

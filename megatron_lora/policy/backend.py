@@ -1,10 +1,9 @@
-"""What both backends do alike, written once: dividing rows, scoring, evaluating, the reference policy, the check of the
-first gradients. A backend brings its engine's forward passes and says where its parameters are."""
+"""What both backends do alike around a policy's passes (`policy.passes`): its start, the base and the reference policy,
+other adapters, checksums, the base's residual. A backend says where its parameters are."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,42 +16,29 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
 from megatron_lora.conversion.weight_source import WeightSource
-from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.errors import UserError
-from megatron_lora.lora.layout import AdapterSpec, without_expert
+from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.lora.principal import against_the_base, given_principal, residual_reader
-from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.adapter_pieces import principal_pieces
 from megatron_lora.policy.adapter_start import base_reader, describe_modules
-from megatron_lora.policy.batching import BatchingOptions, Groups, Purpose, Share, divide
+from megatron_lora.policy.batching import BatchingOptions
 from megatron_lora.policy.checksums import Pieces, join_ranks, to_numbers
 from megatron_lora.policy.frozen_start import FrozenStart
-from megatron_lora.policy.interface import NonFiniteLoss, Passed, Policy, Updated, check_scores
-from megatron_lora.policy.scores import collect_rows
+from megatron_lora.policy.passes import PassesPolicy
 from megatron_lora.runtime.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class BackendPolicy(Policy):
+class BackendPolicy(PassesPolicy):
     """A model in the recipe's layout, its adapters (or all of it), and an optimizer.
 
     pad_token_id: what fills a micro-batch. seed: of what is drawn. num_steps: the run's length, for schedules that
     decay. keeps_start: whether full fine-tuning keeps its starting weights, for `reference()`. critic: the recipe's
-    section, where the run has one. spec: the adapter, None in full fine-tuning. a_init_key: the recipe's key for A's
-    starting values. scored: what `score` gives of a token.
+    section, where the run has one. spec: the adapter, None in full fine-tuning.
     """
 
-    scored = "log-probability of a token"
-
-    a_init_key: str
-    batching: BatchingOptions
     spec: AdapterSpec | None = None
-    _gradients_checked: bool
-    scheduler: Any
-    # Rows that the gradients are of, by number.
-    _rows_passed: list[int]
     # What trains, in the reference policy, where that is not the base alone.
     _start: FrozenStart | None
     # What trains, in the base alone, where it is not enough to switch adapters off: see `_bare_parts`.
@@ -97,11 +83,6 @@ class BackendPolicy(Policy):
     def _batching_options(self, pad_token_id: int) -> BatchingOptions:
         """What the layout asks of micro-batches."""
 
-    @property
-    @abstractmethod
-    def _linears(self) -> Mapping[str, Any]:
-        """This rank's adapted linears by name: each has `enabled` and `factors_changed()`."""
-
     @abstractmethod
     def _trained(self) -> Sequence[nn.Parameter]:
         """This rank's part of what trains."""
@@ -110,45 +91,6 @@ class BackendPolicy(Policy):
     @abstractmethod
     def _head_owner(self) -> Any:
         """What has the `head`, the options of the log-probabilities."""
-
-    @property
-    @abstractmethod
-    def _data_parallel_group(self) -> Any:
-        """Ranks that see other rows."""
-
-    @abstractmethod
-    def _clear_gradients(self) -> None:
-        """Let nothing be left of a backward pass."""
-
-    @abstractmethod
-    def _accumulate(
-        self, batches: Sequence[MicroBatch], objective: Objective, count: float, num_tokens: int, *, keep_logps: bool
-    ) -> Passed:
-        """Forward and backward over this rank's micro-batches, gradients summed over all ranks. Loss and metrics are
-        over the global batch, logps of this rank's micro-batches. Raises NonFiniteLoss. num_tokens: of the batch."""
-
-    @abstractmethod
-    def _update(self) -> float:
-        """Clip and step; what follows from the parameters' values is forgotten. Returns the gradients' norm before
-        clipping; where it is not finite nothing is updated."""
-
-    @abstractmethod
-    def _learning_rates(self) -> tuple[float, float]:
-        """The lowest and the highest of all parameters, on every rank."""
-
-    @abstractmethod
-    def _evaluate(
-        self, batches: Sequence[MicroBatch], objective: Objective, count: float
-    ) -> tuple[float, dict[str, float]]:
-        """Loss and metrics over the global batch, of this rank's micro-batches; called without gradients."""
-
-    @abstractmethod
-    def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Each micro-batch's log-probabilities of its targets; called without gradients, batches on the device."""
-
-    @abstractmethod
-    def _set_training(self, training: bool) -> None:
-        """Switch every module between training and evaluation."""
 
     @abstractmethod
     def _values_changed(self) -> None:
@@ -178,10 +120,6 @@ class BackendPolicy(Policy):
     @abstractmethod
     def _put_saved(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy this rank's part of whole tensors, by HF name, into `_saved_parameters`; called without gradients."""
-
-    @abstractmethod
-    def _has_gradient(self, linear: Any) -> bool:
-        """Whether this rank's part of an adapted linear's factors got any gradient."""
 
     def _remember_start(self, keeps_start: bool) -> None:
         """Once, when the starting values are in place. keeps_start: whether full fine-tuning keeps its own."""
@@ -214,73 +152,6 @@ class BackendPolicy(Policy):
         if self._principal is not None:
             return self._trained_parts()
         return [local_part(parameter.detach()) for parameter in self._saved_parameters().values()]
-
-    def forward_backward(self, groups: Groups, objective: Objective, *, keep_logps: bool = False) -> Passed:
-        rows = [row for group in groups for row in group]
-        share = self._divide(groups, "training")
-        self._set_training(True)
-        self._clear_gradients()
-        num_tokens = sum(len(row) for row in rows)
-        passed = self._accumulate(share.batches, objective, objective.count(rows), num_tokens, keep_logps=keep_logps)
-        if not self._gradients_checked:
-            self._check_gradients()
-        self._rows_passed = sorted({row.index for row in rows})
-        logps = None if passed.logps is None else self._collect([passed.logps], share, groups)[0]
-        return replace(passed, logps=logps)
-
-    def optim_step(self) -> Updated:
-        lowest, highest = self._learning_rates()
-        norm = self._update()
-        if not math.isfinite(norm):
-            self._clear_gradients()
-            raise NonFiniteLoss(norm, self._rows_passed, what="gradient norm")
-        self.scheduler.step(increment=1)
-        return Updated(norm, lowest, self._lora_plus_rate(highest))
-
-    def evaluate(self, groups: Groups, objective: Objective) -> tuple[float, dict[str, float]]:
-        share = self._divide(groups, "evaluation")
-        rows = [row for group in groups for row in group]
-        with self._evaluating():
-            return self._evaluate(share.batches, objective, objective.count(rows))
-
-    def score(self, rows: Sequence[Row]) -> list[Tensor]:
-        return self._score(rows, [nullcontext()])[0]
-
-    def score_with_reference(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor]]:
-        policy, reference = self._score(rows, [nullcontext(), self.reference()])
-        return policy, reference
-
-    def _score(self, rows: Sequence[Row], passes: Sequence[AbstractContextManager[None]]) -> list[list[Tensor]]:
-        """The rows' log-probabilities within each of the contexts."""
-        groups = [[row] for row in rows]
-        share = self._divide(groups, "scoring", num_passes=len(passes))
-        batches = [batch.to(self.world.device) for batch in share.batches]
-        logps = []
-        for state in passes:
-            with self._evaluating(), state:
-                logps.append(self._logps(batches))
-        scores = self._collect(logps, share, groups)
-        for values in scores:
-            check_scores(rows, values, self.scored)
-        return scores
-
-    def _collect(self, passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups) -> list[list[Tensor]]:
-        return collect_rows(passes, share, groups, self._data_parallel_group)
-
-    def _divide(self, groups: Groups, purpose: Purpose, *, num_passes: int = 1) -> Share:
-        world = self.world
-        share = divide(groups, self.config, self.batching, dp_size=world.dp, dp_rank=world.dp_rank, purpose=purpose)
-        self.model_tokens += num_passes * share.num_tokens
-        return share
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self._set_training(False)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._set_training(True)
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
@@ -398,28 +269,6 @@ class BackendPolicy(Policy):
         if self.spec is None:
             raise ValueError(otherwise)
         return self.spec
-
-    def _lora_plus_rate(self, value: float) -> dict[str, float]:
-        return {"lr_lora_plus": value} if self.config.lora_plus_ratio is not None else {}
-
-    def _check_gradients(self) -> None:
-        """After the first backward every adapter must have had a gradient on some rank; name those that had none. Of a
-        layer's experts one must have had: to some no token may have gone."""
-        self._gradients_checked = True
-        mine: dict[str, bool] = {}
-        for name, linear in self._linears.items():
-            name = without_expert(name)
-            mine[name] = mine.get(name, False) or self._has_gradient(linear)
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, mine)
-        trained = {name for part in everyone for name, found in part.items() if found}
-        without = sorted({name for part in everyone for name in part} - trained)
-        if without:
-            raise UserError(
-                f"after the first step {len(without)} adapters had no gradient: {', '.join(without[:8])}"
-                f"{', ...' if len(without) > 8 else ''}; with both factors at zero nothing trains: "
-                f"set {self.a_init_key} to xavier"
-            )
 
 
 def local_part(value: Tensor) -> Tensor:

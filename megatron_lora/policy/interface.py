@@ -13,6 +13,7 @@ from megatron_lora.data.batch import Row
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.peft_format import ExpertLayout
 from megatron_lora.objectives.base import Objective
+from megatron_lora.policy.heads import Head
 
 
 @dataclass
@@ -84,7 +85,8 @@ class Policy(ABC):
     def forward_backward(
         self, groups: Sequence[Sequence[Row]], objective: Objective, *, keep_logps: bool = False
     ) -> Passed:
-        """Gradients of the objective's mean over the global batch, in place of those before. Raises NonFiniteLoss."""
+        """Gradients of the objective's mean over the global batch, in place of those before. The objective is called
+        with what its head gives (`heads.head_of`). Raises NonFiniteLoss."""
 
     @abstractmethod
     def optim_step(self) -> Updated:
@@ -111,6 +113,11 @@ class Policy(ABC):
     @abstractmethod
     def evaluate(self, groups: Sequence[Sequence[Row]], objective: Objective) -> tuple[float, dict[str, float]]:
         """The objective's mean loss and metrics without gradients, adapters' dropout off."""
+
+    @abstractmethod
+    def forward(self, rows: Sequence[Row], head: Head) -> list[Tensor]:
+        """What a head (`policy.heads`) gives of each row's tokens: [S] or [S, width] fp32 CPU, [0] is 0; on every rank,
+        no gradients. As for `score`, of which it is the general form."""
 
     @abstractmethod
     def score(self, rows: Sequence[Row]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""From log-probabilities of micro-batches, spread over data-parallel ranks, to one tensor a row on every rank."""
+"""From what is computed of targets, spread over data-parallel ranks, to one tensor a row on every rank."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,16 +13,16 @@ from megatron_lora.policy.batching import Groups, Share
 
 
 def collect_rows(passes: Sequence[Sequence[Tensor]], share: Share, groups: Groups, group: Any) -> list[list[Tensor]]:
-    """Each pass's log-probabilities by row: [S] fp32 on the CPU, in the order of `groups`' rows, [0] is 0. Collective.
+    """Each pass's values by row: [S, ...] fp32 on the CPU, in the order of `groups`' rows, [0] is 0. Collective.
 
-    passes: the targets' log-probabilities of each of this rank's micro-batches, one list a pass over `share.batches`.
+    passes: [N, ...] of the targets of each of this rank's micro-batches, one list a pass over `share.batches`.
     group: the data-parallel process group. One gather and one copy from the device for all of them.
     """
     lengths = [[len(row) for row in rows] for rows in groups]
     sizes = [sum(sum(lengths[p]) for members in rank for p in members) for rank in share.plan]
     sources, destinations = _places(share)
     device = passes[0][0].device
-    flat = torch.zeros(len(passes), max(sizes), device=device)
+    flat = torch.zeros(len(passes), max(sizes), *passes[0][0].shape[1:], device=device)
     values = torch.stack([torch.cat(list(pieces)) for pieces in passes])
     flat[:, destinations.to(device)] = values[:, sources.to(device)].float()
     everyone = flat.flatten()

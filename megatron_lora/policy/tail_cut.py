@@ -49,7 +49,7 @@ def cut_around_targets(
     start = tp.rank * columns if tp is not None else 0
     cut = torch.ones_like(logits, dtype=torch.bool)
     for part, piece in zip(cut.split(SORT_ROWS), logits.split(SORT_ROWS), strict=True):
-        whole = _gathered(piece, tp)[:, :vocab_size] if tp is not None and tp.size > 1 else piece[:, :vocab_size]
+        whole = gathered_columns(piece, tp)[:, :vocab_size] if tp is not None and tp.size > 1 else piece[:, :vocab_size]
         mine = tail_cut(whole, top_k, top_p)[:, start : start + columns]
         part[:, : mine.shape[1]] = mine
     local = targets - start
@@ -59,7 +59,7 @@ def cut_around_targets(
     return cut
 
 
-def _gathered(piece: Tensor, tp: TensorParallel) -> Tensor:
+def gathered_columns(piece: Tensor, tp: TensorParallel) -> Tensor:
     """[n, columns] of each rank -> [n, columns * size]."""
     parts = tp.all_gather(piece.contiguous())
     return parts.view(tp.size, *piece.shape).transpose(0, 1).reshape(piece.shape[0], -1)

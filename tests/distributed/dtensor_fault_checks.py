@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Placement
 
 from megatron_lora.policy.backend import local_part
 from megatron_lora.policy.dtensor import optim, parallel
-from megatron_lora.policy.dtensor.adapter import ADAPTER_NAME, AdaptedLinear
+from megatron_lora.policy.dtensor.adapter import AdaptedLinear
+from megatron_lora.policy.dtensor.factor_sets import ADAPTER_NAME
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from tests.distributed.cases import SP2, TP2
 from tests.distributed.fault_checks import Fault, Plant, local_count, look_at, nothing, saved_otherwise, stale_norm

@@ -2,13 +2,9 @@
 
 peft gives each HF linear its own pair of factors. Here the linears that a fused Megatron linear covers share one A
 Parameter, so that the model is the same on both backends and one key swaps them with equal numbers.
-
-A model may have two sets of factors, the policy's and a critic's with its value head: what is asked of the linears, and
-of the functions below, is of the set in use.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +19,15 @@ from megatron_lora.config.schema_adapters import LoraConfig
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
-from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, Factor, FactorKey, ModelSpec
-from megatron_lora.lora.methods import AdapterMethod, method_of
+from megatron_lora.lora.layout import FACTORS, A, AdapterSpec, B, ModelSpec
+from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.peft_config import FLAG_OF_TYPE
 from megatron_lora.lora.peft_format import PREFIX, hf_name, peft_name, to_hf
 from megatron_lora.policy.adapter_start import DrawnStart, base_reader, draw_start, starting_adapter
 from megatron_lora.policy.checksums import Pieces, checksum
-from megatron_lora.policy.critic import VALUE_HEAD_WEIGHT
+from megatron_lora.policy.dtensor.factor_sets import ADAPTER_NAME, FactorSets, gives_values, is_critics, without_set
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear
 
-# The sets of factors: the policy's, under peft's name, and the critic's.
-ADAPTER_NAME = "default"
-CRITIC = "critic"
 _WHOLE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
 
 
@@ -73,35 +66,19 @@ def start(
     return Start(drawn, peft_config, tensors, found.notices)
 
 
-def factor_of(parameter: str) -> Factor | None:
-    """The factor that a parameter of an adapted linear is, by its name there; None for the base's own."""
-    start = parameter.partition(".")[0].removesuffix(f"_{CRITIC}")
-    return next((factor for factor in FACTORS.values() if factor.peft_name.partition(".")[0] == start), None)
-
-
-class AdaptedLinear(PeftLoraLinear):
+class AdaptedLinear(FactorSets, PeftLoraLinear):
     """peft's LoRA linear, with dropout before or after the factors, the same on every layout, and, where the weights
     are whole, the fused product of `lora.arithmetic`.
 
     Under tensor parallelism weights, inputs and outputs are DTensors and the layout follows from theirs.
-
-    sets: of factors that it has. in_use: the one that it computes with; None where the set in use has none here.
     """
 
-    sets: tuple[str, ...] = (ADAPTER_NAME,)
-    in_use: str | None = ADAPTER_NAME
     dropout = 0.0
     dropout_before = False
     fused = False
     tp_rank = 0
-    method: AdapterMethod
     keeps_derived = True
     _derived: Any = None
-
-    @property
-    def factors(self) -> dict[FactorKey, nn.Parameter]:
-        """This linear's factors, in the order of the method's table."""
-        return {factor.key: self._parameter(factor) for factor in self.method.factors}
 
     @property
     def enabled(self) -> bool:
@@ -111,13 +88,6 @@ class AdaptedLinear(PeftLoraLinear):
     def enabled(self, value: bool) -> None:
         # Not peft's own switch, which also changes what trains.
         self._disable_adapters = not value
-
-    def _parameter(self, factor: Factor) -> nn.Parameter:
-        assert self.in_use is not None
-        holder: Any = getattr(self, factor.peft_name.partition(".")[0])
-        if isinstance(holder, nn.Parameter):
-            return holder if self.in_use == ADAPTER_NAME else getattr(self, f"{factor.peft_name}_{self.in_use}")
-        return holder[self.in_use].weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -188,7 +158,6 @@ class AdaptedLinear(PeftLoraLinear):
         return split == Shard(0)
 
     def factors_changed(self) -> None:
-        """The factors have other values than before: what was derived from them is computed anew."""
         self._derived = None
 
     def _fused_forward(self, x: Tensor, scale: float, drops: bool) -> Tensor:
@@ -241,7 +210,7 @@ def inject(
         module.keeps_derived = config.dora_cached_norms
         _add_own_factors(module, start.tensors[peft_name(name, FACTORS["B"])].shape[0])
         if critic and name != "lm_head":
-            _add_critics_factors(module)
+            module.add_critics_factors()
     tie_shared_factors(model, start.spec)
     for parameter in saved_parameters(model, start.spec).values():
         parameter.requires_grad_(True)
@@ -261,42 +230,6 @@ def _add_own_factors(linear: AdaptedLinear, outputs: int) -> None:
             linear.register_parameter(factor.peft_name, nn.Parameter(torch.empty(outputs, device="meta")))
 
 
-def _add_critics_factors(linear: AdaptedLinear) -> None:
-    """Another empty parameter of each factor's shape."""
-    linear.sets = (ADAPTER_NAME, CRITIC)
-    for factor, parameter in zip(linear.method.factors, linear.factors.values(), strict=True):
-        copy = nn.Parameter(torch.empty_like(parameter))
-        holder: Any = getattr(linear, factor.peft_name.partition(".")[0])
-        if isinstance(holder, nn.Parameter):
-            linear.register_parameter(f"{factor.peft_name}_{CRITIC}", copy)
-        else:
-            holder[CRITIC] = nn.Linear(parameter.shape[1], parameter.shape[0], bias=False, device="meta")
-            holder[CRITIC].weight = copy
-
-
-@contextmanager
-def using_critic(model: Any) -> Iterator[None]:
-    """Within it the critic's factors and head are in use."""
-    linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-    try:
-        _use(model, linears, CRITIC)
-        yield
-    finally:
-        _use(model, linears, ADAPTER_NAME)
-
-
-def _use(model: Any, linears: list[AdaptedLinear], name: str) -> None:
-    model.adapter_in_use = name
-    for linear in linears:
-        linear.in_use = name if name in linear.sets else None
-        linear.factors_changed()
-
-
-def gives_values(model: Any) -> bool:
-    """Whether the critic is in use."""
-    return getattr(model, "adapter_in_use", ADAPTER_NAME) == CRITIC
-
-
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
     """HF module name -> adapted linear, of those that the set in use adapts."""
     return {
@@ -310,17 +243,8 @@ def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {
         parameter: without_set(name)
         for name, parameter in model.named_parameters()
-        if not (_is_critics(name) or _is_factor(name)) or _is_critics(name) == critic
+        if not (is_critics(name) or _is_factor(name)) or is_critics(name) == critic
     }
-
-
-def without_set(name: str) -> str:
-    """A critic's parameter's name as the policy's has it."""
-    return name.replace(f".{CRITIC}.", f".{ADAPTER_NAME}.").removesuffix(f"_{CRITIC}")
-
-
-def _is_critics(name: str) -> bool:
-    return name == VALUE_HEAD_WEIGHT or without_set(name) != name
 
 
 def tie_shared_factors(model: nn.Module, spec: AdapterSpec) -> None:

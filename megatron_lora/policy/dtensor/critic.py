@@ -8,7 +8,7 @@ from typing import Any
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.policy.critic import critic_spec
-from megatron_lora.policy.dtensor import adapter
+from megatron_lora.policy.dtensor.factor_sets import using_critic
 from megatron_lora.policy.dtensor.policy import DTensorPolicy
 
 
@@ -17,7 +17,7 @@ def _in_use(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def call(self: "DTensorCritic", *args: Any, **kwargs: Any) -> Any:
-        with adapter.using_critic(self.actor.base.hf):
+        with using_critic(self.actor.base.hf):
             return method(self, *args, **kwargs)
 
     return call
@@ -42,7 +42,7 @@ class DTensorCritic(DTensorPolicy):
         self.base, self.root, self.mesh = actor.base, actor.root, actor.mesh
         self.unshared_reason = actor.unshared_reason
         self.spec = critic_spec(actor.spec)
-        with adapter.using_critic(self.base.hf):
+        with using_critic(self.base.hf):
             self._build_optimizer(num_steps)
         return self.base.weights
 
@@ -54,6 +54,6 @@ class DTensorCritic(DTensorPolicy):
     forward_backward = _in_use(DTensorPolicy.forward_backward)
     optim_step = _in_use(DTensorPolicy.optim_step)
     evaluate = _in_use(DTensorPolicy.evaluate)
-    _score = _in_use(DTensorPolicy._score)
+    _forward = _in_use(DTensorPolicy._forward)
     save = _in_use(DTensorPolicy.save)
     load = _in_use(DTensorPolicy.load)

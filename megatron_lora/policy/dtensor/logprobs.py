@@ -1,7 +1,8 @@
-"""From packed tokens to log-probabilities: the module that FSDP calls, and the head in chunks, over TP ranks or whole.
+"""From packed tokens to what a head gives: the module that FSDP calls, and the head in chunks, over TP ranks or whole.
 
-Full logits [T, vocabulary] never exist: the head is applied to chunks of tokens, and a frozen head's gradient is taken
-in the forward pass (`policy.frozen_head`); a head that trains is recomputed in the backward pass.
+Full logits [T, vocabulary] never exist: the output layer is applied to chunks of tokens, and a frozen one's gradient of
+log-probabilities is taken in the forward pass (`policy.frozen_head`); one that trains, and every other head, is
+recomputed in the backward pass.
 """
 
 from typing import Any
@@ -18,13 +19,15 @@ from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.layout import ModelSpec
-from megatron_lora.policy.dtensor.adapter import AdaptedLinear, gives_values
+from megatron_lora.policy.dtensor.adapter import AdaptedLinear
 from megatron_lora.policy.dtensor.attention import Packing
+from megatron_lora.policy.dtensor.factor_sets import gives_values
 from megatron_lora.policy.frozen_head import FrozenHead, HeadOptions
+from megatron_lora.policy.heads import TARGETS, Head
 
 
 class PolicyModule(nn.Module):
-    """A transformers causal language model called for the log-probabilities of a micro-batch's targets."""
+    """A transformers causal language model called for what a head gives of a micro-batch's targets."""
 
     def __init__(self, model: Any, policy: PolicyConfig, tp_mesh: DeviceMesh, shapes: ModelSpec, softcap: float | None):
         super().__init__()
@@ -42,9 +45,9 @@ class PolicyModule(nn.Module):
         )
         self.softcap = softcap
 
-    def forward(self, batch: MicroBatch, after: int | None = None) -> Tensor:
-        """A log-probability for each of the batch's targets, fp32 nats, on every TP rank; a value for each while a
-        critic is in use. after: instead of these the most likely token behind that place of the batch."""
+    def forward(self, batch: MicroBatch, head: Head = TARGETS, after: int | None = None) -> Tensor:
+        """What the head gives of each of the batch's targets, on every TP rank; a value for each while a critic is in
+        use. after: instead of these the most likely token behind that place of the batch."""
         hidden = self.model.model(
             input_ids=batch.tokens.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
@@ -53,13 +56,13 @@ class PolicyModule(nn.Module):
         ).last_hidden_state
         if gives_values(self.model):
             return self._values(hidden, batch.sources)
-        head = self.model.lm_head
+        layer = self.model.lm_head
         if after is not None:
-            return self._most_likely(hidden, head, after)
-        adapted = isinstance(head, AdaptedLinear) and not head.disable_adapters
-        weight, bias = _weight_and_bias(head)
-        if adapted or weight.requires_grad or bias is not None or self.softcap is not None:
-            return self._recomputed(hidden, head, batch.targets, batch.sources)
+            return self._most_likely(hidden, layer, after)
+        adapted = isinstance(layer, AdaptedLinear) and not layer.disable_adapters
+        weight, bias = _weight_and_bias(layer)
+        if head != TARGETS or adapted or weight.requires_grad or bias is not None or self.softcap is not None:
+            return self._recomputed(hidden, layer, head, head.wanted(batch), batch.sources)
         local = _rows_of_rank(weight, self.tp)
         return FrozenHead.apply(  # type: ignore[return-value]
             hidden.squeeze(0), local, batch.targets, batch.sources, self.tp, self.head
@@ -72,13 +75,15 @@ class PolicyModule(nn.Module):
             hidden = hidden.index_select(0, sources)
         return F.linear(hidden.float(), self.model.score.weight.float()).squeeze(1)
 
-    def _recomputed(self, hidden: Tensor, head: nn.Module, targets: Tensor, sources: Tensor | None) -> Tensor:
+    def _recomputed(
+        self, hidden: Tensor, layer: nn.Module, head: Head, wanted: Tensor, sources: Tensor | None
+    ) -> Tensor:
         hidden = self._whole(hidden)
         if sources is not None:
             hidden = hidden.index_select(1, sources)
         size = self.head.chunk_size
-        chunks = zip(hidden.split(size, dim=1), targets.split(size), strict=True)
-        pieces = [checkpoint(self._chunk, piece, head, wanted, use_reentrant=False) for piece, wanted in chunks]
+        chunks = zip(hidden.split(size, dim=1), wanted.split(size), strict=True)
+        pieces = [checkpoint(self._chunk, piece, layer, head, asked, use_reentrant=False) for piece, asked in chunks]
         return torch.cat(pieces)  # type: ignore[arg-type]
 
     def _whole(self, hidden: Tensor) -> Tensor:
@@ -101,24 +106,24 @@ class PolicyModule(nn.Module):
         dist.all_gather(everyone, torch.stack([value.double(), (best + start).double()]), group=self.tp.group)
         return max(everyone, key=lambda found: float(found[0]))[1].long()
 
-    def _chunk(self, hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-        logits = head(hidden).squeeze(0).float()
+    def _chunk(self, hidden: Tensor, layer: nn.Module, head: Head, wanted: Tensor) -> Tensor:
+        logits = layer(hidden).squeeze(0).float()
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.head.temperature != 1.0:
             logits = logits / self.head.temperature
-        weight, _ = _weight_and_bias(head)
+        weight, _ = _weight_and_bias(layer)
         split = isinstance(weight, DTensor)
         columns = -(-self.head.vocab_size // self.tp.size) if split else self.head.vocab_size
         if self.head.cuts:
             # The last ranks may have fewer columns.
             full = F.pad(logits.detach(), (0, columns - logits.shape[1]), value=float("-inf"))
+            targets = wanted if wanted.ndim == 1 else wanted[:, 0]
             cut = self.head.cut(full, targets, self.tp if split else None)
             logits = logits.masked_fill(cut[:, : logits.shape[1]], float("-inf"))
-        if not split:
-            return -F.cross_entropy(logits, targets, reduction="none")
-        start = self.tp.rank * columns
-        return _SplitLogprobs.apply(logits, targets, start, self.tp)  # type: ignore[return-value]
+        if split:
+            return head.of_logits(logits, wanted, self.tp, start=self.tp.rank * columns)
+        return head.of_logits(logits, wanted, None, start=0)
 
 
 def _weight_and_bias(head: Any) -> tuple[Tensor, Tensor | None]:
@@ -137,28 +142,3 @@ def _rows_of_rank(weight: Tensor, tp: TensorParallel) -> Tensor:
         # Tied to the embedding, which every rank holds whole.
         local = weight[tp.rank * rows : (tp.rank + 1) * rows]
     return local if local.shape[0] == rows else F.pad(local, (0, 0, 0, rows - local.shape[0]))
-
-
-class _SplitLogprobs(torch.autograd.Function):
-    """Log-softmax at the targets over logits [c, columns of this rank], which begin at column `start`."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, tp: TensorParallel) -> Tensor:  # type: ignore[override]
-        highest = logits.amax(1) if logits.shape[1] else logits.new_full((logits.shape[0],), float("-inf"))
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp.group)
-        local = targets - start
-        mine = (local >= 0) & (local < logits.shape[1])
-        local = torch.where(mine, local, torch.zeros_like(local))
-        wanted = torch.where(mine, logits.gather(1, local[:, None]).squeeze(1), 0.0)
-        sums = torch.stack([(logits - highest[:, None]).exp().sum(1), wanted])
-        dist.all_reduce(sums, group=tp.group)
-        log_normalizer = highest + sums[0].log()
-        ctx.save_for_backward(logits, log_normalizer, local, mine)
-        return sums[1] - log_normalizer
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        logits, log_normalizer, local, mine = ctx.saved_tensors
-        dlogits = (logits - log_normalizer[:, None]).exp().neg_()
-        dlogits.scatter_add_(1, local[:, None], mine.to(dlogits.dtype)[:, None])
-        return dlogits.mul_(grad[:, None]), None, None, None

@@ -22,6 +22,7 @@ from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.critic import VALUE_HEAD, VALUE_HEAD_WEIGHT, draw_value_head
 from megatron_lora.policy.dtensor import adapter, attention
+from megatron_lora.policy.dtensor.factor_sets import ADAPTER_NAME, without_set
 from megatron_lora.policy.dtensor.four_bit import FourBitLinear, replace_linears, weight_name
 from megatron_lora.policy.dtensor.logprobs import PolicyModule
 from megatron_lora.policy.dtensor.parallel import ParallelPlan, parallelize
@@ -108,7 +109,7 @@ class _Source:
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         """The value of the transformers model's parameter `name`, on this rank's device."""
-        full = adapter.without_set(name).replace(f".{adapter.ADAPTER_NAME}.", ".")
+        full = without_set(name).replace(f".{ADAPTER_NAME}.", ".")
         if f"{PREFIX}{full}" in self.factors:
             # Factors train: fp32, whatever the base is in.
             return self.factors[f"{PREFIX}{full}"].to(self.world.device, torch.float32)

@@ -19,7 +19,7 @@ from megatron_lora.conversion.tower import TOWER
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import TEXT
 from megatron_lora.lora.sharding import split_axis
-from megatron_lora.policy.dtensor.adapter import factor_of
+from megatron_lora.policy.dtensor.factor_sets import factor_of
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 
 COLUMN = ("colwise", "colwise_gather_output")

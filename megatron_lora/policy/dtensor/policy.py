@@ -27,8 +27,10 @@ from megatron_lora.policy.batching import BatchingOptions
 from megatron_lora.policy.checksums import Pieces
 from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.dtensor import adapter, checkpoint, optim
+from megatron_lora.policy.dtensor.factor_sets import ADAPTER_NAME
 from megatron_lora.policy.dtensor.four_bit import four_bit_linears
 from megatron_lora.policy.dtensor.model import build_model
+from megatron_lora.policy.heads import Head, head_of
 from megatron_lora.policy.interface import AdapterTensors, NonFiniteLoss, Passed, PendingSave
 from megatron_lora.policy.shared_prefix import unshared_reason
 from megatron_lora.runtime.activity import tick
@@ -135,8 +137,8 @@ class DTensorPolicy(BackendPolicy):
     ) -> tuple[float, dict[str, float]]:
         return self._run(batches, objective, count, training=False)
 
-    def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        return [self.root(batch) for batch in batches]
+    def _outputs(self, batches: Sequence[MicroBatch], head: Head) -> list[Tensor]:
+        return [self.root(batch, head) for batch in batches]
 
     @torch.no_grad()
     def most_likely(self, prompt: Sequence[int], count: int, ends: Sequence[int]) -> list[int]:
@@ -215,7 +217,7 @@ class DTensorPolicy(BackendPolicy):
                 parts: dict[FactorKey, Tensor] = {
                     key: adapter.full_tensor(factor) for key, factor in linear.factors.items()
                 }
-                update = WeightUpdate(self.spec, parts, linear.scaling[adapter.ADAPTER_NAME])
+                update = WeightUpdate(self.spec, parts, linear.scaling[ADAPTER_NAME])
                 value = update.merged(value)
             stored = name.replace(".base_layer.", ".")
             yield from split_fused(stored, value.to(dtype), self.base.shapes)
@@ -277,16 +279,17 @@ class DTensorPolicy(BackendPolicy):
     ) -> tuple[float, dict[str, float]]:
         """This rank's micro-batches, backward too in training. Returns loss and metrics over the global batch.
 
-        kept: takes the log-probabilities of each micro-batch.
+        kept: takes the targets' log-probabilities of each micro-batch.
         """
         results: list[dict[str, Tensor]] = []
+        head = head_of(objective)
         for batch in batches:
             tick()
             batch = batch.to(self.world.device)
-            logps = self.root(batch)
-            result = objective(logps, batch)
+            found = self.root(batch, head)
+            result = objective(found, batch)
             if kept is not None:
-                kept.append(logps.detach())
+                kept.append(head.logps(found).detach())
             if training:
                 # FSDP takes the mean over data-parallel ranks; the loss is a sum over them.
                 (result.loss * (self.world.dp / count)).backward()

@@ -113,7 +113,7 @@ class MegatronCritic(MegatronPolicy):
     forward_backward = _in_place(MegatronPolicy.forward_backward)
     optim_step = _in_place(MegatronPolicy.optim_step)
     evaluate = _in_place(MegatronPolicy.evaluate)
-    _score = _in_place(MegatronPolicy._score)
+    _forward = _in_place(MegatronPolicy._forward)
     save = _in_place(MegatronPolicy.save)
     load = _in_place(MegatronPolicy.load)
     _trained = _in_place(MegatronPolicy._trained)

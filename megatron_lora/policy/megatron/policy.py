@@ -31,6 +31,7 @@ from megatron_lora.policy.checksums import Pieces
 from megatron_lora.policy.critic import critic_policy
 from megatron_lora.policy.cuda_graphs import ungraphed_reason
 from megatron_lora.policy.frozen_head import HeadOptions
+from megatron_lora.policy.heads import Head
 from megatron_lora.policy.interface import AdapterTensors, Passed, PendingSave
 from megatron_lora.policy.lanes import LanePolicy
 from megatron_lora.policy.learning_rate import build_scheduler
@@ -221,8 +222,8 @@ class MegatronPolicy(LanePolicy):
         outcome = schedule.run(self.engine, batches, objective, count, forward_only=True)
         return outcome.loss, outcome.metrics
 
-    def _logps(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        return schedule.run_logprobs(self.engine, batches)
+    def _outputs(self, batches: Sequence[MicroBatch], head: Head) -> list[Tensor]:
+        return schedule.run_head(self.engine, batches, head)
 
     @contextmanager
     def lanes(self, num_slots: int, capacity: int) -> Iterator[MegatronLanes]:

@@ -17,6 +17,7 @@ from megatron_lora.data.batch import MicroBatch
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.objectives.base import Objective
 from megatron_lora.policy.frozen_head import HeadOptions
+from megatron_lora.policy.heads import TARGETS, Head, head_of
 from megatron_lora.policy.interface import NonFiniteLoss, Passed
 from megatron_lora.policy.megatron.graphs import GraphedPasses
 from megatron_lora.policy.megatron.logprobs import target_logprobs
@@ -61,33 +62,36 @@ def run(
     keep_logps: bool = False,
 ) -> Passed:
     """Forward (and backward) over this rank's micro-batches. Returns the loss and the metrics over the global batch,
-    divided by `count`, on every rank; with keep_logps also the log-probabilities that the loss was computed from, on
-    every rank of this pipeline. Raises NonFiniteLoss on every rank, before any update."""
-    loss = partial(_loss, objective=objective, count=count, keep_logps=keep_logps)
-    results = _schedule(engine, batches, loss, forward_only)
+    divided by `count`, on every rank; with keep_logps also the targets' log-probabilities that the loss was computed
+    from, on every rank of this pipeline. Raises NonFiniteLoss on every rank, before any update."""
+    head = head_of(objective)
+    loss = partial(_loss, objective=objective, head=head, count=count, keep_logps=keep_logps)
+    results = _schedule(engine, batches, head, loss, forward_only)
     value, metrics = _reduce(engine, objective, results, batches)
-    return Passed(value, metrics, _logps(engine, batches, results) if keep_logps else None)
+    return Passed(value, metrics, _kept(engine, batches, TARGETS, results) if keep_logps else None)
 
 
-def run_logprobs(engine: Engine, batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Log-probabilities of the targets of this data-parallel rank's micro-batches, on every rank of its pipeline."""
-    return _logps(engine, batches, _schedule(engine, batches, _keep_logprobs, forward_only=True))
+def run_head(engine: Engine, batches: Sequence[MicroBatch], head: Head) -> list[Tensor]:
+    """What the head gives of this data-parallel rank's micro-batches, on every rank of its pipeline."""
+    return _kept(engine, batches, head, _schedule(engine, batches, head, _keep, forward_only=True))
 
 
-def _logps(engine: Engine, batches: Sequence[MicroBatch], results: Sequence[dict[str, Any]]) -> list[Tensor]:
+def _kept(engine: Engine, batches: Sequence[MicroBatch], head: Head, results: Sequence[dict[str, Any]]) -> list[Tensor]:
     """What the last stage kept, told to all: one exchange for all micro-batches."""
     sizes = [batch.targets.numel() for batch in batches]
     if engine.world.pp == 1:
-        return [result["logps"] for result in results]
-    flat = torch.empty(sum(sizes), device=engine.world.device)
+        return [result["kept"] for result in results]
+    flat = torch.empty(sum(sizes), *head.shape(batches[0]), device=engine.world.device)
     if results:
-        torch.cat([result["logps"] for result in results], out=flat)
+        torch.cat([result["kept"] for result in results], out=flat)
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(flat, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return list(flat.split(sizes))
 
 
-def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_only: bool) -> list[dict[str, Any]]:
+def _schedule(
+    engine: Engine, batches: Sequence[MicroBatch], head: Head, loss: Any, forward_only: bool
+) -> list[dict[str, Any]]:
     lengths = {batch.tokens.numel() for batch in batches}
     # Stages exchange shapes before tensors only where micro-batches differ: it costs a synchronisation each.
     engine.config.variable_seq_lengths = engine.world.pp > 1 and len(lengths) > 1
@@ -95,7 +99,7 @@ def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_
     single = len(engine.chunks) == 1
     step = get_forward_backward_func()
     return step(
-        forward_step_func=partial(_forward_step, engine=engine, loss=loss),
+        forward_step_func=partial(_forward_step, engine=engine, head=head, loss=loss),
         data_iterator=iterators[0] if single else iterators,
         model=engine.chunks[0] if single else list(engine.chunks),
         num_microbatches=len(batches),
@@ -105,31 +109,36 @@ def _schedule(engine: Engine, batches: Sequence[MicroBatch], loss: Any, forward_
     )
 
 
-def _forward_step(iterator: Iterator[MicroBatch], model: Any, engine: Engine, loss: Any) -> tuple[Tensor, Any]:
+def _forward_step(
+    iterator: Iterator[MicroBatch], model: Any, engine: Engine, head: Head, loss: Any
+) -> tuple[Tensor, Any]:
     tick()
     batch = next(iterator).to(engine.world.device)
     with span("forward"):
-        output = forward(engine, model, batch) if engine.graphs is None else engine.graphs.logps(batch, engine.head)
+        if engine.graphs is None or head != TARGETS:
+            output = forward(engine, model, batch, head)
+        else:
+            output = engine.graphs.logps(batch, engine.head)
     return output, partial(loss, batch=batch)
 
 
-def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: MicroBatch) -> Tensor:
-    """One chunk's forward: a log-probability (a critic's value) for each target on the last stage, hidden states
+def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: MicroBatch, head: Head = TARGETS) -> Tensor:
+    """One chunk's forward: on the last stage what the head gives of each target (a critic's value), hidden states
     elsewhere."""
-    tokens, positions, targets = batch.tokens, batch.positions, batch.targets
+    tokens, positions, wanted = batch.tokens, batch.positions, head.wanted(batch)
     world = engine.world
     indices = mine = None
     if world.cp > 1:
         indices = [local_token_indices(batch.cu_seqlens, world.cp, rank) for rank in range(world.cp)]
         mine = indices[world.cp_rank]
-        tokens, positions, targets = tokens[mine], positions[mine], targets[mine]
+        tokens, positions, wanted = tokens[mine], positions[mine], wanted[mine]
 
-    def head(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
         if engine.value_head is not None:
             found = engine.value_head(hidden_states, batch.sources, engine.tp)
         else:
             found = target_logprobs(
-                hidden_states, output_layer, output_weight, targets, engine.tp, engine.head, batch.sources
+                hidden_states, output_layer, output_weight, wanted, engine.tp, engine.head, batch.sources, head
             )
         return found if indices is None else _gather_over_cp(found, indices, world.cp_rank)
 
@@ -145,25 +154,25 @@ def forward(engine: Engine, model: GPTModel | Callable[..., Tensor], batch: Micr
             attention_mask=None,
             packed_seq_params=packed_params(batch, experts),
             padding_mask=padding,
-            output_processor=head,
+            output_processor=process,
         )
 
 
 def _loss(
-    logps: Tensor, *, objective: Objective, count: float, keep_logps: bool, batch: MicroBatch
+    found: Tensor, *, objective: Objective, head: Head, count: float, keep_logps: bool, batch: MicroBatch
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """What Megatron's schedule asks of a loss: (scaled loss, a token count that we do not use, what to keep)."""
-    result = objective(logps, batch)
+    result = objective(found, batch)
     scaled = result.loss / count
     kept = {"loss": scaled.detach(), "rows": batch.row_indices}
     kept |= {name: value.detach() / count for name, value in result.metrics.items()}
     if keep_logps:
-        kept["logps"] = logps.detach().float()
+        kept["kept"] = head.logps(found).detach().float()
     return scaled, torch.ones((), dtype=torch.int, device=scaled.device), kept
 
 
-def _keep_logprobs(logps: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    return logps.sum(), torch.ones((), dtype=torch.int, device=logps.device), {"logps": logps.detach().float()}
+def _keep(found: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return found.sum(), torch.ones((), dtype=torch.int, device=found.device), {"kept": found.detach().float()}
 
 
 def _reduce(
@@ -192,7 +201,7 @@ def _metric_names(engine: Engine, objective: Objective, results: list[dict[str, 
     """The objective's metrics, known to the last stage; told to the other stages once."""
     key = type(objective).__qualname__
     if key not in engine.metric_names:
-        names = [name for name in results[0] if name not in ("loss", "rows", "logps")] if results else []
+        names = [name for name in results[0] if name not in ("loss", "rows", "kept")] if results else []
         if engine.world.pp > 1:
             box = [names]
             last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -211,13 +220,13 @@ def _rows_of_non_finite(results: list[dict[str, Any]]) -> list[int]:
 
 
 class _GatherOverContextParallel(torch.autograd.Function):
-    """[T / cp] on each rank -> [T] in token order on all. Every rank then computes the same loss, so the gradient of a
-    local token is simply its slice."""
+    """[T / cp, ...] on each rank -> [T, ...] in token order on all. Every rank then computes the same loss, so the
+    gradient of a local token is simply its slice."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, indices: list[Tensor], rank: int) -> Tensor:  # type: ignore[override]
         ctx.mine = indices[rank]
-        gathered = local.new_empty(local.numel() * len(indices))
+        gathered = local.new_empty(local.shape[0] * len(indices), *local.shape[1:])
         group = parallel_state.get_context_parallel_group()
         dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
         out = torch.empty_like(gathered)
