@@ -5,12 +5,13 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from megatron_lora.config.algorithm_section import AlgorithmSection, RolloutSection
-from megatron_lora.config.schema_algorithms import DpoConfig, GrpoConfig, LossFnConfig, SftConfig
+from megatron_lora.config.schema_algorithms import DpoConfig, GrpoConfig, SftConfig
 from megatron_lora.config.schema_base import Section
 from megatron_lora.config.schema_critic import CriticConfig
 from megatron_lora.config.schema_data import DataConfig
 from megatron_lora.config.schema_distillation import DistillationConfig, TeacherConfig
 from megatron_lora.config.schema_env import EnvConfig
+from megatron_lora.config.schema_loss import LossFnConfig
 from megatron_lora.config.schema_policy import PolicyConfig
 from megatron_lora.config.schema_run import CheckpointingConfig, LoggerConfig, TimeoutsConfig
 from megatron_lora.config.schema_tree import section_of

@@ -1,4 +1,4 @@
-"""The algorithms: `sft`, `dpo`, `grpo` with its `loss_fn`."""
+"""The algorithms: `sft`, `dpo`, `grpo`."""
 
 import math
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -15,6 +15,7 @@ from megatron_lora.config.schema_base import (
     PositiveInt,
     Section,
 )
+from megatron_lora.config.schema_loss import OF_DISTILLATION, written_otherwise
 
 if TYPE_CHECKING:
     from megatron_lora.config.schema import Recipe
@@ -305,13 +306,14 @@ class GrpoConfig(RolloutSection):
             )
 
     def unread(self, name: str, resolved: dict[str, Any]) -> list[str]:
-        """What says something else than the estimator's name."""
+        """What says something else than the estimator's name, or is of another loss."""
         written = resolved[name].get("adv_estimator") or {}
-        return [
+        of_estimator = [
             f"{name}.adv_estimator.{key}"
             for key in ("normalize_rewards", "use_leave_one_out_baseline")
             if written.get(key) not in (None, getattr(self.adv_estimator, key))
         ]
+        return of_estimator + written_otherwise(resolved, OF_DISTILLATION)
 
     def notices(self, resolved: dict[str, Any]) -> list[str]:
         controller = resolved.get("async_rl")
@@ -326,71 +328,3 @@ class GrpoConfig(RolloutSection):
 
     def has_reference(self, recipe: "Recipe") -> bool:
         return recipe.loss_fn.reference_policy_kl_penalty > 0
-
-
-class LossFnConfig(Section):
-    """`loss_fn`: GRPO's loss."""
-
-    ratio_clip_min: Float = Field(default=0.2, ge=0, le=1, description="The ratio is clipped at 1 - this.")
-    ratio_clip_max: NonNegativeFloat = Field(default=0.2, description="The ratio is clipped at 1 + this.")
-    ratio_clip_c: Float | None = Field(
-        default=None, gt=1, description="Dual clip: bound of the loss where the advantage is negative; null: none."
-    )
-    token_level_loss: bool = Field(
-        default=True, description="Mean over all answer tokens; off: mean over answers' means."
-    )
-    length_normalization: bool = Field(
-        default=True,
-        description="Off (Dr. GRPO): an answer's sum over tokens is divided by the constant "
-        "`policy.generation.max_new_tokens`, mean over answers; `token_level_loss` then has no say.",
-    )
-    sequence_level_importance_ratios: bool = Field(
-        default=False, description="GSPO: one ratio an answer, the geometric mean over its tokens."
-    )
-    reference_policy_kl_penalty: NonNegativeFloat = Field(
-        default=0.01, description="Weight of the KL term; 0: no reference."
-    )
-    reference_policy_kl_type: Literal["k1", "k2", "k3"] = Field(default="k3", description="Estimator of the KL term.")
-    kl_input_clamp_value: PositiveFloat | None = Field(
-        default=20.0, description="Log-ratios are clamped to +-this before the estimator; null: not."
-    )
-    kl_output_clamp_value: PositiveFloat | None = Field(
-        default=10.0, description="The estimate is clamped to +-this; null: not."
-    )
-    use_kl_in_reward: bool = Field(
-        default=False, description="Subtract the KL term from the advantages, not from the loss."
-    )
-    use_on_policy_kl_approximation: bool = Field(
-        default=False, description="Weigh the KL estimate by the ratio to the policy that sampled."
-    )
-    disable_ppo_ratio: bool = Field(default=False, description="REINFORCE: no ratio, and so no clipping.")
-    force_on_policy_ratio: bool = Field(
-        default=False, description="Take the ratio as 1, with the gradient of the policy."
-    )
-    use_cispo: bool = Field(
-        default=False, description="CISPO: the clipped ratio, without gradient, weighs the log-likelihood."
-    )
-    positive_example_nll_weight: NonNegativeFloat = Field(
-        default=0.0, description="Weight of a likelihood loss on answers of positive advantage."
-    )
-    use_importance_sampling_correction: bool = Field(
-        default=False,
-        description="Weigh tokens by trainer / rollout probability; of answers asked ahead that is the decoupled PPO "
-        "objective (AReaL).",
-    )
-    proximal_policy: Literal["trainer", "rollout"] = Field(
-        default="trainer",
-        description="Policy that the ratio is to: the trainer's as training on the answers starts, or the one that "
-        "drew them, with the rollout's own log-probabilities.",
-    )
-    truncated_importance_sampling_type: Literal["tis", "seq-tis", "icepop", "seq-mask-tis"] | None = Field(
-        default=None,
-        description="Bound those weights: clamp them (tis), clamp an answer's product and weigh all its tokens by it "
-        "(seq-tis), drop tokens outside (icepop), or drop answers whose geometric mean is outside (seq-mask-tis).",
-    )
-    truncated_importance_sampling_ratio: PositiveFloat | None = Field(
-        default=None, description="Upper bound of the weights."
-    )
-    truncated_importance_sampling_ratio_min: NonNegativeFloat | None = Field(
-        default=None, description="Lower bound of the weights; null: none."
-    )

@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from megatron_lora.config.algorithm_section import RolloutSection
-from megatron_lora.config.schema_base import Place, PositiveFloat, PositiveInt, Section
+from megatron_lora.config.schema_base import NonNegativeInt, Place, PositiveFloat, PositiveInt, Section
+from megatron_lora.config.schema_loss import OF_DISTILLATION, READ_BY_DISTILLATION, LossFnConfig, written_otherwise
 
 if TYPE_CHECKING:
     from megatron_lora.config.schema import Recipe
-
-# Of `loss_fn`; the rest is for losses that have rewards.
-READ = ("ratio_clip_min", "ratio_clip_max", "ratio_clip_c")
 
 
 class TeacherConfig(Section):
@@ -39,20 +37,25 @@ class DistillationConfig(RolloutSection):
     own_sections = ("loss_fn", "env", "policy.generation", "teacher")
 
     num_generations_per_prompt: PositiveInt = Field(default=1, description="Answers a prompt.")
+    topk_logits_k: NonNegativeInt | None = Field(
+        default=None,
+        description="Sum the divergence over the teacher's so many most likely tokens of each place; null or 0: "
+        "estimate it from the token that was drawn.",
+    )
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that the divergence is summed over; 0: it is estimated."""
+        return self.topk_logits_k or 0
 
     def unread(self, name: str, resolved: dict[str, Any]) -> list[str]:
         """Keys of `loss_fn` that are for losses of rewards, where they say something else than the default."""
-        from megatron_lora.config.schema_algorithms import LossFnConfig
-
-        written, fields = resolved.get("loss_fn") or {}, LossFnConfig.model_fields
-        return [
-            f"loss_fn.{key}"
-            for key, value in written.items()
-            if key in fields and key not in READ and value != fields[key].get_default(call_default_factory=True)
-        ]
+        read = OF_DISTILLATION if self.num_candidates else READ_BY_DISTILLATION
+        return written_otherwise(resolved, [key for key in LossFnConfig.model_fields if key not in read])
 
     def complete(self, recipe: "Recipe") -> None:
         super().complete(recipe)
+        self._check_divergence(recipe)
         teacher = recipe.teacher
         if teacher.adapter is not None and teacher.urls:
             raise ValueError(
@@ -69,6 +72,27 @@ class DistillationConfig(RolloutSection):
             raise ValueError(
                 f"{', '.join(f'teacher.{key}' for key in changed)} are for teacher.urls, which is empty; name the "
                 "servers"
+            )
+
+    def _check_divergence(self, recipe: "Recipe") -> None:
+        loss, generation = recipe.loss_fn, recipe.policy.generation
+        summed = self.num_candidates > 0
+        if not summed and (loss.kl_type != "reverse" or loss.zero_outside_topk):
+            key = f"kl_type={loss.kl_type}" if loss.kl_type != "reverse" else "zero_outside_topk=true"
+            raise ValueError(
+                f"loss_fn.{key} sums over the teacher's most likely tokens: say how many (distillation.topk_logits_k, "
+                "such as 64), or leave it out"
+            )
+        if loss.zero_outside_topk and loss.kl_type != "forward":
+            raise ValueError(
+                f"loss_fn.zero_outside_topk=true with kl_type={loss.kl_type} needs the policy's entropy over the whole "
+                "vocabulary, which is not computed here; set kl_type=forward, or zero_outside_topk=false"
+            )
+        if summed and (generation.top_p < 1 or (generation.top_k or -1) > 0):
+            raise ValueError(
+                f"distillation.topk_logits_k={self.topk_logits_k} with policy.generation.top_p={generation.top_p:g}, "
+                f"top_k={generation.top_k}: tokens that are never drawn have no log-probability to compare; set "
+                "top_p=1, top_k=null, or topk_logits_k=null"
             )
 
     def has_reference(self, recipe: "Recipe") -> bool:

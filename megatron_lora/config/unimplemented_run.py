@@ -40,15 +40,6 @@ TABLE: tuple[Group, ...] = (
             "token_ids": (None,),
         },
     ),
-    # Distillation
-    Group(
-        "distillation",
-        "the divergence is estimated from the token that was drawn, not summed over the teacher's most likely ones",
-        {"topk_logits_k": (None, 0)},
-    ),
-    Group("loss_fn", "distillation brings down the reverse divergence", {"kl_type": (None, "reverse")}),
-    Group("loss_fn", "of distillation: it brings down the reverse divergence alone", any_value("mixed_kl_weight")),
-    Group("loss_fn", "the divergence is not cut to the teacher's most likely tokens", {"zero_outside_topk": (False,)}),
     # Checkpoints and logs
     Group(
         "checkpointing",

@@ -4,9 +4,13 @@ The reverse KL divergence of the next token's distributions, D(pi || teacher) = 
 summed over the answer's tokens, is what on-policy distillation brings down (Gu et al. 2024, MiniLLM, eq. 1; Agarwal et
 al. 2024, GKD, eq. 4 with beta 1). Its gradient at a token, the prefix held fixed, is E[(log pi - log teacher) grad log
 pi]: REINFORCE with -(log pi - log teacher) as the drawn token's advantage.
+
+Or the divergence is summed over the teacher's k most likely tokens of each place, which gives its gradient without
+sampling noise and allows for the forward divergence D(teacher || pi), whose expectation is the teacher's.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +21,9 @@ from megatron_lora.objectives.grpo import clipped_policy_loss
 from megatron_lora.objectives.kl import kl_estimate
 
 TEACHER, OLD, ROLLOUT = "teacher_logps", "old_logps", "rollout_logps"
+# The teacher's k most likely tokens in each token's place, and their log-probabilities.
+CANDIDATES, CANDIDATE_LOGPS = "teacher_ids", "teacher_candidate_logps"
+KLType = Literal["forward", "reverse", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,62 @@ class DistillationObjective:
         loss = clipped_policy_loss(log_ratio, advantages, self.clip_low, self.clip_high, self.dual_clip)
         ratio = log_ratio.detach().exp()
         clipped = ((ratio < 1 - self.clip_low) & (advantages < 0)) | ((ratio > 1 + self.clip_high) & (advantages > 0))
-        metrics = {
-            "teacher_kl": current - teacher,
-            "teacher_kl_k3": kl_estimate(current, teacher, "k3"),
-            "teacher_nll": -teacher,
-            "clip_fraction": clipped.to(logps.dtype),
+        metrics = _of_drawn_tokens(current, teacher) | {"clip_fraction": clipped.to(logps.dtype)}
+        return _summed(loss, metrics, mask)
+
+
+@dataclass(frozen=True)
+class CandidatesObjective:
+    """The divergence over the teacher's k most likely tokens (NeMo RL's `kl_type` with `topk_logits_k`). Counts tokens.
+
+    Token fields: "teacher_ids" and "teacher_candidate_logps" [T, k], "teacher_logps" [T]; nats. Both distributions are
+    taken over the k tokens alone, each divided by its sum there; with `whole` the policy's is that of the whole
+    vocabulary. forward_weight: of D(teacher || policy); the rest is D(policy || teacher)'s. No ratio: the gradient is
+    that of the divergence at the places that the answers reached, whichever policy drew them.
+    """
+
+    candidates: ClassVar[str] = CANDIDATES
+
+    forward_weight: float = 0.0
+    whole: bool = False
+
+    @classmethod
+    def of(cls, kl_type: KLType, mixed_weight: float, *, whole: bool) -> "CandidatesObjective":
+        return cls({"forward": 1.0, "reverse": 0.0, "mixed": mixed_weight}[kl_type], whole)
+
+    def count(self, rows: list[Row]) -> float:
+        """Target tokens."""
+        return float(sum(row.num_targets for row in rows))
+
+    def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
+        """logps: [T, 1 + k], of the target and of the teacher's tokens in its place."""
+        mask = batch.target_mask
+        logps = torch.where(mask[:, None], logps, torch.zeros_like(logps))
+        here = torch.where(mask[:, None], batch.token_fields[CANDIDATE_LOGPS].to(logps.dtype), logps.detach()[:, 1:])
+        teacher = here.log_softmax(-1)
+        policy = logps[:, 1:] if self.whole else logps[:, 1:].log_softmax(-1)
+        forward = (teacher.exp() * (teacher - policy)).sum(-1)
+        reverse = (policy.exp() * (policy - teacher)).sum(-1)
+        loss = self.forward_weight * forward
+        if self.forward_weight < 1:
+            loss = loss + (1 - self.forward_weight) * reverse
+        drawn = _of_drawn_tokens(logps.detach()[:, 0], batch.token_fields[TEACHER].to(logps.dtype))
+        metrics = drawn | {
+            "forward_kl": forward.detach(),
+            "reverse_kl": reverse.detach(),
+            "teacher_candidate_mass": here.exp().sum(-1),
         }
-        kept = {name: torch.where(mask, value, torch.zeros_like(value)).sum() for name, value in metrics.items()}
-        return LossSum(loss=torch.where(mask, loss, torch.zeros_like(loss)).sum(), metrics=kept)
+        return _summed(loss, metrics, mask)
+
+
+def _of_drawn_tokens(policy: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    return {
+        "teacher_kl": policy - teacher,
+        "teacher_kl_k3": kl_estimate(policy, teacher, "k3"),
+        "teacher_nll": -teacher,
+    }
+
+
+def _summed(loss: Tensor, metrics: dict[str, Tensor], mask: Tensor) -> LossSum:
+    kept = {name: torch.where(mask, value, torch.zeros_like(value)).sum() for name, value in metrics.items()}
+    return LossSum(loss=torch.where(mask, loss, torch.zeros_like(loss)).sum(), metrics=kept)

@@ -153,20 +153,29 @@ class ServerClient:
     def score(self, ids: Sequence[int], model: str) -> list[float]:
         """Log-probability of each token after those before it, nats, at temperature 1; 0 for the first. Raises
         ServerFailed."""
+        found = self.most_likely(ids, model, 0)
+        return [0.0, *(one[token] for one, token in zip(found, ids[1:], strict=True))]
+
+    def most_likely(self, ids: Sequence[int], model: str, k: int) -> list[dict[int, float]]:
+        """Of each token but the first: id -> log-probability, nats, of the token itself and of the k most likely ones
+        in its place, at temperature 1. Raises ServerFailed."""
         body = {
             "model": model,
             "prompt": list(ids),
             "max_tokens": 1,
             "temperature": 0.0,
-            "prompt_logprobs": 0,
+            "prompt_logprobs": k,
             "add_special_tokens": False,
         }
         answer = self._post("/v1/completions", body, self.timeout)
         found = self._field(answer["choices"][0] if self._field(answer, "choices") else {}, "prompt_logprobs")
         try:
-            scores = [0.0, *(one[str(token)]["logprob"] for one, token in zip(found[1:], ids[1:], strict=True))]
-        except (KeyError, TypeError, ValueError) as error:
+            scores = [{int(token): float(of["logprob"]) for token, of in one.items()} for one in found[1:]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServerFailed(f"{self.url} scores tokens in another form than vLLM's: {error!r}") from error
+        wanted = zip(scores, ids[1:], strict=False)
+        if len(scores) != len(ids) - 1 or any(token not in one or len(one) < k for one, token in wanted):
+            raise ServerFailed(f"{self.url} scores tokens in another form than vLLM's: not each token with {k} others")
         return scores
 
     def _field(self, answer: Any, name: str) -> Any:

@@ -17,13 +17,15 @@ from megatron_lora.rollout.server_client import ServerClient, ServerFailed
 @dataclass
 class TeacherServers:
     """Servers of one teacher. model_name: of the teacher on them; None: what each serves first. max_length: of the
-    longest row, in tokens. failures: of servers that are left out, with the reason."""
+    longest row, in tokens. num_candidates: most likely tokens that are asked for besides. failures: of servers that are
+    left out, with the reason."""
 
     urls: Sequence[str]
     model_name: str | None
     timeout: float
     at_once: int
     max_length: int
+    num_candidates: int = 0
     failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,9 +70,19 @@ class TeacherServers:
                 f"--max-model-len {self.max_length + 1} or more"
             )
 
+        if self.num_candidates:
+            try:
+                client.most_likely([0, 0], name, self.num_candidates)
+            except ServerFailed as error:
+                raise UserError(
+                    f"the teacher at {client.url} does not give its {self.num_candidates} most likely tokens "
+                    f"(distillation.topk_logits_k): {error}; start it with --max-logprobs {self.num_candidates} or more"
+                ) from error
+
     def score(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Each row's token log-probabilities [S] fp32, nats, at temperature 1; [0] is 0. A server that fails is left
-        out, and its rows are asked elsewhere; RolloutError where none is left."""
+        """Each row's token log-probabilities [S] fp32, nats, at temperature 1; [0] is 0. With candidates [S, 1 + 2 k],
+        as `policy.heads.MostLikely` gives them. A server that fails is left out, and its rows are asked elsewhere;
+        RolloutError where none is left."""
         with ThreadPoolExecutor(self.at_once * len(self.clients)) as pool:
             return list(pool.map(self._score, range(len(rows)), rows))
 
@@ -80,10 +92,20 @@ class TeacherServers:
             if client.url in self.failures:
                 continue
             try:
-                return torch.tensor(client.score(ids, self.model_name or client.base), dtype=torch.float32)
+                return self._ask(client, ids)
             except ServerFailed as error:
                 self.failures[client.url] = str(error)
         raise RolloutError(f"no server of the teacher is left: {'; '.join(self.failures.values())}")
+
+    def _ask(self, client: ServerClient, ids: Sequence[int]) -> Tensor:
+        k, name = self.num_candidates, self.model_name or client.base
+        if not k:
+            return torch.tensor(client.score(ids, name), dtype=torch.float32)
+        found = torch.zeros(len(ids), 1 + 2 * k)
+        for place, (of, token) in enumerate(zip(client.most_likely(ids, name, k), ids[1:], strict=True), start=1):
+            best = sorted(of, key=lambda other: of[other], reverse=True)[:k]
+            found[place] = torch.tensor([of[token], *(of[other] for other in best), *map(float, best)])
+        return found
 
 
 @contextmanager

@@ -11,11 +11,22 @@ from dataclasses import replace
 import torch
 
 from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_distillation import DistillationConfig
 from megatron_lora.data.batch import Row
 from megatron_lora.errors import UserError
-from megatron_lora.objectives.distillation import OLD, TEACHER, DistillationObjective
+from megatron_lora.objectives.base import Objective
+from megatron_lora.objectives.distillation import (
+    CANDIDATE_LOGPS,
+    CANDIDATES,
+    OLD,
+    TEACHER,
+    CandidatesObjective,
+    DistillationObjective,
+)
+from megatron_lora.policy.heads import MostLikely
 from megatron_lora.policy.interface import StepResult
 from megatron_lora.policy.other_adapter import other_adapter
+from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout.teacher import TeacherServers
 from megatron_lora.runtime.agreement import from_first_rank
 from megatron_lora.runtime.world import World
@@ -28,7 +39,8 @@ from megatron_lora.trainers.session import Session
 
 # Texts on which the teacher's tokenizer is compared with the policy's.
 COMPARED_TEXTS = 8
-METRICS = ("teacher_kl", "teacher_kl_k3", "teacher_nll", "clip_fraction")
+METRICS = ("teacher_kl", "teacher_kl_k3", "teacher_nll")
+ESTIMATED, SUMMED = ("clip_fraction",), ("forward_kl", "reverse_kl", "teacher_candidate_mass")
 
 
 class DistillationTrainer(RolloutTrainer):
@@ -37,6 +49,7 @@ class DistillationTrainer(RolloutTrainer):
     def prepare(self) -> None:
         recipe, teacher = self.session.recipe, self.session.recipe.teacher
         self.adapter = teacher.adapter
+        self.num_candidates = _section(recipe).num_candidates
         self.servers: TeacherServers | None = None
         if teacher.adapter is not None:
             self.policy.keep_other(other_adapter(recipe.policy, teacher.adapter, "teacher.adapter"))
@@ -59,14 +72,27 @@ class DistillationTrainer(RolloutTrainer):
                 # A teacher chooses its own experts, whatever the policy's rollout engine chose.
                 asked = [replace(row, routed_experts=None) for row in rows]
                 with self.policy.other() if self.adapter is not None else self.policy.reference():
-                    teacher = self.policy.score(asked)
+                    teacher = self._teacher(asked)
             rows = with_scores(self.policy, rows, old_from=0 if drops else first_update, reference=False)
         if self.servers is not None:
             servers = self.servers
             teacher = from_first_rank(
                 self.session.world, lambda: servers.score([row.input_ids.tolist() for row in rows])
             )
-        return with_field(rows, TEACHER, teacher), {}
+        if not self.num_candidates:
+            return with_field(rows, TEACHER, teacher), {}
+        parts = [MostLikely(self.num_candidates).parts(values) for values in teacher]
+        for name, values in zip((TEACHER, CANDIDATE_LOGPS, CANDIDATES), zip(*parts, strict=True), strict=True):
+            rows = with_field(rows, name, values)
+        return rows, {}
+
+    def _teacher(self, rows: Sequence[Row]) -> list[torch.Tensor]:
+        """What the model says of the rows, as `TeacherServers.score` does."""
+        return (
+            self.policy.forward(rows, MostLikely(self.num_candidates))
+            if self.num_candidates
+            else self.policy.score(rows)
+        )
 
     def teaches(self, rows: Sequence[Row]) -> bool:
         """Not where the policy still is its teacher: what tells them apart then is rounding."""
@@ -76,13 +102,29 @@ class DistillationTrainer(RolloutTrainer):
 
     def update_on(self, rows: list[Row], *, on_policy: bool) -> StepResult:
         loss = self.session.recipe.loss_fn
-        objective = DistillationObjective(loss.ratio_clip_min, loss.ratio_clip_max, loss.ratio_clip_c, on_policy)
+        objective: Objective
+        if self.num_candidates:
+            objective = CandidatesObjective.of(loss.kl_type, loss.mixed_kl_weight, whole=loss.zero_outside_topk)
+        else:
+            objective = DistillationObjective(loss.ratio_clip_min, loss.ratio_clip_max, loss.ratio_clip_c, on_policy)
         return self.policy.train_step([[row] for row in rows], objective, keep_logps=OLD not in rows[0].token_fields)
 
 
 def teacher_servers(recipe: Recipe) -> TeacherServers:
     teacher, longest = recipe.teacher, recipe.policy.max_total_sequence_length
-    return TeacherServers(teacher.urls, teacher.model_name, teacher.timeout_seconds, teacher.requests_at_once, longest)
+    return TeacherServers(
+        teacher.urls,
+        teacher.model_name,
+        teacher.timeout_seconds,
+        teacher.requests_at_once,
+        longest,
+        num_candidates=_section(recipe).num_candidates,
+    )
+
+
+def _section(recipe: Recipe) -> DistillationConfig:
+    assert recipe.distillation is not None
+    return recipe.distillation
 
 
 class Distillation(RolloutAlgorithm):
@@ -108,6 +150,9 @@ class Distillation(RolloutAlgorithm):
         wrong = [url for url in teacher.urls if not url.startswith(("http://", "https://"))]
         if wrong or len(set(teacher.urls)) < len(teacher.urls):
             raise UserError(f"teacher.urls={teacher.urls}: wanted each server once, as http://host:port")
+        wanted, vocabulary = _section(recipe).num_candidates, read_base(policy).shapes.vocab_size
+        if wanted > vocabulary:
+            raise UserError(f"distillation.topk_logits_k={wanted}: the model has {vocabulary} tokens; use fewer")
         super().check(recipe, world)
 
     def not_ready(self, recipe: Recipe) -> list[str]:
@@ -115,7 +160,8 @@ class Distillation(RolloutAlgorithm):
 
     def metric_names(self, recipe: Recipe, kind: str) -> Sequence[str]:
         names = super().metric_names(recipe, kind)
-        return (*names, *METRICS) if kind == "train" else names
+        own = SUMMED if _section(recipe).num_candidates else ESTIMATED
+        return (*names, *METRICS, *own) if kind == "train" else names
 
     def train(self, session: Session, loader: Loader, validation: Loader | None) -> None:
         train_on_rollouts(session, loader, validation, DistillationTrainer)

@@ -15,11 +15,14 @@ from megatron_lora.data.fixed_shape import fixed_shape, stretched
 from megatron_lora.errors import UserError
 from megatron_lora.lora.peft_format import to_hf
 from megatron_lora.lora.principal import against_the_base
+from megatron_lora.objectives.distillation import CandidatesObjective
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.backend import BackendPolicy
+from megatron_lora.policy.heads import MostLikely
 from tests.distributed.build import build_policy, keys_of
 from tests.distributed.cases import case_rows, scored_rows, training_rows
 from tests.support.cached_norms import scores_after_changes
+from tests.support.candidates import FORWARD_WEIGHT, NUM_CANDIDATES, NUM_STEPS, with_candidates
 from tests.support.config_sweep import sweep
 from tests.support.fingerprints import fingerprints
 from tests.support.grouped import grouped_numbers
@@ -213,7 +216,22 @@ def config_sweep(case: dict[str, Any]) -> dict[str, Any]:
     return sweep(Path(case["shared_folder"]) / case["name"], names, build, megatron=megatron)
 
 
+def candidates(case: dict[str, Any]) -> dict[str, Any]:
+    """What two heads give of a policy: its most likely tokens, and steps on the divergence over a teacher's."""
+    policy = build_policy(case)
+    found: dict[str, Any] = {"most_likely": policy.forward(scored_rows(), MostLikely(NUM_CANDIDATES))}
+    found["scores"] = policy.score(scored_rows())
+    objective = CandidatesObjective.of("mixed", FORWARD_WEIGHT, whole=False)
+    results = []
+    for step, rows in enumerate(training_rows(NUM_STEPS)):
+        taught = with_candidates(rows, step)
+        results.append(policy.train_step([[row] for row in taught], objective, keep_logps=True))
+    found |= {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+    return found | {"logps": results[0].logps, "adapter": policy.adapter("packed").tensors}
+
+
 CHECKS = {
+    "candidates": candidates,
     "config_sweep": config_sweep,
     "shared_prefix": shared_prefix,
     "train": train,

@@ -18,6 +18,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.objectives.sft import SFTObjective
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.policy.megatron.policy import MegatronPolicy
+from megatron_lora.policy.preload import copy_of, released_copies
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import RolloutError, Sample, SamplingOptions, rollout_logprob_error
 from megatron_lora.rollout.refit import Refitter, choose_refitter
@@ -68,8 +69,9 @@ def train_once(policy: MegatronPolicy) -> None:
 
 
 def check_tensor_parallel(folder: Path, found: dict[str, Any]) -> MegatronPolicy:
-    """Policy at TP=2 beside one engine at TP=2."""
+    """Policy at TP=2 beside one engine at TP=2, all reading the base's copy in shared memory."""
     config = policy_config(folder, "qwen3", vllm_tp=2, tensor_model_parallel_size=2)
+    config.preload_to_shm = True
     world = init_megatron_world(config, 0)
     policy = MegatronPolicy(config, world, pad_token_id=0, seed=0, num_steps=10)
     before = (os.environ.get("LOCAL_WORLD_SIZE"), torch.get_num_threads(), torch.set_num_threads)
@@ -77,6 +79,9 @@ def check_tensor_parallel(folder: Path, found: dict[str, Any]) -> MegatronPolicy
     random_state = torch.get_rng_state()
     generator = VllmGenerator(config, world, tokenizer, policy.adapter())
     generator.start()
+    found["read"] = generator._llm.llm_engine.vllm_config.model_config.model
+    found["copy"] = str(copy_of(folder / "qwen3"))
+    found["copied"] = Path(found["copy"]).is_dir()
     generator.generate(prompts(), 2, SAMPLED)
     found["left_as_it_was"] = [
         torch.equal(torch.get_rng_state(), random_state),
@@ -376,7 +381,10 @@ def main(folder: Path) -> None:
         build(folder)
     dist.barrier()
     found: dict[str, Any] = {}
-    policy = check_tensor_parallel(folder, found)
+    with released_copies():
+        policy = check_tensor_parallel(folder, found)
+    dist.barrier()
+    found["copy_is_gone"] = not Path(found["copy"]).exists()
     check_replicas(folder, policy, found)
     check_real_model(folder, found)
     check_llama(folder, found)

@@ -58,6 +58,13 @@ def test_a_real_models_export_answers_alike_everywhere(found: dict[str, Any]) ->
     assert all(text.isascii() and text.strip() for text in found["real_text"])
 
 
+def test_the_engine_reads_the_base_from_shared_memory(both: list[dict[str, Any]]) -> None:
+    """`policy.preload_to_shm`: its log-probabilities are peft's, as asked above, and nothing is left."""
+    for found in both:
+        assert found["copied"] and found["read"] == found["copy"] and found["copy"].startswith("/dev/shm/")
+        assert found["copy_is_gone"]
+
+
 def test_the_adapter_makes_a_difference(found: dict[str, Any]) -> None:
     assert found["against_base"] > 0.1
 

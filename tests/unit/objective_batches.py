@@ -32,7 +32,7 @@ def pack(rows: list[Row], padding: int = 0) -> MicroBatch:
     lengths = torch.tensor([len(row) for row in rows])
 
     def shift(values: list[Tensor]) -> Tensor:
-        return torch.cat([torch.cat([v[1:], v.new_zeros(1)]) for v in values])
+        return torch.cat([torch.cat([v[1:], torch.zeros_like(v[:1])]) for v in values])
 
     return MicroBatch(
         tokens=torch.cat([row.input_ids for row in rows]),

@@ -22,13 +22,13 @@ from megatron_lora.config.schema_algorithms import (
     AdvantageConfig,
     DpoConfig,
     GrpoConfig,
-    LossFnConfig,
     RewardScalingConfig,
     RewardShapingConfig,
 )
 from megatron_lora.config.schema_data import DatasetConfig
 from megatron_lora.config.schema_env import RewardFunctionConfig
 from megatron_lora.config.schema_generation import GenerationConfig
+from megatron_lora.config.schema_loss import OF_DISTILLATION, LossFnConfig
 from megatron_lora.config.schema_tree import walk_fields
 from megatron_lora.data.dataset import Prompt
 from megatron_lora.data.prepare import prepare_data
@@ -188,7 +188,7 @@ def reward(**keys: Any) -> Any:
 
 
 CASES: list[tuple[str, type, Turns, Any, set[str]]] = [
-    ("loss_fn", LossFnConfig, LOSS, grpo_loss, set()),
+    ("loss_fn", LossFnConfig, LOSS, grpo_loss, set(OF_DISTILLATION)),
     ("dpo", DpoConfig, DPO, dpo_loss, set(DpoConfig.model_fields) - set(DPO)),
     ("grpo.adv_estimator", AdvantageConfig, ESTIMATOR, estimated, set()),
     ("grpo.reward_shaping", RewardShapingConfig, SHAPING, lambda **k: rewarded("reward_shaping", **k), set()),

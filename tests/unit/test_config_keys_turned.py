@@ -298,7 +298,8 @@ SHOWN = {
     "grpo.dynamic_sampling_max_gen_batches policy.generation.refit logger.num_val_samples_to_print",
     "unit/test_distillation.py": "distillation.max_rollout_turns distillation.stop_at_validation_metric "
     "distillation.stop_at_validation_threshold teacher.adapter teacher.urls teacher.model_name teacher.timeout_seconds "
-    "teacher.requests_at_once",
+    "teacher.requests_at_once distillation.topk_logits_k loss_fn.kl_type loss_fn.mixed_kl_weight "
+    "loss_fn.zero_outside_topk",
     "unit/test_rollout_ahead.py": "grpo.async_grpo.enabled grpo.async_grpo.max_trajectory_age_steps "
     "grpo.async_grpo.in_flight_weight_updates",
     "unit/test_preload.py": "policy.preload_to_shm",

@@ -12,6 +12,7 @@ import torch
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
+from megatron_lora.policy.heads import MostLikely
 from megatron_lora.policy.other_adapter import other_adapter
 from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.rollout.teacher import TeacherServers
@@ -24,6 +25,7 @@ from tools.tiny_model import build_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "distillation-quickstart-megatron.yaml"
 PEFT = "policy.megatron_cfg.peft"
+TOP = "distillation.topk_logits_k"
 URLS = ("teacher.adapter=null", "teacher.urls=[http://a:1]")
 
 
@@ -54,6 +56,9 @@ def test_the_recipe_and_its_other_teachers_are_accepted(room: Path) -> None:
     check(recipe(room, *URLS, "teacher.model_name=big"))
     start = (f"{PEFT}.init_adapter={room / 'teacher'}", "policy.reference_policy=base")
     check(recipe(room, "teacher.adapter=null", *start))
+    for kl_type in ("forward", "reverse", "mixed"):
+        check(recipe(room, f"{TOP}=8", f"loss_fn.kl_type={kl_type}"))
+    check(recipe(room, f"{TOP}=8", "loss_fn.kl_type=forward", "loss_fn.zero_outside_topk=true"))
 
 
 REFUSALS = {
@@ -78,8 +83,18 @@ REFUSALS = {
         "stop_at_validation_threshold belong together",
     ),
     "a batch": (("policy.train_global_batch_size=48",), "(distillation.num_prompts_per_step=64"),
-    "most likely tokens": (("distillation.topk_logits_k=64",), "not summed over the teacher's most likely ones"),
-    "the other divergence": (("loss_fn.kl_type=forward",), "the reverse divergence"),
+    "the other divergence alone": (("loss_fn.kl_type=forward",), "say how many (distillation.topk_logits_k"),
+    "a whole vocabulary alone": (("loss_fn.zero_outside_topk=true",), "loss_fn.zero_outside_topk=true sums over"),
+    "an entropy": (
+        (f"{TOP}=8", "loss_fn.zero_outside_topk=true", "loss_fn.kl_type=mixed"),
+        "the policy's entropy over the whole vocabulary",
+    ),
+    "candidates that are never drawn": ((f"{TOP}=8", "policy.generation.top_p=0.9"), "have no log-probability"),
+    "candidates of few draws": ((f"{TOP}=8", "policy.generation.top_k=50"), "have no log-probability"),
+    "more than there are": ((f"{TOP}=8000",), "the model has 101 tokens"),
+    "less than none": ((f"{TOP}=-1",), "distillation.topk_logits_k"),
+    "a weight above 1": (("loss_fn.mixed_kl_weight=1.5",), "loss_fn.mixed_kl_weight"),
+    "another name": (("loss_fn.kl_type=jsd",), "loss_fn.kl_type"),
 }
 
 
@@ -95,6 +110,17 @@ def test_keys_of_losses_with_rewards_are_named_as_unread(room: Path) -> None:
     own = [f"policy.model_name={room / 'base'}", "loss_fn.use_cispo=true"]
     [notice] = load_recipe(RECIPE, own).notices
     assert "loss_fn.use_cispo" in notice and "reference_policy_kl_penalty" not in notice
+    # The clip is of the estimate, which has a ratio.
+    clipped = (own[0], "loss_fn.ratio_clip_min=0.1")
+    assert not any("ratio_clip_min" in line for line in load_recipe(RECIPE, clipped).notices)
+    [notice] = load_recipe(RECIPE, [*clipped, f"{TOP}=8"]).notices
+    assert "loss_fn.ratio_clip_min" in notice
+
+
+def test_keys_of_distillation_are_named_as_unread_by_grpo(room: Path) -> None:
+    own = [f"policy.model_name={room / 'base'}", "loss_fn.kl_type=mixed", "loss_fn.mixed_kl_weight=0.5"]
+    [notice] = load_recipe(RECIPE.with_name("grpo-quickstart-megatron.yaml"), own).notices
+    assert "loss_fn.kl_type" in notice and "mixed_kl_weight" not in notice
 
 
 def test_another_scale_is_in_b(room: Path) -> None:
@@ -126,8 +152,19 @@ class Server(JsonServer):
         if path == "/tokenize":
             shift = 1 if self.behaviour == "other tokens" else 0
             return 200, {"tokens": [token + shift for token in build_tokenizer().encode(body["prompt"])]}
+        if body["prompt_logprobs"] > 20:
+            return 400, {"error": "Requested prompt logprobs of 64, which is greater than max allowed: 20"}
+        if body["prompt_logprobs"]:
+            return 200, {
+                "choices": [{"index": 0, "prompt_logprobs": [None, *map(self.most_likely, body["prompt"][1:])]}]
+            }
         scores = [None, *({str(token): {"logprob": -float(token), "rank": 1}} for token in body["prompt"][1:])]
         return 200, {"choices": [{"index": 0, "prompt_logprobs": scores}]}
+
+    def most_likely(self, token: int) -> dict[str, Any]:
+        """The two most likely are 40 and 41 (-0.5, -1), in another order, and the token itself (its id)."""
+        best = {41: -1.0, 40: -0.5}
+        return {str(one): {"logprob": value} for one, value in ({token: -float(token)} | best).items()}
 
 
 @pytest.fixture
@@ -139,8 +176,10 @@ def servers() -> Iterator[list[Server]]:
         one.http.server_close()
 
 
-def teacher_of(servers: list[Server], name: str | None = None, max_length: int = 64) -> TeacherServers:
-    return TeacherServers([server.url for server in servers], name, 5.0, 4, max_length)
+def teacher_of(
+    servers: list[Server], name: str | None = None, max_length: int = 64, num_candidates: int = 0
+) -> TeacherServers:
+    return TeacherServers([server.url for server in servers], name, 5.0, 4, max_length, num_candidates)
 
 
 def test_rows_are_scored_by_the_servers_in_turn(servers: list[Server]) -> None:
@@ -149,6 +188,19 @@ def test_rows_are_scored_by_the_servers_in_turn(servers: list[Server]) -> None:
     rows = [[5, 6, 7], [8, 9], [3, 2, 1]]
     assert [scores.tolist() for scores in teacher.score(rows)] == [[0, -6, -7], [0, -9], [0, -2, -1]]
     assert all(server.asked and set(server.asked) == {"tuned"} for server in servers)
+
+
+def test_a_teachers_most_likely_tokens(servers: list[Server]) -> None:
+    teacher = teacher_of(servers, num_candidates=2)
+    teacher.start(build_tokenizer(), [])
+    found = MostLikely(2).parts(teacher.score([[5, 6, 41]])[0])
+    assert [part[1:].tolist() for part in found] == [[-6, -1], [[-0.5, -1]] * 2, [[40, 41]] * 2]
+    assert all(not part[0].any() for part in found)
+    with pytest.raises(UserError, match="does not give its 64 most likely tokens.*--max-logprobs 64"):
+        teacher_of(servers, num_candidates=64).start(build_tokenizer(), [])
+    servers[0].behaviour = "garbage"
+    with pytest.raises(UserError, match="not each token with 2 others"):
+        teacher_of(servers, num_candidates=2).start(build_tokenizer(), [])
 
 
 @pytest.mark.parametrize("behaviour", ["error", "garbage"])

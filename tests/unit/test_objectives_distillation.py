@@ -9,7 +9,7 @@ from objective_batches import pack
 from torch import Tensor
 
 from megatron_lora.data.batch import Row
-from megatron_lora.objectives.distillation import DistillationObjective
+from megatron_lora.objectives.distillation import CandidatesObjective, DistillationObjective
 
 
 def batch_of(targets: int, **fields: list[float]) -> Any:
@@ -98,3 +98,80 @@ def test_over_all_tokens_it_is_the_exact_divergence_of_gkd() -> None:
         value += float(weight * result.metrics["teacher_kl"])
     assert value == pytest.approx(float(exact), rel=1e-9)
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def candidates_batch(ids: list[list[int]], teacher: torch.Tensor) -> tuple[Row, Any]:
+    """A row with two tokens of prompt; ids [n, k] of the teacher's tokens, and its log-probabilities [n, V]."""
+    n, k = len(ids), len(ids[0])
+    places = torch.tensor(ids)
+    front = torch.zeros(2, k)
+    fields = {
+        "teacher_logps": torch.cat([torch.zeros(2), teacher[:, 0]]),
+        "teacher_ids": torch.cat([front, places.float()]),
+        "teacher_candidate_logps": torch.cat([front, teacher.gather(1, places)]),
+    }
+    row = Row(torch.arange(n + 2), torch.arange(n + 2) >= 2, token_fields=fields)
+    return row, pack([row])
+
+
+def candidates_found(batch: Any, logits: torch.Tensor, ids: list[list[int]]) -> torch.Tensor:
+    """[T, 1 + k] as a backend gives them; token 0 was drawn. Elsewhere a number that must not count."""
+    logps = logits.log_softmax(-1)
+    wanted = torch.cat([torch.zeros(len(ids), 1, dtype=torch.long), torch.tensor(ids)], 1)
+    found = torch.full((*batch.target_mask.shape, wanted.shape[1]), -9.0, dtype=logits.dtype)
+    return found.index_put((batch.target_mask.nonzero().squeeze(1),), logps.gather(1, wanted))
+
+
+def test_over_candidates_by_hand() -> None:
+    """A vocabulary of 3, of which the teacher's 2 most likely tokens have 1/2 and 1/4: 2/3 and 1/3 of each other. The
+    policy gives them 1/5 and 3/5: 1/4 and 3/4 of each other."""
+    teacher = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    logits = torch.tensor([[0.2, 0.6, 0.2]]).log()
+    _, batch = candidates_batch([[0, 1]], teacher)
+    found = candidates_found(batch, logits, [[0, 1]])
+    forward = 2 / 3 * math.log((2 / 3) / (1 / 4)) + 1 / 3 * math.log((1 / 3) / (3 / 4))
+    reverse = 1 / 4 * math.log((1 / 4) / (2 / 3)) + 3 / 4 * math.log((3 / 4) / (1 / 3))
+    whole = 2 / 3 * math.log((2 / 3) / 0.2) + 1 / 3 * math.log((1 / 3) / 0.6)
+    mixed = 0.3 * forward + 0.7 * reverse
+    cases: list[tuple[Any, float]] = [("forward", forward), ("reverse", reverse), ("mixed", mixed)]
+    for kl_type, wanted in cases:
+        result = CandidatesObjective.of(kl_type, 0.3, whole=False)(found, batch)
+        assert float(result.loss) == pytest.approx(wanted, rel=1e-5)
+        assert float(result.metrics["forward_kl"]) == pytest.approx(forward, rel=1e-5)
+        assert float(result.metrics["reverse_kl"]) == pytest.approx(reverse, rel=1e-5)
+        assert float(result.metrics["teacher_candidate_mass"]) == pytest.approx(0.75)
+        assert float(result.metrics["teacher_kl"]) == pytest.approx(math.log(0.2 / 0.5))
+    assert float(CandidatesObjective.of("forward", 0.3, whole=True)(found, batch).loss) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
+def test_with_every_token_a_candidate_it_is_torchs_divergence(kl_type: Any) -> None:
+    """Value and gradient over the whole vocabulary."""
+    torch.manual_seed(1)
+    teacher = torch.randn(4, 6, dtype=torch.float64).log_softmax(-1)
+    logits = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
+    ids = [torch.randperm(6).tolist() for _ in range(4)]
+    _, batch = candidates_batch(ids, teacher)
+    batch.token_fields["teacher_candidate_logps"] = torch.zeros(6, 6, dtype=torch.float64)
+    batch.token_fields["teacher_candidate_logps"][batch.target_mask] = teacher.gather(1, torch.tensor(ids))
+    policy = logits.log_softmax(-1)
+    forward = torch.nn.functional.kl_div(policy, teacher, reduction="sum", log_target=True)
+    reverse = torch.nn.functional.kl_div(teacher, policy, reduction="sum", log_target=True)
+    weight = {"forward": 1.0, "reverse": 0.0, "mixed": 0.25}[kl_type]
+    exact = weight * forward + (1 - weight) * reverse
+    [wanted] = torch.autograd.grad(exact, logits, retain_graph=True)
+    result = CandidatesObjective.of(kl_type, 0.25, whole=False)(candidates_found(batch, logits, ids), batch)
+    [found] = torch.autograd.grad(result.loss, logits)
+    assert float(result.loss) == pytest.approx(float(exact), rel=1e-9)
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_candidates_that_the_policy_is_as_sure_of_teach_nothing() -> None:
+    teacher = torch.randn(3, 5).log_softmax(-1)
+    logits = (teacher + 2.0).requires_grad_()
+    ids = [[4, 0], [1, 2], [3, 1]]
+    row, batch = candidates_batch(ids, teacher)
+    result = CandidatesObjective.of("mixed", 0.5, whole=False)(candidates_found(batch, logits, ids), batch)
+    result.loss.backward()
+    assert abs(float(result.loss)) < 1e-6 and logits.grad is not None and logits.grad.abs().max() < 1e-6
+    assert CandidatesObjective().count([row]) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from objective_batches import make_row, mean_loss_and_grads, pack, policy_logps
 
-from megatron_lora.config.schema_algorithms import LossFnConfig
+from megatron_lora.config.schema_loss import LossFnConfig
 from megatron_lora.errors import UserError
 from megatron_lora.objectives.grpo import GRPOObjective, clipped_policy_loss, set_positive_example_weights
 from megatron_lora.objectives.grpo_config import GRPOConfig
