@@ -29,18 +29,16 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
     "step_time_seconds": lambda value: f"{value:.2f} s/step",
     "generation_seconds": lambda value: f"generation {value:.1f} s",
+    "reward_seconds": lambda value: f"rewards {value:.1f} s",
     "scoring_seconds": lambda value: f"scoring {value:.1f} s",
     "training_seconds": lambda value: f"training {value:.1f} s",
 }
-_IN_BAR = (
-    "loss",
-    "reward",
-    "accuracy",
-    "tokens_per_second",
-    "generation_seconds",
-    "scoring_seconds",
-    "training_seconds",
-)
+_PHASES = ("generation_seconds", "reward_seconds", "training_seconds", "scoring_seconds")
+# What the bar's line shows, and what it keeps for longest where the terminal is narrow.
+_IN_BAR = ("loss", "reward", "accuracy", "tokens_per_second", *_PHASES)
+_FIRST = ("reward", *_PHASES, "loss", "accuracy", "tokens_per_second")
+# Beside the metrics: the longest label of a bar, two counts, the time left, a stump of the bar and what lies between.
+_REST_OF_BAR = 38
 
 
 class _UsersConsole(Console):
@@ -64,6 +62,16 @@ def build_console() -> Console:
 def describe(metrics: Mapping[str, Any], names: Sequence[str] = tuple(_FORMATS)) -> str:
     """The named metrics, those that are there, as one line for people."""
     return "  ".join(_FORMATS[name](metrics[name]) for name in names if isinstance(metrics.get(name), int | float))
+
+
+def fitting(metrics: Mapping[str, Any], width: int) -> str:
+    """As much of a step's metrics as fits, and no phase that took no time."""
+    there = {name: value for name, value in metrics.items() if name not in _PHASES or value >= 0.05}
+    shown: set[str] = set()
+    for name in _FIRST:
+        if len(describe(there, [each for each in _IN_BAR if each in shown | {name}])) <= width:
+            shown.add(name)
+    return describe(there, [name for name in _IN_BAR if name in shown])
 
 
 class RunConsole:
@@ -114,7 +122,8 @@ class RunConsole:
         self._last_step = now
         left = self._time_left.describe(step)
         if self._live is not None:
-            self._live.update(self._main, completed=step, metrics=describe(metrics, _IN_BAR), left=left)
+            text = fitting(metrics, self.console.width - _REST_OF_BAR)
+            self._live.update(self._main, completed=step, metrics=text, left=left)
             return
         is_edge = step == self.first_step + 1 or step >= self.total_steps
         if is_edge or now - self._last_line >= SECONDS_BETWEEN_LINES:

@@ -50,7 +50,7 @@ def hold(name: str, num_bytes: int) -> None:
 
 def held() -> dict[str, int]:
     """What was noted, in order."""
-    return dict(_held)
+    return {name: size for name, size in _held.items() if size}
 
 
 def describe_start() -> str:

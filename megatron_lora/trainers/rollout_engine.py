@@ -15,7 +15,7 @@ from megatron_lora.data.tokenizer import end_tokens
 from megatron_lora.rollout.engines import Trainer, engine_of
 from megatron_lora.rollout.generator import Generator, RolloutError, Sample, SamplingOptions
 from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
-from megatron_lora.runtime.activity import hold
+from megatron_lora.runtime.activity import begin, hold
 from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.rollout_turns import Turns
 from megatron_lora.trainers.session import Session
@@ -68,6 +68,7 @@ class RolloutEngine:
     def start(self) -> None:
         """Build the engine and give it the trainer's weights. A resumed run refits as the run before it chose to."""
         session, generation = self.session, self.policy_config.generation
+        begin("starting the rollout engine", is_slow=True)
         device = session.world.device
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.generator.start()

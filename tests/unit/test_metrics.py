@@ -18,6 +18,7 @@ from rich.console import Console
 from megatron_lora.config.schema_run import LoggerConfig
 from megatron_lora.errors import UserError
 from megatron_lora.metrics import RunReporter, check_trackers
+from megatron_lora.reporting.console import RunConsole
 from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_curve, smooth
 from megatron_lora.reporting.text_curve import text_curve
@@ -369,3 +370,17 @@ def test_smoothing_keeps_a_constant_and_a_slope():
     assert smooth([3.0] * 40, width=4.0) == pytest.approx([3.0] * 40)
     slope = [float(i) for i in range(60)]
     assert smooth(slope, width=3.0)[20:40] == pytest.approx(slope[20:40])  # symmetric: no lag
+
+
+def test_a_narrow_bar_keeps_its_label_its_counts_and_where_a_step_went() -> None:
+    """A GRPO step at 100 columns, as a terminal shows it; phases that took no time are left out."""
+    console = Console(width=100, force_terminal=True, record=True, file=io.StringIO())
+    shown = RunConsole("grpo", 200, console=console)
+    phases = {"generation_seconds": 3.5, "reward_seconds": 80.2, "scoring_seconds": 0.01, "training_seconds": 6.25}
+    shown.train_step(4, {"loss": -0.0006, "reward": 0.0078, "tokens_per_second": 5799.0, **phases})
+    shown.close()
+    recorded = next(line for line in reversed(console.export_text().splitlines()) if "4/200" in line)
+    label, line = recorded.rpartition("grpo ")[1:]  # without a screen the bars of all repaints stand side by side
+    assert label and "  4/200 " in line and len(label + line) <= 100
+    assert "reward 0.008  generation 3.5 s  rewards 80.2 s  training 6.2 s" in line and "scoring" not in line
+    assert "tok/s" not in line
