@@ -17,6 +17,8 @@ from megatron_lora.lora.base_weight import BaseWeight
 WEIGHTS = torch.float8_e4m3fn
 # The kernels take matrices whose sides are multiples of this.
 MULTIPLE = 16
+# cuBLAS has no product of fewer tokens (a decoded token, say) with a long inner side; zeros are added up to this.
+FEWEST_ROWS = 256
 # The earliest compute capability with FP8 tensor cores (Ada).
 CAPABILITY = (8, 9)
 # The smallest number that a row's largest is taken for: a row of zeros has a scale, too.
@@ -53,9 +55,21 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = WEIGHTS) -> Fp8Matrix:
     return Fp8Matrix((wide * (largest / reach)).to(dtype), reach / largest)
 
 
-def product(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+def padded(a: Fp8Matrix, fewest: int) -> Fp8Matrix:
+    """With rows of zeros at the end, where it has fewer rows."""
+    if (more := fewest - len(a.values)) <= 0:
+        return a
+    codes = torch.nn.functional.pad(a.values.view(torch.uint8), (0, 0, 0, more))
+    return Fp8Matrix(codes.view(a.values.dtype), torch.nn.functional.pad(a.scales, (0, 0, 0, more), value=1.0))
+
+
+def product(
+    a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, bias: Tensor | None = None, fewest: int = FEWEST_ROWS
+) -> Tensor:
     """a [t, k], b [n, k] -> a b^T + bias [t, n], in `dtype`. On a CPU the same numbers multiplied in fp32."""
     if a.values.is_cuda:
+        rows = len(a.values)
+        a = padded(a, fewest)
         return torch._scaled_mm(
             a.values,
             b.values.t(),
@@ -64,7 +78,7 @@ def product(a: Fp8Matrix, b: Fp8Matrix, dtype: torch.dtype, bias: Tensor | None 
             bias=bias,
             out_dtype=dtype,
             use_fast_accum=True,
-        )
+        )[:rows]
     y = (a.dense() @ b.dense().t()).to(dtype)
     return y if bias is None else y + bias
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_lora.lora.fp8 import Fp8Matrix, Fp8Weight, check_card, product, quantize_rows
+from megatron_lora.lora.fp8 import FEWEST_ROWS, Fp8Matrix, Fp8Weight, check_card, product, quantize_rows
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # (out, in) of the linears of a layer.
@@ -96,6 +96,19 @@ def _errors(out: int, inner: int, tokens: int, gradients: torch.dtype) -> tuple[
     )
 
 
+def few_rows() -> Lines:
+    """What cuBLAS has no product for, unpadded: the reason for `FEWEST_ROWS`."""
+    for inner in (1536, 3584, 8960, 18944):
+        weight, missing = Fp8Weight(drawn(1536, inner)), []
+        for rows in (1, 8, 16, 17, 32, 64, 100, 128, 200, FEWEST_ROWS):
+            try:
+                product(quantize_rows(drawn(rows, inner)), weight.rows, torch.bfloat16, fewest=1)
+            except RuntimeError:
+                missing.append(rows)
+        yield f"1536x{inner}: none for {missing or 'no number of'} rows"
+        assert FEWEST_ROWS not in missing
+
+
 def places() -> Lines:
     """A gradient goes into columns of another tensor, as under sequence parallelism."""
     weight, dy = Fp8Weight(drawn(512, 256)), drawn(64, 512, seed=1)
@@ -123,7 +136,7 @@ def card() -> Lines:
     yield f"{torch.cuda.get_device_name()} {torch.cuda.get_device_capability()}, torch {torch.__version__}"
 
 
-CHECKS: list[Callable[[], Lines]] = [card, quantizing, products, places, graphs]
+CHECKS: list[Callable[[], Lines]] = [card, quantizing, few_rows, products, places, graphs]
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 20) -> float:
@@ -162,7 +175,10 @@ def _times(out: int, inner: int, tokens: int) -> tuple[dict[str, float], tuple[f
         "bf16": milliseconds(lambda: (x @ w.t(), dy @ w)),
         "fp8": milliseconds(lambda: (weight.product(x), weight.input_gradient(dy))),
         "quantizing": milliseconds(lambda: (quantize_rows(x), quantize_rows(dy))),
-        "exact sums": milliseconds(lambda: (exact(xq, weight.rows), exact(dyq, weight.columns))),
+        "y, exact sums": milliseconds(lambda: exact(xq, weight.rows)),
+        "dx, exact sums": milliseconds(lambda: exact(dyq, weight.columns)),
+        "y, fast sums": milliseconds(lambda: product(xq, weight.rows, w.dtype)),
+        "dx, fast sums": milliseconds(lambda: product(dyq, weight.columns, w.dtype)),
     }
     wanted = emulated(xq, weight.rows)
     fast = product(xq, weight.rows, w.dtype)

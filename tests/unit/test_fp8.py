@@ -58,6 +58,14 @@ def test_what_is_not_finite_stays_so() -> None:
     assert not finite[0].all() and finite[1].all() and not finite[2].all()
 
 
+def test_few_rows_get_rows_of_zeros_and_many_none() -> None:
+    few = quantize_rows(drawn(3, 32))
+    more = fp8.padded(few, 8)
+    assert more.values.shape == (8, 32) and more.values.dtype == few.values.dtype
+    assert torch.equal(more.dense()[:3], few.dense()) and not more.dense()[3:].any()
+    assert fp8.padded(few, 3) is few
+
+
 @pytest.mark.parametrize("gradients", [E4M3, E5M2])
 def test_products_are_those_of_the_rounded_rows(gradients: torch.dtype) -> None:
     w, x, dy, bias = drawn(96, 256), drawn(40, 256, seed=1), drawn(40, 96, seed=2), drawn(96, seed=3)
