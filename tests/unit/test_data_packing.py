@@ -113,7 +113,7 @@ def rows(draw) -> list[Row]:
                 torch.randint(1, 100, (length,), generator=generator),
                 mask,
                 index=number + 1,
-                token_fields={"advantages": values},
+                token_fields={"advantages": values, "candidates": values[:, None] * torch.tensor([1.0, 2.0, 3.0])},
                 row_fields={"reference": float(number) / 4},
             )
         )
@@ -137,7 +137,8 @@ def test_unpack_undoes_collate(rows, row_multiple, total_multiple) -> None:
     assert len(back) == len(rows)
     for ours, theirs in zip(back, rows, strict=True):
         assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.target_mask, theirs.target_mask)
-        assert torch.equal(ours.token_fields["advantages"], theirs.token_fields["advantages"])
+        assert ours.token_fields.keys() == theirs.token_fields.keys()
+        assert all(torch.equal(value, theirs.token_fields[name]) for name, value in ours.token_fields.items())
         assert ours.row_fields == theirs.row_fields and ours.index == theirs.index
 
 
@@ -161,10 +162,13 @@ def test_collate_by_hand() -> None:
 
 
 def test_an_empty_micro_batch_has_one_masked_row_and_the_fields_of_the_others() -> None:
-    like = Row(torch.tensor([1, 2]), torch.tensor([False, True]), 1, {"a": torch.zeros(2)}, {"r": 1.0})
+    like = Row(
+        torch.tensor([1, 2]), torch.tensor([False, True]), 1, {"a": torch.zeros(2), "b": torch.zeros(2, 3)}, {"r": 1.0}
+    )
     batch = collate([], pad_token_id=7, row_multiple=4, total_multiple=6, like=like)
     assert batch.tokens.tolist() == [7] * 12
     assert not batch.target_mask.any() and batch.row_indices == [-1] and batch.cu_seqlens.tolist() == [0, 12]
+    assert batch.token_fields["b"].shape == (12, 3)
     assert batch.token_fields["a"].shape == (12,) and batch.row_fields["r"].tolist() == [0.0]
     assert unpack(batch) == []
 

@@ -20,7 +20,7 @@ def make_row(prompt: list[int], answer: list[int], index: int = 0) -> Row:
         input_ids=ids,
         target_mask=torch.arange(len(ids)) >= len(prompt),
         index=index,
-        token_fields={"old": ids * 0.5},
+        token_fields={"old": ids * 0.5, "both": torch.stack([ids * 0.5, ids * 2.0], 1)},
         row_fields={"reward": float(index)},
     )
 
@@ -55,6 +55,7 @@ def check_batch(batch: MicroBatch, rows: list[Row]) -> None:
         ids = rows[number].input_ids.tolist()
         assert int(batch.targets[target]) == ids[place]
         assert batch.token_fields["old"][target] == ids[place] * 0.5
+        assert batch.token_fields["both"][target].tolist() == [ids[place] * 0.5, ids[place] * 2.0]
         assert what_predicts(batch, target) == (ids[:place], list(range(place)))
 
 
