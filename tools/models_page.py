@@ -113,6 +113,9 @@ kernels are not installed it computes with the scan of the Megatron backend. Wha
 no context parallelism, merged weights for vLLM, which runs Mamba on a GPU alone (not run yet). NeMo RL's four LoRA
 recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the architecture. Falcon-H1, which
 has Mamba and attention side by side in a layer, is refused.
+The dense Nemotron (squared ReLU, LayerNorm with 1 + weight) trains on the Megatron backend alone: transformers' class
+computes its attention itself and takes no packed rows; its norms do not train beside adapters. Gemma 4 is refused with
+the tensors that have no place here, and Llama 4 since megatron-bridge 0.6.2 maps no such family.
 
 | model_type | class in transformers | state | log-probability | there and back |
 |---|---|---|---|---|

@@ -55,6 +55,7 @@ BUILT_FROM = frozenset(
         "n_group",
         "n_routed_experts",
         "n_shared_experts",
+        "norm_eps",
         "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
@@ -153,6 +154,8 @@ LEGACY = frozenset(
         "torch_dtype",
     }
 )
+# Families whose class in transformers computes attention itself.
+OWN_ATTENTION = ("nemotron",)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _LINEAR_TYPES = ("full_attention", "linear_attention")
 
@@ -165,6 +168,11 @@ def check_config(model: HFModel, *, megatron: bool, max_length: int) -> list[str
         problems += check_routing(model, megatron=megatron)
     if not problems:
         problems += _linear_attention(model)
+    if not megatron and model.family in OWN_ATTENTION:
+        problems.append(
+            f"model_type={model.family!r}: the attention of transformers' class takes no packed rows; set "
+            "policy.megatron_cfg.enabled=true"
+        )
     problems += _rope_kinds(model, max_length)
     if not problems:
         problems += _rotary(model, megatron)

@@ -36,7 +36,7 @@ QUANTIZATION = "quantization_config"
 _WINDOW_EVERYWHERE = ("mistral", "qwen3_moe")
 _WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss")
 # Families whose attention turns the first features of a head only, where `partial_rotary_factor` says so.
-PARTIAL_ROTARY = ("glm4_moe", *GATED_ATTENTION)
+PARTIAL_ROTARY = ("glm4_moe", "nemotron", *GATED_ATTENTION)
 _SOFTCAPPED = ("gemma2", "gemma3_text")
 # What an override may name although no class declares it: older spellings of `rope_parameters`.
 ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
@@ -47,7 +47,7 @@ _ACTIVATION_FIELDS = {
     "gemma3_text": "hidden_activation",
     "nemotron_h": "mlp_hidden_act",
 }
-_NORM_EPS_FIELDS = {"nemotron_h": "layer_norm_epsilon"}
+_NORM_EPS_FIELDS = {"nemotron": "norm_eps", "nemotron_h": "layer_norm_epsilon"}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,9 @@ class HFModel:
     def softmax_scale(self) -> float:
         """What attention scores are multiplied by, but for a factor on rotary embeddings."""
         mixers = (getattr(layer, "self_attn", getattr(layer, "mixer", None)) for layer in self.empty.model.layers)
-        return float(next(mixer.scaling for mixer in mixers if mixer is not None and hasattr(mixer, "scaling")))
+        scales = (mixer.scaling for mixer in mixers if mixer is not None and hasattr(mixer, "scaling"))
+        # Nemotron's class divides by the root of the head's size in its forward pass.
+        return float(next(scales, self.shapes.head_dim**-0.5))
 
     @property
     def rotary_percent(self) -> float:

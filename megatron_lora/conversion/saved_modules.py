@@ -12,12 +12,11 @@ from megatron_lora.lora.peft_format import hf_linears
 
 
 def saved_parameters(shapes: ModelSpec) -> dict[str, ModelParameter]:
-    """HF tensor name -> parameter, of all that could be trained whole."""
-    return {
-        parameter.hf_names[0]: parameter
-        for parameter in model_parameters(shapes)
-        if parameter.is_vocabulary or (len(parameter.shape) == 1 and parameter.hf_names[0].endswith(".weight"))
-    }
+    """HF tensor name -> parameter, of all that could be trained whole: not a norm that has a bias beside it."""
+    every = {parameter.hf_names[0]: parameter for parameter in model_parameters(shapes)}
+    norms = {name for name, parameter in every.items() if len(parameter.shape) == 1 and name.endswith(".weight")}
+    plain = {name for name in norms if f"{name.removesuffix('weight')}bias" not in every}
+    return {name: parameter for name, parameter in every.items() if parameter.is_vocabulary or name in plain}
 
 
 def select_saved(shapes: ModelSpec, patterns: Sequence[str], adapted: Sequence[str], key: str) -> dict[str, tuple]:

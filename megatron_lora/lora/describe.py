@@ -24,6 +24,7 @@ from megatron_lora.lora.model_spec import (
 from megatron_lora.lora.model_tables import (
     ATTENTION,
     BIASES,
+    FINAL_NORM,
     GATED_ATTENTION,
     HYBRIDS,
     LINEARS,
@@ -172,8 +173,8 @@ def _build_others(sizes: ModelSizes) -> tuple[ParameterSpec, ...]:
             hf = sizes.hf_place(mapped[LAYER + path])
             axis = _tp_axis(sizes, path)
             result.append(ParameterSpec(LAYER + path, hf, shape, layers, axis, row.blocks(sizes)))
-    norm = "decoder.final_layernorm.weight"
-    return (*result, ParameterSpec(norm, sizes.hf_place(mapped[norm]), (sizes.hidden_size,)))
+    norms = [name for name in FINAL_NORM if name in mapped]
+    return (*result, *(ParameterSpec(name, sizes.hf_place(mapped[name]), (sizes.hidden_size,)) for name in norms))
 
 
 def _tp_axis(sizes: ModelSizes, path: str) -> int | None:

@@ -214,6 +214,7 @@ OTHERS: dict[str, OtherRow] = {
     # Where a column-parallel linear follows, the norm is that linear's.
     "input_layernorm.weight": OtherRow(lambda s: (s.hidden_size if s.is_latent else 0,)),
     "self_attention.linear_qkv.layer_norm_weight": OtherRow(_width, in_linear=False),
+    "self_attention.linear_qkv.layer_norm_bias": OtherRow(_width, in_linear=False),
     "self_attention.q_layernorm.weight": OtherRow(_qk_norm(_query), in_linear=False),
     "self_attention.k_layernorm.weight": OtherRow(_qk_norm(_key), in_linear=False),
     "self_attention.in_proj.layer_norm_weight": OtherRow(_width, in_softmax=False),
@@ -233,6 +234,7 @@ OTHERS: dict[str, OtherRow] = {
     "self_attention.linear_kv_up_proj.layer_norm_weight": OtherRow(lambda s: (s.kv_rank,)),
     "self_attention.linear_proj.post_layernorm.weight": OtherRow(_width),
     "mlp.linear_fc1.layer_norm_weight": OtherRow(_width, in_sparse=False),
+    "mlp.linear_fc1.layer_norm_bias": OtherRow(_width, in_sparse=False),
     "mlp.linear_fc2.post_layernorm.weight": OtherRow(_width, in_sparse=False),
     "pre_mlp_layernorm.weight": OtherRow(_width, in_dense=False),
     "self_attention.core_attention.softmax_offset": OtherRow(lambda s: (s.num_attention_heads,), tp_axis=0),
@@ -242,9 +244,12 @@ OTHERS: dict[str, OtherRow] = {
         lambda s: (s.num_experts if s.model_type in BIASED_ROUTER else 0,), in_dense=False
     ),
 }
-WHOLE = (EMBEDDING, OUTPUT_LAYER, "decoder.final_layernorm.weight")
+FINAL_NORM = ("decoder.final_layernorm.weight", "decoder.final_layernorm.bias")
+WHOLE = (EMBEDDING, OUTPUT_LAYER, *FINAL_NORM)
 # The same tensors under the names that other layer specifications give them.
 ALIASES = (
+    "input_layernorm.bias",
+    "pre_mlp_layernorm.bias",
     "self_attention.kv_layernorm.weight",
     "mlp.experts.local_experts.*.linear_fc1.weight",
     "mlp.experts.local_experts.*.linear_fc2.weight",

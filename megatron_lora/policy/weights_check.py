@@ -30,6 +30,7 @@ MEGATRON_FAMILIES = (
     "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_moe_text",
+    "nemotron",
     "nemotron_h",
 )
 

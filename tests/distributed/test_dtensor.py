@@ -83,7 +83,6 @@ TRAINED = [
     case("one_head", 1, family="llama3", adapter="head"),
     full("one", 1, "qwen2"),
     case("one_dora", 1, DORA, family="llama3", adapter="dora"),
-    case("one_dora_recompute", 1, DORA | RECOMPUTE, family="qwen2", adapter="dora"),
     case("one_nf4", 1, {"lora_cfg": NF4}, family="qwen3_even"),
     case("one_nf4_peft_forward", 1, {"lora_cfg": NF4 | PEFT_FORWARD["lora_cfg"]}, family="qwen3_even"),
     case("one_nf4_dora_recompute", 1, NF4_DORA | RECOMPUTE, family="qwen3_even", adapter="dora"),
@@ -108,6 +107,7 @@ TRAINED = [
     full("sp_tied", 2, "qwen2", SP2),
     full("sp_biases", 2, "llama_biases", SP2),
     *long(
+        case("one_dora_recompute", 1, DORA | RECOMPUTE, family="qwen2", adapter="dora"),
         case("one_qwen3_5", 1, family="qwen3_5", adapter="delta", policy=PACKED),
         case("one_qwen3_next_recompute", 1, RECOMPUTE, family="qwen3_next", adapter="delta_attention"),
         full("one_qwen3_5", 1, "qwen3_5", policy=PACKED),

@@ -58,6 +58,7 @@ LONG += [case("sp", "gemma"), case("pp", "gemma2"), case("tp1", "qwen3_5"), case
 LONG += [case("pp", "qwen3_5")]
 LONG += [case(layout, family) for layout in ("tp1", "sp", "pp", "ep") for family in ("qwen3_next", "qwen3_5_moe")]
 LONG += [case(layout, "nemotron_h") for layout in ("tp1", "tp", "pp", "ep")]
+LONG += [case(layout, "nemotron") for layout in ("tp1", "sp", "pp")]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
 WHOLE_ROWS = [more for more in [*CASES, *LONG_TOO] if case_of(more).megatron not in (CP, EP)]
 

@@ -98,6 +98,7 @@ MORE_LAYOUTS = [
     case("sp_gemma2", 2, SP, family="gemma2"),
     case("pp_qwen3_next", 2, PP, family="qwen3_next", adapter="delta"),
     case("sp_nemotron_h", 2, SP, family="nemotron_h", adapter="mamba", policy=PACKED),
+    case("sp_nemotron", 2, SP, family="nemotron"),
     case("pp_nemotron_h", 2, PP, family="nemotron_h", adapter="mamba_experts"),
     case("tp_plain_logprobs", 2, TP | PLAIN_LOGPROBS),
     case("sp_plain_logprobs", 2, SP | PLAIN_LOGPROBS),

@@ -52,7 +52,6 @@ CASES = [
     # Mixers that carry a state, beside attention: a row's own, whose slot moves as others end.
     case("nemotron_h", 1, {}, family="nemotron_h", adapter="mamba", trains=True, burst=5),
     case("head", 1, {}, adapter="head"),
-    case("dora", 1, DORA, adapter="dora", trains=True),
     case("sp_dora", 2, SP | DORA, adapter="dora", trains=True),
     like_one("pp", 2, PP, stops=True, trains=True),
     case("pp_tied", 2, PP, family="qwen2"),
@@ -62,6 +61,7 @@ CASES = [
     like_one("cp", 2, CP),
 ]
 LONG = [
+    case("dora", 1, DORA, adapter="dora", trains=True),
     case("qwen3_next", 1, {}, family="qwen3_next", adapter="delta_attention", trains=True),
     case("sp_qwen3_5", 2, SP, family="qwen3_5", adapter="delta", burst=5),
     case("pp_nemotron_h", 2, PP, family="nemotron_h", adapter="mamba"),

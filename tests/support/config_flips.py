@@ -30,6 +30,7 @@ DELTA: dict[str, Any] = {
     "linear_value_head_dim": 4,
 }
 BASE: dict[str, dict[str, Any]] = {
+    "nemotron": {"head_dim": 8},
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention", "mlp", "moe"],
         "head_dim": 8,

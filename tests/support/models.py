@@ -17,6 +17,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
     NemotronHConfig,
     OlmoeConfig,
     PretrainedConfig,
@@ -81,6 +82,8 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
         return Gemma3TextConfig(
             **sizes, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, layer_types=gemma_layers(sizes)
         )
+    if family == "nemotron":
+        return NemotronConfig(**sizes, head_dim=32)
     if family == "nemotron_h":
         kinds = ["mamba", "attention", "mlp", "mamba", "moe", "attention"]
         own = NEMOTRON_H | {"layers_block_type": kinds}
