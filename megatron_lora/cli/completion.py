@@ -35,12 +35,22 @@ _BASH = """_megatron_lora() {
     [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=./] ]] && compopt -o nospace
 }
 complete -o default -F _megatron_lora megatron-lora"""
+_ZSH = """(( $+functions[compdef] )) || { autoload -U compinit && compinit }
+_megatron_lora() {
+    local -a found
+    found=("${(@f)$(megatron-lora __complete "${words[CURRENT]}" "${words[2]}" $((CURRENT - 1)))}")
+    found=(${found:#})
+    (( $#found )) || { _files; return }
+    compadd -S '' -- ${(M)found:#*[=.]}
+    compadd -- ${found:#*[=.]}
+}
+compdef _megatron_lora megatron-lora"""
 _FISH = """function __megatron_lora
     set -l before (commandline -opc)
     megatron-lora __complete (commandline -ct) "$before[2]" (count $before)
 end
 complete -c megatron-lora -a '(__megatron_lora)'"""
-_SCRIPTS = {"bash": _BASH, "zsh": f"autoload -U +X bashcompinit && bashcompinit\n{_BASH}", "fish": _FISH}
+_SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 _USAGE = f"""usage: megatron-lora completion [{"|".join(_SCRIPTS)}]
 
 Print the completion script of a shell, by default of $SHELL. bash and zsh: eval "$(megatron-lora completion bash)";

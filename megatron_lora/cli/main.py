@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_lora.cli.completion import complete, script
 from megatron_lora.cli.launcher import Machines, launch
-from megatron_lora.config.command_line import RunOptions, build_parser, load_or_print, parse_run
+from megatron_lora.config.command_line import RunOptions, build_parser, integer, load_or_print, parse_run
 from megatron_lora.errors import UserError
 
 # subcommand -> (function that takes arguments and its name, what it does)
@@ -74,11 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> int:
     """Check the recipe here, where it takes no second, and start the ranks."""
     parser = build_parser("megatron-lora train", "Run a recipe on this machine's GPUs, or on CPU processes.")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine; default: its GPUs, or 1")
-    parser.add_argument("--nnodes", type=int, default=1, help="machines that run this command (default 1)")
-    parser.add_argument("--node-rank", type=int, default=0, help="this machine's number, from 0")
+    parser.add_argument("--nproc", type=integer(1), metavar="N", help="ranks on this machine; default: its GPUs, or 1")
+    parser.add_argument("--nnodes", type=integer(1), default=1, help="machines that run this command (default 1)")
+    parser.add_argument("--node-rank", type=integer(0), default=0, help="this machine's number, from 0")
     parser.add_argument("--master-addr", default="localhost", help="machine 0, with --nnodes")
-    parser.add_argument("--master-port", type=int, default=0, help="a free port of it, with --nnodes")
+    parser.add_argument("--master-port", type=integer(0, 65535), default=0, help="a free port of it, with --nnodes")
     options, found = parse_run(parser, arguments)
     if load_or_print(options) is None:
         return 0
@@ -88,13 +88,11 @@ def train(arguments: Sequence[str]) -> int:
 
 def _machines(found: Namespace) -> Machines:
     nproc = count_gpus() or 1 if found.nproc is None else found.nproc
-    if nproc < 1 or found.nnodes < 1 or not 0 <= found.node_rank < found.nnodes:
+    if found.node_rank >= found.nnodes:
         raise UserError(
-            f"--nproc={nproc} --nnodes={found.nnodes} --node-rank={found.node_rank}: wanted at least one rank and one "
-            "machine, and a node rank below the number of machines"
+            f"--nnodes={found.nnodes} --node-rank={found.node_rank}: machines are counted from 0; wanted a node rank "
+            "below the number of machines"
         )
-    if not 0 <= found.master_port < 65536:
-        raise UserError(f"--master-port={found.master_port}: wanted a port, a number below 65536")
     if found.nnodes > 1 and (found.master_addr == "localhost" or not found.master_port):
         raise UserError(f"--nnodes={found.nnodes} needs --master-addr and --master-port of machine 0")
     return Machines(nproc, found.nnodes, found.node_rank, found.master_addr, found.master_port)

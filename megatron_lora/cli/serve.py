@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from megatron_lora.config.command_line import build_parser, load_or_print, parse_run
+from megatron_lora.config.command_line import build_parser, integer, load_or_print, parse_run
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
 
@@ -18,7 +18,7 @@ def serve(arguments: Sequence[str]) -> int:
     """Check the recipe and become `vllm serve`."""
     parser = build_parser("megatron-lora serve", "Serve rollouts for runs of this recipe (vLLM, on this machine).")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default 8000)")
+    parser.add_argument("--port", type=integer(0, 65535), default=8000, help="port to listen on (default 8000)")
     options, found = parse_run(parser, arguments)
     loaded = load_or_print(options)
     if loaded is None:

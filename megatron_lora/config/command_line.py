@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -70,6 +70,19 @@ class Parser(argparse.ArgumentParser):
             return f"did you mean {names[near[0]]}?"
         keys = ", and keys of the recipe have no dashes: sft.seed=3" if takes_recipe else ""
         return f"the flags are {', '.join(known)}{keys}"
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of a flag that takes a number in bounds."""
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def read(text: str) -> int:
+        number = int(text) if text.lstrip("-").isdecimal() else None
+        if number is None or number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer {bounds}")
+        return number
+
+    return read
 
 
 def build_recipe_parser(prog: str, description: str) -> Parser:

@@ -1,15 +1,24 @@
 """The adapters: `policy.megatron_cfg.peft` and `policy.dtensor_cfg.lora_cfg`."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from megatron_lora.config.schema_base import Fraction, Place, PositiveFloat, PositiveInt, Section
 
 DTYPES = ("float32", "bfloat16", "float16")
 InitMethod = Literal["xavier", "uniform", "normal", "zero"]
 DropoutPosition = Literal["pre", "post"]
-InitLoraWeights = Annotated[str, Field(pattern=r"^pissa(_niter_\d+)?$")]
+
+
+def _starting_values(value: str) -> str:
+    if re.fullmatch(r"pissa(_niter_\d+)?", value) is None:
+        raise ValueError("wanted pissa, pissa_niter_N (N subspace iterations) or null")
+    return value
+
+
+InitLoraWeights = Annotated[str, AfterValidator(_starting_values)]
 AdapterType = Literal["lora", "canonical_lora", "dora"]
 
 

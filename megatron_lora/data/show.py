@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_lora.config.algorithm_section import RowKind
-from megatron_lora.config.command_line import build_recipe_parser, parse_recipe
+from megatron_lora.config.command_line import build_recipe_parser, integer, parse_recipe
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "megatron_lora.data
 
 def _parse(arguments: Sequence[str] | None, prog: str) -> Namespace:
     parser = build_recipe_parser(prog, "Show rows as a run trains on them; no weights are read.")
-    parser.add_argument("--rows", type=int, default=DEFAULT_ROWS, help=f"rows of each set (default {DEFAULT_ROWS})")
+    parser.add_argument(
+        "--rows", type=integer(1), default=DEFAULT_ROWS, help=f"rows of each set (default {DEFAULT_ROWS})"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     recipe, overrides, found = parse_recipe(parser, sys.argv[1:] if arguments is None else arguments)
     return Namespace(recipe=recipe, overrides=overrides, rows=found.rows, json=found.json)

@@ -31,7 +31,7 @@ def check_metric_name(recipe: Recipe, *, has_validation: bool) -> list[str]:
         near = [f"{short[kind]}:{found}" for found in difflib.get_close_matches(name, names, n=1, cutoff=0.5)]
         if not near and name in metric_names(recipe, other):
             near = [f"{short[other]}:{name}"]
-        advice = f"did you mean {near[0]}?" if near else "name one of them, or null to keep the latest checkpoints"
+        advice = f"did you mean {near[0]}?" if near else "name one of them, or null to keep the latest checkpoints."
         raise UserError(
             f"checkpointing.metric_name={checkpointing.metric_name!r}: no {kind} line of {recipe.algorithm.upper()} "
             f"has {name!r}; {advice} It has {', '.join(names)}"

@@ -5,14 +5,14 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_lora.checksums import list_files, write_checksums
 from megatron_lora.errors import UserError
+from megatron_lora.trainers.write_failure import why_unwritable
 
 INFO = "training_info.json"
 LATEST = "latest_step.txt"
@@ -81,13 +81,11 @@ class RunFolder:
     def check(self, resume: bool) -> None:
         """Raise UserError where the folder cannot be written, or holds a run that is not to be resumed. Leaves
         nothing behind."""
-        existing = next(path for path in [self.path, *self.path.absolute().parents] if os.path.exists(path))
-        try:
-            # A file without a name: access rights alone do not tell of a read-only or virtual file system.
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            reason = "it is no folder" if not existing.is_dir() else "this process may not write there"
-            self._cannot_write(f"{existing}: {reason}", error)
+        reason = why_unwritable(self.path)
+        if reason is not None:
+            raise UserError(
+                f"checkpointing.checkpoint_dir={str(self.path)!r} cannot be written ({reason}); name a folder that can"
+            )
         blocked = sorted(path.name for path in self._named() if not path.is_dir())
         if blocked:
             raise UserError(
@@ -108,11 +106,6 @@ class RunFolder:
         """Remove what a killed run left half written. Raises OSError."""
         for folder in self.path.glob(".step_*.partial"):
             remove(folder)
-
-    def _cannot_write(self, reason: str, error: OSError) -> NoReturn:
-        raise UserError(
-            f"checkpointing.checkpoint_dir={str(self.path)!r} cannot be written ({reason}); name a folder that can"
-        ) from error
 
     def steps(self) -> list[Step]:
         """Every `step_N` folder, the newest first."""

@@ -1,11 +1,14 @@
 """From a recipe to what a loop needs. Everything that can fail on a user's mistake fails before weights load."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_lora.config.schema import Recipe
+from megatron_lora.config.schema_run import LoggerConfig
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import PreparedData, prepare_data
+from megatron_lora.errors import UserError
 from megatron_lora.metrics import check_trackers
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.fp8_base import check_fp8_card
@@ -19,6 +22,7 @@ from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
 from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric
+from megatron_lora.trainers.write_failure import why_unwritable
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Prepared:
 def prepare(recipe: Recipe, world: World) -> Prepared:
     """Check layout, weights' files and data, and tokenize. Raises UserError."""
     check_trackers(recipe.logger)
+    _check_log_dir(recipe.logger)
     model = read_base(recipe.policy)
     notices = check_base(recipe.policy, model)
     check_preload(recipe.policy)
@@ -68,6 +73,18 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
         data_lines=data.lines(),
         notices=notices,
     )
+
+
+def _check_log_dir(logger: LoggerConfig) -> None:
+    """Raise UserError where a tracker keeps files in a folder that cannot be written; Trackio has its own place."""
+    trackers = ("tensorboard", "wandb", "swanlab", "mlflow")
+    on = [f"logger.{name}_enabled" for name in trackers if getattr(logger, f"{name}_enabled")]
+    reason = why_unwritable(Path(logger.log_dir).expanduser()) if on else None
+    if reason is not None:
+        raise UserError(
+            f"logger.log_dir={logger.log_dir!r} cannot be written ({reason}), and {' and '.join(on)} keeps files "
+            "there; name a folder that can, or turn it off"
+        )
 
 
 def _longest(recipe: Recipe, data: PreparedData) -> int:

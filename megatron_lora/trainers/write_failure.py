@@ -4,6 +4,7 @@ is."""
 import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ def system_error(error: BaseException) -> OSError | None:
         failures = getattr(found, "failures", None) or {}
         todo += [wrapped[0] for wrapped in failures.values()]
         todo += [found.__cause__, found.__context__]
+    return None
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why a folder, there or still to be made, cannot be written; None where it can. Leaves nothing behind."""
+    existing = next(path for path in [folder, *folder.absolute().parents] if os.path.exists(path))
+    try:
+        # A file without a name: access rights alone do not tell of a read-only or virtual file system.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError:
+        return f"{existing}: {'this process may not write there' if existing.is_dir() else 'it is no folder'}"
     return None
 
 

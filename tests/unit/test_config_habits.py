@@ -258,6 +258,10 @@ def test_a_seed_that_a_generator_would_refuse(seed: str):
     assert f"sft.seed={seed}: wanted a number " in message(SFT, f"sft.seed={seed}")
 
 
+def test_starting_values_that_are_not_there():
+    assert "'olora': wanted pissa, pissa_niter_N" in message(SFT, f"{PEFT}.init_lora_weights=olora")
+
+
 def test_two_algorithms_are_told_before_a_key_of_one_of_them():
     assert "the recipe has the sections sft and dpo; keep one" in message(SFT, "dpo.beta=0.1")
 

@@ -36,6 +36,16 @@ def dry_run(base: Path, recipe: str, *overrides: str) -> list[str]:
         (SFT, [*ON_DTENSOR, "policy.optimizer={name: torch.optim.AdamW, kwargs: {rate: 1}}"], "not take kwargs"),
         (SFT, [*ON_DTENSOR, ADAMW, f"policy.scheduler=[{{name: {LINEAR}x}}]"], f"'{LINEAR}x' cannot be imported"),
         (SFT, [*ON_DTENSOR, ADAMW, f"policy.scheduler=[{{name: {LINEAR}, kwargs: {{x: 1}}}}]"], "not take kwargs"),
+        (
+            SFT,
+            [*ONE_RANK, "logger.tensorboard_enabled=true", "logger.log_dir=/proc/x"],
+            "logger.log_dir='/proc/x' cannot",
+        ),
+        (
+            SFT,
+            [*ONE_RANK, "logger.mlflow_enabled=true", "logger.log_dir=/dev/null/x"],
+            "and logger.mlflow_enabled keeps",
+        ),
         *(
             pytest.param(GRPO, [*VLLM, key], wanted, marks=mark)  # each starts a process that imports vLLM
             for key, wanted, mark in (

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,8 +148,18 @@ def test_a_signal_reaches_the_ranks_and_the_status_is_0(number: signal.Signals, 
         ),
         (["import", "x"], "see megatron-lora import --help"),
         (["train", "configs/sft.yaml", "--nporc", "2"], "unknown flag --nporc; did you mean --nproc?"),
-        (["train", "configs/sft.yaml", "--nproc", "0"], "--nproc=0"),
-        (["train", "configs/sft.yaml", "--nproc", "two"], "invalid int value: 'two'"),
+        (["train", "configs/sft.yaml", "--nproc", "0"], "--nproc: got '0', wanted an integer of at least 1"),
+        (["train", "configs/sft.yaml", "--nproc", "two"], "--nproc: got 'two', wanted an integer"),
+        (["train", "configs/sft.yaml", "--nproc=-1"], "--nproc: got '-1', wanted an integer of at least 1"),
+        (["train", "configs/sft.yaml", "--master-port", "70000"], "wanted an integer from 0 to 65535"),
+        (
+            ["train", "configs/sft.yaml", "--nnodes", "2", "--node-rank", "2"],
+            "a node rank below the number of machines",
+        ),
+        (["show", "configs/sft.yaml", "--rows", "0"], "--rows: got '0', wanted an integer of at least 1"),
+        (["serve", "configs/grpo.yaml", "--port", "x"], "--port: got 'x', wanted an integer from 0 to 65535"),
+        (["--nproc", "2", "train"], "a command comes first, before --nproc: train, serve"),
+        (["train", "--config", "configs/sft.yaml"], "needs no flag: megatron-lora train configs/sft.yaml"),
         (["train", "configs/sft.yaml", "--nnodes", "2"], "needs --master-addr"),
         (["train", "--nproc", "2"], "which recipe?"),
         (["train", "configs/sft.yaml", "--nproc", "2", "lora_rank=8"], "did you mean policy.megatron_cfg.peft.dim?"),
@@ -197,6 +208,29 @@ def test_mistakes_and_help_import_no_torch():
 )
 def test_completion(words: list[str], wanted: list[str]):
     assert complete(words, ["train", "export"]) == wanted
+
+
+ZSH_STUBS = """compdef() { : }
+compadd() { [[ $1 = -S ]] && shift 2; shift; print -l -- "$@" }
+"""
+ASKED_IN_ZSH = "words=(megatron-lora {command} {word}); CURRENT=3; _megatron_lora"
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_the_completion_scripts_of_other_shells(shell: str, tmp_path: Path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    command = tmp_path / "megatron-lora"
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m megatron_lora.cli.main "$@"\n')
+    command.chmod(0o755)
+    answers = {("train", "policy.precision=f"): "policy.precision=float32", ("export", "--push"): "--push-to-hub"}
+    for (name, word), wanted in answers.items():
+        fish = f"{script(['fish'])}\ncomplete -C 'megatron-lora {name} {word}'"
+        zsh = ZSH_STUBS + script(["zsh"]) + "\n" + ASKED_IN_ZSH.format(command=name, word=word)
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        asks = [shell, "-c", fish] if shell == "fish" else ["zsh", "-f", "-c", zsh]
+        done = subprocess.run(asks, capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.split() == [wanted], (done.stdout, done.stderr)
 
 
 def test_the_completion_script_is_bash(tmp_path: Path):
