@@ -5,6 +5,7 @@ A small model, small data and a layout of two ranks stand in for the recipe's ow
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -125,18 +126,7 @@ def small_data(dataset_name: str | None, algorithm: str, room: Path) -> list[str
 def test_the_first_steps_are_the_same_on_both_backends(
     recipe: Path, room: Path, server: RankServer, tmp_path: Path
 ) -> None:
-    runs = {}
-    for backend, enabled in BACKENDS.items():
-        folder = tmp_path / backend
-        arguments = [str(recipe), *stand_ins(recipe, room), f"checkpointing.checkpoint_dir={folder}"]
-        ended = server.start(
-            [*arguments, f"policy.megatron_cfg.enabled={enabled}"], tmp_path / f"{backend}_output"
-        ).end()
-        assert ended.status == 0, ended.stderr[-4000:]
-        assert not ended.left
-        runs[backend] = read_metrics(folder)
-        assert [line["step"] for line in runs[backend]] == [1, 2]
-    ours, theirs = runs.values()
+    ours, theirs = run_both(recipe, room, server, tmp_path)
     if algorithm_of(recipe) in DRAWING:
         # Answers are drawn from probabilities that differ in the last bits.
         for line in (*ours, *theirs):
@@ -144,3 +134,34 @@ def test_the_first_steps_are_the_same_on_both_backends(
         return
     for name in ("loss", "grad_norm"):
         assert max(relative_differences([line[name] for line in ours], [line[name] for line in theirs])) < TOLERANCE
+
+
+def run_both(
+    recipe: Path, room: Path, server: RankServer, tmp_path: Path, *overrides: str
+) -> list[list[dict[str, Any]]]:
+    """The metrics of a recipe's first steps on either backend."""
+    runs = []
+    for backend, enabled in BACKENDS.items():
+        folder = tmp_path / backend
+        arguments = [str(recipe), *stand_ins(recipe, room), f"checkpointing.checkpoint_dir={folder}", *overrides]
+        ended = server.start(
+            [*arguments, f"policy.megatron_cfg.enabled={enabled}"], tmp_path / f"{backend}_output"
+        ).end()
+        assert ended.status == 0, ended.stderr[-4000:]
+        assert not ended.left
+        runs.append(read_metrics(folder))
+        assert [line["step"] for line in runs[-1]] == [1, 2]
+    return runs
+
+
+@pytest.mark.long
+def test_distillation_over_the_teachers_most_likely_tokens(room: Path, server: RankServer, tmp_path: Path) -> None:
+    [recipe] = [recipe for recipe in RECIPES if algorithm_of(recipe) == "distillation"]
+    # Two updates a step: the second one meets answers of a policy that has moved.
+    asked = ("distillation.topk_logits_k=8", "loss_fn.kl_type=mixed", "policy.train_global_batch_size=8")
+    for lines in run_both(recipe, room, server, tmp_path, *asked):
+        for line in lines:
+            assert line["rollout_logprob_error"] < TOLERANCE and line["num_updates"] == 2
+            assert line["forward_kl"] > 0 and line["reverse_kl"] > 0 and line["grad_norm"] > 0
+            assert line["loss"] == pytest.approx((line["forward_kl"] + line["reverse_kl"]) / 2, rel=1e-4)
+            assert 0 < line["teacher_candidate_mass"] < 1 and "clip_fraction" not in line
