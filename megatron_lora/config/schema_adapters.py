@@ -20,6 +20,21 @@ def _starting_values(value: str) -> str:
 
 InitLoraWeights = Annotated[str, AfterValidator(_starting_values)]
 AdapterType = Literal["lora", "canonical_lora", "dora"]
+# What other projects have as kinds, and is a key of its own here.
+KEY_OF_KIND = {
+    "qlora": "type=lora with quantization=nf4 and lora_dtype",
+    "qdora": "type=dora with quantization=nf4 and lora_dtype",
+    "rslora": "type=lora with use_rslora=true",
+    "loraplus": "type=lora with lora_plus_ratio=16",
+    "pissa": "type=lora with init_lora_weights=pissa",
+}
+
+
+def _kind(value: Any) -> Any:
+    key = KEY_OF_KIND.get(value.lower().replace("_", "").replace("+", "plus")) if isinstance(value, str) else None
+    if key is not None:
+        raise ValueError(f"{value} is not a kind of its own here; set {key}")
+    return value
 
 
 def _dtype_name(value: Any) -> Any:
@@ -63,7 +78,7 @@ def _no_biases(value: Any) -> Any:
 
 class _Adapter(Section):
     enabled: bool = Field(default=False, description="Train adapters; off: full fine-tuning.")
-    type: AdapterType = Field(
+    type: Annotated[AdapterType, BeforeValidator(_kind)] = Field(
         default="lora",
         description="Kind of adapter: `lora` (q, k, v and gate, up share one A), `canonical_lora` (each its own A), "
         "`dora` (LoRA and a trained magnitude a row).",
@@ -95,7 +110,8 @@ class _Adapter(Section):
     )
     rank_pattern: dict[str, PositiveInt] = Field(
         default_factory=dict,
-        description="Other ranks by linear, named in the forms of `target_modules`; the first that fits counts.",
+        description="Other ranks by linear, named in the forms of `target_modules` or as peft does, by a regular "
+        "expression for a name's end; the first that fits counts.",
     )
     alpha_pattern: dict[str, PositiveFloat] = Field(
         default_factory=dict,

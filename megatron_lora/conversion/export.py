@@ -33,7 +33,8 @@ from megatron_lora.conversion.tokenizer_files import copy_run_tokenizer
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import merge_targets
-from megatron_lora.lora.peft_format import ExpertLayout, from_hf, to_hf
+from megatron_lora.lora.peft_format import ExpertLayout, to_hf
+from megatron_lora.lora.peft_reading import from_hf
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from megatron_lora.conversion.model_names import ModelParameter, model_parameters
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import ModelSpec
+from megatron_lora.lora.model_spec import EMBEDDING, OUTPUT_LAYER
 from megatron_lora.lora.peft_format import hf_linears
 
 
@@ -22,18 +23,26 @@ def saved_parameters(shapes: ModelSpec) -> dict[str, ModelParameter]:
 def select_saved(shapes: ModelSpec, patterns: Sequence[str], adapted: Sequence[str], key: str) -> dict[str, tuple]:
     """HF tensor name -> shape, in the model's order, of what the recipe's `key` trains whole.
 
-    patterns: a module's name (`norm`, `input_layernorm`, `embed_tokens`, `lm_head`), its full path, with `model.` or
-    without, or a wildcard over full paths. adapted: HF linears that carry adapters. Raises UserError for a name that is
-    no such module, for one tensor under two names (tied embeddings), and for a module that is adapted already.
+    patterns: a module's name (`norm`, `input_layernorm`, `embed_tokens`, `lm_head`; Megatron's `final_layernorm`,
+    `word_embeddings`, `output_layer`), its full path, with `model.` or without, or a wildcard over full paths. adapted:
+    HF linears that carry adapters. Raises UserError for a name that is no such module, for one tensor under two names
+    (tied embeddings), and for a module that is adapted already.
     """
     if not patterns:
         return {}
     known = {name: parameter.shape for name, parameter in saved_parameters(shapes).items()}
     if shapes.tied_embeddings:
         known |= {name: (shapes.vocab_size, shapes.hidden_size) for name in _tied(shapes)}
+    in_megatron = {name: parameter.name for name, parameter in saved_parameters(shapes).items()}
+    if shapes.tied_embeddings:
+        in_megatron |= dict(zip(_tied(shapes), (EMBEDDING, OUTPUT_LAYER), strict=True))
     wanted: set[str] = set()
     for pattern in patterns:
-        found = {name for name in known if _fits(pattern, name.removesuffix(".weight"))}
+        found = {
+            name
+            for name in known
+            if any(_fits(pattern, called.removesuffix(".weight")) for called in (name, in_megatron[name]))
+        }
         if not found:
             raise _no_such_module(pattern, known, shapes, key)
         wanted |= found

@@ -26,6 +26,10 @@ REFUSED = {
     "velora_config": "VeLoRA (velora_config) is not supported",
     "monteclora_config": "MonteCLoRA (monteclora_config) is not supported",
 }
+# What makes a model of an adapter that is not read.
+MERGE_WITH_PEFT = (
+    "merge it with peft (merge_and_unload(), then save_pretrained()) and use the merged folder as policy.model_name"
+)
 # Kinds of peft that train inputs of the model, not its weights.
 PROMPT_KINDS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CARTRIDGE")
 # The setting that says that an adapter is of another kind than plain LoRA.
@@ -103,9 +107,11 @@ def read_patterns(config: Mapping[str, Any]) -> PeftPatterns:
         raise _other_kind(config.get("peft_type"))
     for key, reason in REFUSED.items():
         if config.get(key):
-            raise UserError(f"{reason}: adapter_config.json has {key}={config[key]!r}")
+            raise UserError(f"{reason}: adapter_config.json has {key}={config[key]!r}; {MERGE_WITH_PEFT}")
     if config.get("bias", "none") != "none":
-        raise UserError(f"adapter_config.json has bias={config['bias']!r}: trained biases are not supported")
+        raise UserError(
+            f"adapter_config.json has bias={config['bias']!r}: trained biases are not supported; {MERGE_WITH_PEFT}"
+        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise UserError(
@@ -138,10 +144,7 @@ def _other_kind(peft_type: Any) -> UserError:
     if peft_type in PROMPT_KINDS:
         fix = "it is no change of the weights, so it cannot be merged either: train a LoRA instead"
     else:
-        fix = (
-            "merge it with peft (merge_and_unload(), then save_pretrained()) and use the merged folder as "
-            "policy.model_name, or train a LoRA instead"
-        )
+        fix = f"{MERGE_WITH_PEFT}, or train a LoRA instead"
     return UserError(f"adapter_config.json has peft_type={peft_type!r}, a kind that is not there: {what_works}; {fix}")
 
 
@@ -266,8 +269,13 @@ def _names(wanted: str | Sequence[str], name: str) -> bool:
     return name in wanted or any(name.endswith(f".{end}") for end in wanted)
 
 
+def fits_end(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` means the linear `name`. Raises re.error."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _first_match(keys: Mapping[str, Any], name: str) -> str:
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), name)
+    return next((key for key in keys if fits_end(key, name)), name)
 
 
 def _names_or_regex(value: Any) -> str | tuple[str, ...]:

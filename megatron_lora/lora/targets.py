@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import Block, ModelSpec, ModuleLayout, module_name
 from megatron_lora.lora.model_spec import ROUTER
 from megatron_lora.lora.packed_experts import packed_name
+from megatron_lora.lora.peft_config import fits_end
 from megatron_lora.lora.peft_format import HFLinear, hf_linears
 
 # Last names of a router, Megatron's and transformers'.
@@ -158,13 +160,15 @@ def build_modules(
 def match_patterns[Value: (int, float)](
     shapes: ModelSpec, adapted: Sequence[HFLinear], patterns: Mapping[str, Value], *, key: str, naming: Naming
 ) -> dict[str, Value]:
-    """HF linear -> its value in the recipe's `key`, for the adapted linears that a pattern names (in the forms of
-    `select_linears`); the first pattern that names a linear counts. Raises UserError for one that names none."""
+    """HF linear -> its value in the recipe's `key`, for the adapted linears that a pattern names: in the forms of
+    `select_linears`, or where it fits in none of them as peft's keys do, by a regular expression for the end of a name.
+    The first pattern that names a linear counts. Raises UserError for one that names none."""
     matcher = _Matcher(list(hf_linears(shapes).values()), key, naming, _packed_names(shapes))
     names = {linear.name for linear in adapted}
     result: dict[str, Value] = {}
     for pattern, value in patterns.items():
-        found = [linear.name for linear in matcher.find(pattern) if linear.name in names]
+        named = matcher.fitting(pattern) or matcher.fitting_as_in_peft(pattern) or matcher.find(pattern)
+        found = [linear.name for linear in named if linear.name in names]
         if not found:
             raise UserError(f"{pattern!r} in {key} names no linear that has an adapter; add it to target_modules")
         for name in found:
@@ -183,6 +187,13 @@ class _Matcher:
     notices: dict[str, None] = field(default_factory=dict)
 
     def find(self, pattern: str) -> list[HFLinear]:
+        """Raises UserError where there is none."""
+        found = self.fitting(pattern)
+        if not found:
+            raise self._no_match(pattern)
+        return found
+
+    def fitting(self, pattern: str) -> list[HFLinear]:
         by_naming = {
             "hf": [
                 linear for linear in self.linears if _fits(pattern, linear.name) or self._fits_packed(pattern, linear)
@@ -193,10 +204,16 @@ class _Matcher:
         if own:
             return own
         [other] = by_naming.values()
-        if not other:
-            raise self._no_match(pattern)
-        self.notices[self._translation(pattern, other)] = None
+        if other:
+            self.notices[self._translation(pattern, other)] = None
         return other
+
+    def fitting_as_in_peft(self, pattern: str) -> list[HFLinear]:
+        """Where peft's `rank_pattern` and `alpha_pattern` reach (`peft_config.PeftPatterns`)."""
+        try:
+            return [linear for linear in self.linears if fits_end(pattern, linear.name)]
+        except re.error:
+            return []
 
     def _fits_packed(self, pattern: str, linear: HFLinear) -> bool:
         return linear.expert is not None and _fits(pattern, self.packed[linear.kind, linear.layer])

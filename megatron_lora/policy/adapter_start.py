@@ -20,7 +20,7 @@ from megatron_lora.lora.layout import FACTORS, AdapterSpec, ModelSpec, ModuleLay
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.methods import ReadWeight, method_of
 from megatron_lora.lora.packed_experts import is_on_experts
-from megatron_lora.lora.peft_format import from_hf
+from megatron_lora.lora.peft_reading import from_hf
 from megatron_lora.lora.principal import check_ranks, principal_start, residual_reader
 from megatron_lora.lora.targets import Naming, Selection, build_modules, match_patterns, select_linears
 from megatron_lora.policy.expert_adapters import check_expert_adapters, check_with_recipe, expert_ranks, misread_by_peft
@@ -82,12 +82,15 @@ def starting_adapter(config: PeftConfig | LoraConfig, shapes: ModelSpec, model_n
         check_expert_adapters(config, spec, _section(config))
         adapted = list(merge_targets(spec))
         check_saved(shapes, spec.saved, adapted, f"{config.init_adapter}, modules_to_save")
-        wanted = select_saved(shapes, config.modules_to_save, adapted, f"{_section(config)}.modules_to_save")
-        if wanted != spec.saved:
-            found = [name.removesuffix(".weight") for name in spec.saved]
+        # The folder's own names mean what peft means by them: `norm` is every module whose name ends so.
+        found = list(folder[0].get("modules_to_save") or [])
+        key = f"{_section(config)}.modules_to_save"
+        if set(config.modules_to_save) != set(found) and (
+            select_saved(shapes, config.modules_to_save, adapted, key) != spec.saved
+        ):
             raise UserError(
-                f"{config.init_adapter} trains modules_to_save={found} whole, and {_section(config)}.modules_to_save="
-                f"{config.modules_to_save}; set it to {found}"
+                f"{config.init_adapter} trains modules_to_save={found} whole, and {key}={config.modules_to_save}; set "
+                f"it to {found}"
             )
         return StartingAdapter(spec, fused, [*_unused_settings(config, spec, shapes), *misread_by_peft(spec)])
     chosen = _select(config, shapes)
@@ -112,8 +115,7 @@ def draw_start(
 ) -> DrawnStart:
     """Values for what the recipe adapts, drawn from the seed, computed from the base, or those of `init_adapter`.
 
-    methods: how A and B are drawn. dtype: of the run's factors. weights, product_dtype: as for `base_reader`. Raises
-    UserError for a start that would change a base in 4 bits.
+    methods: how A and B are drawn. dtype: of the run's factors. weights, product_dtype: as for `base_reader`.
     """
     if start.tensors is not None:
         saved = {name: start.tensors[name] for name in start.spec.saved}
@@ -122,12 +124,7 @@ def draw_start(
     read = base_reader(spec, weights, product_dtype)
     if start.init is None:
         return DrawnStart(spec, initial_factors(spec, *methods, seed, read))
-    if isinstance(weights, FourBitFolder | QuantizedWeights):
-        raise UserError(
-            f"init_lora_weights={start.init} changes the base's weights, and {spec.base_model_name} is held in 4 bits, "
-            "where the change would be lost; leave it out, or give the model in bfloat16"
-        )
-    assert read is not None
+    assert read is not None and not isinstance(weights, FourBitFolder | QuantizedWeights)  # `check_quantization`
     principal = principal_start(spec, start.init, seed, read, dtype)
     rest = residual_reader(read, spec, principal)
     return DrawnStart(spec, initial_factors(spec, *methods, seed, rest, principal), principal)

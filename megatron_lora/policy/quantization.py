@@ -44,6 +44,12 @@ def check_quantization(policy: PolicyConfig, model: HFModel) -> list[str]:
                 f"{section} asks for quantization={adapter.quantization}, double_quantization="
                 f"{adapter.double_quantization}; set quantization=null, or give the model in bfloat16"
             )
+        if adapter.init_lora_weights is not None:
+            raise UserError(
+                f"{name} is stored in 4 bits, where the change that {section}.init_lora_weights="
+                f"{adapter.init_lora_weights} makes to the weights would be lost; leave it out, or give the model in "
+                "bfloat16"
+            )
         notices.append(f"the base is stored in 4 bits ({kind}) and used as it is")
     if model.stored_four_bit or adapter.quantization is not None:
         if model.shapes.num_experts:

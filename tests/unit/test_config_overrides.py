@@ -15,7 +15,7 @@ from megatron_lora.conversion.config_gate import check_config
 from megatron_lora.conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf, read_peft_folder
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.errors import UserError
-from megatron_lora.lora.peft_format import from_hf
+from megatron_lora.lora.peft_reading import from_hf
 from megatron_lora.policy.weights_check import check_base, overridden_fields
 from megatron_lora.rollout.vllm_engine import engine_arguments
 from megatron_lora.runtime.world import World

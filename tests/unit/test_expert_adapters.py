@@ -31,7 +31,8 @@ from megatron_lora.lora.describe import describe, describe_config, describe_json
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.model_spec import ModelSizes
-from megatron_lora.lora.peft_format import ExpertLayout, from_hf, to_hf
+from megatron_lora.lora.peft_format import ExpertLayout, to_hf
+from megatron_lora.lora.peft_reading import from_hf
 from megatron_lora.lora.targets import select_linears
 from megatron_lora.policy.adapter_start import describe_modules, starting_adapter
 from megatron_lora.policy.expert_adapters import check_with_recipe

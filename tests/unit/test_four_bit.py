@@ -156,6 +156,7 @@ def test_a_stored_base_is_not_trained_without_adapters_or_in_another_form(
     for settings, said in (
         ({"enabled": False}, "full fine-tuning"),
         ({"lora_dtype": None}, "lora_dtype is null"),
+        ({"init_lora_weights": "pissa"}, "stored in 4 bits, where the change that .*=pissa makes"),
     ):
         with pytest.raises(UserError, match=said):
             check_quantization(policy(stored, backend=backend, **settings), model)

@@ -19,7 +19,8 @@ from megatron_lora.lora.layout import AdapterSpec, ModelSpec, build_layout
 from megatron_lora.lora.merge import merge_targets
 from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.lora.peft_config import read_patterns, shortest_targets
-from megatron_lora.lora.peft_format import from_hf, hf_linears, segment_features, to_hf
+from megatron_lora.lora.peft_format import hf_linears, segment_features, to_hf
+from megatron_lora.lora.peft_reading import from_hf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 LEAVES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -247,8 +248,8 @@ def config_with(**changes) -> dict:
     "changes, message",
     [
         (dict(use_dora=True), "the weights lack .*lora_magnitude_vector"),
-        (dict(lora_bias=True), "lora_bias"),
-        (dict(bias="all"), "bias='all'"),
+        (dict(lora_bias=True), r"lora_bias=True; merge it with peft \(merge_and_unload"),
+        (dict(bias="all"), r"bias='all': trained biases are not supported; merge it with peft"),
         (dict(peft_type="LOHA"), "peft_type='LOHA', a kind that is not there: LoRA is read"),
         (dict(peft_type="IA3"), r"merge it with peft \(merge_and_unload"),
         (dict(peft_type="ADALORA"), "policy.model_name, or train a LoRA instead"),
@@ -269,6 +270,14 @@ def test_what_is_not_a_plain_matching_lora_is_refused_by_name(changes, message):
     tensors = random_adapter(config_with(), SHAPES, False)
     with pytest.raises(UserError, match=message):
         from_hf(config_with(**changes), tensors, SHAPES, "base")
+
+
+def test_an_adapter_on_embeddings_is_refused_by_name():
+    config = config_with(target_modules=["q_proj", "embed_tokens"])
+    tensors = random_adapter(config_with(), SHAPES, False)
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(2, 20)
+    with pytest.raises(UserError, match="adapters on embeddings are not supported: .*lora_embedding_A; merge it with"):
+        from_hf(config, tensors, SHAPES, "base")
 
 
 def test_an_adapter_of_a_deeper_model_or_on_a_tied_head_is_refused():

@@ -15,10 +15,11 @@ from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.base_weight import DenseWeight
 from megatron_lora.lora.describe import describe
 from megatron_lora.lora.init import initial_factors
-from megatron_lora.lora.layout import FACTORS_OF_TYPE, AdapterSpec
+from megatron_lora.lora.layout import FACTORS_OF_TYPE, AdapterSpec, module_name
 from megatron_lora.lora.merge import WeightUpdate
 from megatron_lora.lora.methods import METHODS, dora, method_of
 from megatron_lora.lora.model_spec import ModelSizes
+from megatron_lora.lora.peft_format import hf_linears
 from megatron_lora.policy.adapter_start import starting_adapter
 
 ALONE = TensorParallel(group=None, size=1, rank=0, sequence_parallel=False)
@@ -149,6 +150,22 @@ def test_patterns_name_linears_as_targets_do() -> None:
     assert (down.alpha, down.scale) == (16.0, 4.0)
 
 
+def test_patterns_are_read_as_peft_reads_them_too() -> None:
+    """Where no name, path or wildcard fits: a regular expression for the end of a name."""
+    ranks = {r"^model\.layers\.0\..*(q|k)_proj": 2, r"layers\.1\..*up_proj": 6}
+    found = {
+        linear.name: block.rank
+        for module in plan(rank_pattern=ranks).modules
+        for linear in hf_linears(SHAPES).values()
+        for block in module.blocks
+        if linear.segment in block.segments and module.name == module_name(linear.kind, linear.layer)
+    }
+    other = {name: rank for name, rank in found.items() if rank != 4}
+    assert other == {f"model.layers.0.self_attn.{name}_proj": 2 for name in "qk"} | {"model.layers.1.mlp.up_proj": 6}
+    with pytest.raises(UserError, match="matches no linear"):
+        plan(rank_pattern={"(q_proj": 2})
+
+
 @pytest.mark.parametrize("config", [PeftConfig, DTensorAdapter])
 def test_a_pattern_for_no_adapted_linear_is_refused(config: Any) -> None:
     options = {"enabled": True, "target_modules": ["q_proj"], "rank_pattern": {"down_proj": 2}}
@@ -179,6 +196,9 @@ def test_dora_starts_at_the_norms_of_base_and_update() -> None:
         ({"type": "dora", "a2a_experimental": True}, "a2a_experimental"),
         ({"lora_plus_ratio": 0.5}, "lora_plus_ratio"),
         ({"type": "lokr"}, "canonical_lora"),
+        ({"type": "QLoRA"}, "QLoRA is not a kind of its own here; set type=lora with quantization=nf4"),
+        ({"type": "lora+"}, "set type=lora with lora_plus_ratio"),
+        ({"init_lora_weights": "olora"}, "wanted pissa, pissa_niter_N"),
         ({"bias": "lora_only"}, "trained biases are not there"),
     ],
 )

@@ -13,7 +13,8 @@ from megatron_lora.conversion.adapter_checkpoint import read_start, write_start
 from megatron_lora.errors import UserError
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.merge import merge_targets
-from megatron_lora.lora.peft_format import from_hf, hf_linears, segment_features, to_hf
+from megatron_lora.lora.peft_format import hf_linears, segment_features, to_hf
+from megatron_lora.lora.peft_reading import from_hf
 from megatron_lora.policy.adapter_start import DrawnStart, draw_start, starting_adapter
 from tests.unit.test_lora_methods import SHAPES
 

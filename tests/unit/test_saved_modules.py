@@ -16,7 +16,8 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe
 from megatron_lora.lora.layout import AdapterSpec
 from megatron_lora.lora.model_spec import ModelSizes
-from megatron_lora.lora.peft_format import from_hf, to_hf
+from megatron_lora.lora.peft_format import to_hf
+from megatron_lora.lora.peft_reading import from_hf
 from megatron_lora.policy.adapter_start import starting_adapter
 from tests.support.models import save_model
 from tests.support.reference import make_rows, save_adapter, token_logps
@@ -43,6 +44,8 @@ def test_names_paths_and_wildcards() -> None:
         "model.norm.weight": (16,),
         "lm_head.weight": (20, 16),
     }
+    of_megatron = planned(["decoder.final_layernorm", "output_layer", "word_embeddings"]).saved
+    assert list(of_megatron) == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     plain = planned([])
     assert planned(["norm"]).num_trainable == plain.num_trainable + 16
 
@@ -66,7 +69,7 @@ def test_what_cannot_train_whole_is_refused(names: list[str], options: dict[str,
         planned(names, **options)
 
 
-@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "word_embeddings", "output_layer"])
 def test_tied_embeddings_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"peft.modules_to_save has .*\(tied\)"):
         planned([name], replace(SHAPES, tied_embeddings=True))
@@ -103,6 +106,21 @@ def test_a_folder_of_peft_goes_in_and_out(tmp_path: Any) -> None:
     torch.testing.assert_close(logps[2], logps[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="set it to"):
         starting_adapter(PeftConfig(init_adapter=str(tmp_path / "out")), spec.shapes, str(base))
+
+
+def test_a_folders_names_mean_what_peft_means_by_them(tmp_path: Any) -> None:
+    """`norm` is every module whose name ends so there, and the last norm alone in a recipe without a folder."""
+    base = save_model(tmp_path / "base", "llama3")
+    theirs = save_adapter(base, tmp_path / "adapter", modules_to_save=["norm"], share_a=False)
+    shapes = read_hf_model(base).shapes
+
+    def start(names: list[str]) -> AdapterSpec:
+        return starting_adapter(PeftConfig(init_adapter=str(theirs), modules_to_save=names), shapes, str(base)).spec
+
+    assert len(start(["norm"]).saved) == 2 * shapes.num_layers + 1
+    assert start(["norm", "*_layernorm"]).saved == start(["norm"]).saved
+    with pytest.raises(UserError, match=r"modules_to_save=\['norm'\] whole, and .*=\[\]; set it to \['norm'\]"):
+        start([])
 
 
 def test_a_folder_for_other_modules_is_refused(tmp_path: Any) -> None:
