@@ -13,6 +13,7 @@ TOGETHER = {
     "test_router_replay": "Megatron's ranks",
     "test_dtensor": "DTensor's ranks",
     "test_config_sweep": "Megatron's ranks",
+    "test_conversion.": "Megatron's ranks",
     "test_rollout_native": "Megatron's ranks",
     "test_sft_": "SFT's run",
 }

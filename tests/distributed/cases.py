@@ -59,8 +59,8 @@ class Case:
     """name: unique among all tests. ranks: processes. check: a function of `worker`. family: the base.
     adapter: an adapter folder of `conftest.room`, "drawn" for one that the policy starts, None for full fine-tuning.
     megatron, dtensor, policy: keys set in policy.megatron_cfg, policy.dtensor_cfg and policy; a case with `dtensor` is
-    one of that backend. options: what the check itself wants to know. needs: a case of as many ranks or fewer that this
-    one is compared with, or whose files it reads (of fewer)."""
+    one of that backend, one with `both` builds policies of both. options: what the check itself wants to know. needs: a
+    case of as many ranks or fewer that this one is compared with, or whose files it reads (of fewer)."""
 
     name: str
     ranks: int
@@ -72,12 +72,15 @@ class Case:
     policy: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     needs: "Case | None" = None
+    both: bool = False
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def backend(self) -> str:
+        if self.both:
+            return "both"
         return "megatron" if self.dtensor is None else "dtensor"
 
     @property

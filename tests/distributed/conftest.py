@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.cases import Case, case_rows
 from tests.support.four_bit import save_dequantized, save_four_bit
-from tests.support.launch import RanksFailed, run_ranks
+from tests.support.launch import RanksFailed, run_module
 from tests.support.models import save_model
 from tests.support.reference import (
     DELTA_TARGETS,
@@ -140,7 +140,7 @@ class Workers:
         request.write_text(json.dumps({case.name: self._filled(case) for case in cases}))
         try:
             self.failures[group] = ""
-            run_ranks("tests.distributed.worker", ranks, request, self.folder)
+            run_module("tests.distributed.worker", request, self.folder, str(ranks))
         except RanksFailed as failure:
             self.failures[group] = str(failure)
 

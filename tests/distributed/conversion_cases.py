@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_lora.conversion.whole_model import convert_hf_to_megatron
 from tests.support.models import FAMILIES, family_config, save_model
 from tests.support.reference import TARGETS, save_adapter
 
@@ -29,8 +30,13 @@ def model_of(case: str) -> str:
     return case.removesuffix("_head").removesuffix("_dora")
 
 
+def folder_of(shared_folder: Path | str) -> Path:
+    """Below the folder that a worker leaves its results in."""
+    return Path(shared_folder) / "conversion"
+
+
 def build(folder: Path) -> None:
-    """Every base and HF adapter."""
+    """Every base and HF adapter, and the bases as Megatron checkpoints."""
     for family in FAMILIES:
         save_model(folder / family, family)
     _save_retied(folder / "qwen2_untied", "qwen2", tied=False)
@@ -41,6 +47,14 @@ def build(folder: Path) -> None:
         targets = [*TARGETS, "lm_head"] if case.endswith("_head") else TARGETS
         dora = case.endswith("_dora")
         save_adapter(folder / model_of(case), folder / f"{case}_adapter", targets=targets, use_dora=dora)
+    for family in WHOLE:
+        convert_hf_to_megatron(
+            hf_model_name=str(folder / family),
+            megatron_ckpt_path=str(folder / f"converted_{family}"),
+            tp=2,
+            pp=2,
+            show_progress=False,
+        )
 
 
 def _save_retied(folder: Path, family: str, *, tied: bool) -> None:

@@ -14,44 +14,33 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_lora.conversion.export import export_lora_adapter_to_hf, merge_lora_to_hf
-from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
-from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, build, model_of, prompt
+from megatron_lora.conversion.whole_model import convert_megatron_to_hf
+from tests.distributed.cases import Case
+from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, folder_of, model_of, prompt
 
 ROOT = Path(__file__).parents[2]
 SPLIT = [layout for layout in LAYOUTS if layout != "dp"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bases, HF adapters on them, and the bases as Megatron checkpoints."""
-    folder = tmp_path_factory.mktemp("conversion")
-    build(folder)
-    for family in WHOLE:
-        convert_hf_to_megatron(
-            hf_model_name=str(folder / family),
-            megatron_ckpt_path=str(folder / f"converted_{family}"),
-            tp=2,
-            pp=2,
-            show_progress=False,
-        )
-    return folder
+# One case of all layouts: what each of them writes, every other reads.
+CONVERSION = Case("conversion", 2, "conversion", "qwen3", adapter=None)
 
 
-@pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
+@pytest.fixture(params=[CONVERSION], ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def found(ranks_found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each of two ranks found."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.distributed.conversion_worker", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=880,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    print(result.stdout)
-    return [json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(2)]
+    return ranks_found
+
+
+@pytest.fixture
+def folder(found: Any, workers: Any) -> Path:
+    """Bases, HF adapters on them, the bases as Megatron checkpoints, and what every layout saved."""
+    return folder_of(workers.folder)
 
 
 def bits(folder: Path) -> dict[str, tuple[torch.dtype, bytes]]:
@@ -91,35 +80,37 @@ def test_there_and_back_is_bit_exact(family: str, folder: Path, tmp_path: Path) 
     assert not any(loading.values()), loading
 
 
-@pytest.mark.parametrize("case", ADAPTED)
-def test_adapter_checkpoints_load_on_every_other_layout(case: str, found: list[dict[str, Any]]) -> None:
-    pairs = [f"{case}_{source}_{target}" for source in LAYOUTS for target in LAYOUTS]
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_adapter_checkpoints_load_on_every_other_layout(adapted: str, found: list[dict[str, Any]]) -> None:
+    pairs = [f"{adapted}_{source}_{target}" for source in LAYOUTS for target in LAYOUTS]
     for rank in found:
         assert {pair: rank[pair] for pair in pairs} == {pair: [] for pair in pairs}
 
 
-@pytest.mark.parametrize("case", ADAPTED)
-def test_live_weights_are_pefts_merge_on_every_layout(case: str, folder: Path, found: Any) -> None:
-    base = AutoModelForCausalLM.from_pretrained(folder / model_of(case))
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_live_weights_are_pefts_merge_on_every_layout(adapted: str, folder: Path, found: Any) -> None:
+    base = AutoModelForCausalLM.from_pretrained(folder / model_of(adapted))
     names = {name for name, _ in base.named_parameters()}
-    merged = PeftModel.from_pretrained(base, str(folder / f"{case}_adapter")).merge_and_unload().state_dict()
+    merged = PeftModel.from_pretrained(base, str(folder / f"{adapted}_adapter")).merge_and_unload().state_dict()
     for layout in LAYOUTS:
-        live = load_file(folder / f"live_{case}_{layout}.safetensors")
+        live = load_file(folder / f"live_{adapted}_{layout}.safetensors")
         assert live.keys() == names
         for name, tensor in live.items():
             torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", ADAPTED)
-def test_exports_from_tp2_are_the_adapter_and_pefts_merge(case: str, folder: Path, found: Any, tmp_path: Path) -> None:
-    step = str(folder / f"adapter_{case}_tp")
+@pytest.mark.parametrize("adapted", ADAPTED)
+def test_exports_from_tp2_are_the_adapter_and_pefts_merge(
+    adapted: str, folder: Path, found: Any, tmp_path: Path
+) -> None:
+    step = str(folder / f"adapter_{adapted}_tp")
     export_lora_adapter_to_hf(adapter_ckpt=step, hf_ckpt_path=str(tmp_path / "adapter"), check_logits=True)
-    before = load_file(folder / f"{case}_adapter/adapter_model.safetensors")
+    before = load_file(folder / f"{adapted}_adapter/adapter_model.safetensors")
     after = load_file(tmp_path / "adapter/adapter_model.safetensors")
     before.pop("base_model.model.lm_head.base_layer.weight", None)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     merge_lora_to_hf(adapter_ckpt=step, hf_ckpt_path=str(tmp_path / "merged"), check_logits=True, show_progress=False)
-    live = load_file(folder / f"live_{case}_dp.safetensors")
+    live = load_file(folder / f"live_{adapted}_dp.safetensors")
     merged = load_file(tmp_path / "merged/model.safetensors")
     assert live.keys() == merged.keys()
     for name, tensor in merged.items():

@@ -1,4 +1,4 @@
-"""Start a module of the tests under torchrun, on this machine's CPUs."""
+"""Start a module on ranks of its own, on this machine's CPUs."""
 
 import os
 import subprocess
@@ -14,20 +14,27 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(module: str, ranks: int, *arguments: str | Path, timeout: float = 2400.0) -> str:
-    """Run `python -m module arguments` on so many processes, one thread each, and return their stdout.
+    """Run `python -m module arguments` under torchrun on so many processes, and return their stdout. Raises as
+    `run_module`."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
+    return run_module(*torchrun, *arguments, timeout=timeout, what=f"{module} on {ranks} ranks")
 
-    Raises RanksFailed where one of them exits with another status than 0, or all have not ended in `timeout` seconds.
+
+def run_module(module: str, *arguments: str | Path, timeout: float = 2400.0, what: str = "") -> str:
+    """Run `python -m module arguments`, one thread a process, and return its stdout.
+
+    Raises RanksFailed where it exits with another status than 0, or has not ended in `timeout` seconds.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", module, *(str(argument) for argument in arguments)]
+    what = what or module
+    command = [sys.executable, "-m", module, *(str(argument) for argument in arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as late:
         written = (late.stderr or b"").decode(errors="replace")
-        raise RanksFailed(f"{module} on {ranks} ranks had not ended after {timeout:g} s\n{_end(written)}") from None
+        raise RanksFailed(f"{what} had not ended after {timeout:g} s\n{_end(written)}") from None
     if done.returncode != 0:
-        raise RanksFailed(f"{module} on {ranks} ranks ended with status {done.returncode}\n{_end(done.stderr)}")
+        raise RanksFailed(f"{what} ended with status {done.returncode}\n{_end(done.stderr)}")
     return done.stdout
 
 

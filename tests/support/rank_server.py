@@ -14,14 +14,20 @@ from typing import Any
 
 from megatron_lora import train
 from megatron_lora.runtime.cpu import install_cpu_stand_ins
+from megatron_lora.runtime.megatron_core import import_megatron_core
 from megatron_lora.runtime.transformer_engine import import_bridge, prepare_transformer_engine
 
 
-def load_everything() -> None:
+def load_megatron() -> None:
     """In the order in which a run imports it."""
+    import_megatron_core()
     install_cpu_stand_ins()
     prepare_transformer_engine()
     import_bridge()
+
+
+def load_everything() -> None:
+    load_megatron()
     for module in ("megatron.bridge", "megatron_lora.policy.megatron.policy", "megatron_lora.trainers.run"):
         import_module(module)
 

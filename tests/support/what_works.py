@@ -126,7 +126,7 @@ TABLE: dict[str, dict[str, Shown]] = {
             "tests/distributed/test_backends.py",
             "test_twenty_steps_are_the_same_on_both_backends",
             '"lora_plus_ratio": 2.0',
-            "tests/distributed/backends_worker.py",
+            "tests/distributed/backends_checks.py",
         ),
     },
     "`rank_pattern`, `alpha_pattern`": {

@@ -308,7 +308,7 @@ SHOWN = {
     "end_to_end/test_dpo.py": "dpo.precompute_reference_logprobs",
     "unit/test_rewards_runner.py": "env.math.num_workers",
     "unit/test_rewards_calling.py": "env.math.math_verify_impl",
-    "distributed/backends_worker.py": "policy.reference_policy policy.reference_weights",
+    "distributed/backends_checks.py": "policy.reference_policy policy.reference_weights",
     "distributed/test_rollout_native.py": "policy.generation_batch_size",
     "distributed/test_megatron_shared_prefix.py": "policy.shared_prefix",
     "distributed/megatron_build.py": "policy.megatron_cfg.use_fused_linear_logprobs "

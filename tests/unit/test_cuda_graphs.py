@@ -9,7 +9,6 @@ import torch
 from megatron_lora.data.batch import MicroBatch, Row
 from megatron_lora.data.packing import collate
 from megatron_lora.policy.frozen_head import HeadOptions
-from megatron_lora.policy.megatron import graphs
 
 
 def no_recording(*_: Any, **__: Any) -> None:
@@ -18,12 +17,15 @@ def no_recording(*_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_Graph", no_recording)
+    monkeypatch.setattr("megatron_lora.policy.megatron.graphs._Graph", no_recording)
     for name in ("graph_pool_handle", "empty_cache", "memory_reserved", "current_stream", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
 
 
-def passes(calls: list[int], *, insists: bool) -> graphs.GraphedPasses:
+def passes(calls: list[int], *, insists: bool) -> Any:
+    # Imports Megatron, which every process that collects these tests would wait for.
+    from megatron_lora.policy.megatron import graphs
+
     def forward(model: Any, batch: MicroBatch) -> torch.Tensor:
         calls.append(batch.tokens.numel())
         return batch.targets.float()

@@ -1,10 +1,7 @@
-"""One rank of the comparison of both backends: twenty steps of each algorithm on each, in one process group, and
-the second half of them again from a checkpoint of the other backend.
+"""A worker's check of both backends at once: twenty steps of each algorithm on each, in one process group, and the
+second half of them again from a checkpoint of the other backend."""
 
-torchrun --nproc-per-node N -m tests.distributed.backends_worker FOLDER
-"""
-
-import sys
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,11 +21,11 @@ from megatron_lora.policy.dtensor.policy import DTensorPolicy
 from megatron_lora.policy.interface import Policy, StepResult
 from megatron_lora.policy.megatron.policy import MegatronPolicy
 from megatron_lora.policy.other_adapter import other_adapter
-from megatron_lora.runtime.world import init_distributed, init_dtensor_world, init_megatron_world
+from megatron_lora.runtime.world import init_dtensor_world, init_megatron_world
 from megatron_lora.trainers.dpo import with_reference
 from tests.distributed.megatron_build import forget_kernels, leave_groups
-from tests.support.models import SIZES
-from tests.support.reference import make_rows
+from tests.support.models import SIZES, save_model
+from tests.support.reference import make_rows, save_adapter
 
 NUM_STEPS, HALF, ROWS_A_STEP = 20, 10, 8
 DPO_BETA = 0.1
@@ -217,8 +214,26 @@ def score_with_another(policy: Policy, config: PolicyConfig, other: Path) -> dic
     return {"other": found, "moved_by_other": max(float((one - two).abs().max()) for one, two in pairs)}
 
 
-def main(folder: Path) -> None:
-    size = init_distributed().size
+def folder_of(shared_folder: Path | str, size: int) -> Path:
+    """Bases, adapters and checkpoints, below the folder that a worker leaves its results in."""
+    return Path(shared_folder) / f"backends_{size}"
+
+
+def build(folder: Path) -> None:
+    """Bases and adapters."""
+    for family in {algorithm.family for algorithm in ALGORITHMS.values()}:
+        save_adapter(save_model(folder / family, family), folder / f"{family}_adapter")
+    config = save_adapter(folder / "qwen3", folder / "qwen3_other", seed=5) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 20}))
+
+
+def backends(case: dict[str, Any]) -> dict[str, Any]:
+    """`<algorithm>_<backend>`, with `_start` or `_resumed` behind it -> what `train` found."""
+    size = case["ranks"]
+    folder = folder_of(case["shared_folder"], size)
+    if dist.get_rank() == 0:
+        build(folder)
+    dist.barrier()
     found: dict[str, Any] = {}
     # Megatron first: its groups are ended, which DTensor's plans would not survive.
     for backend in ("megatron", "dtensor"):
@@ -227,7 +242,7 @@ def main(folder: Path) -> None:
             with built_policy(config, keeps_start=bool(algorithm.reference_weights)) as policy:
                 if algorithm.drawn:
                     found[f"{name}_{backend}_start"] = policy.adapter()
-                saved = folder / f"saved_{size}" / f"{name}_{backend}"
+                saved = folder / "saved" / f"{name}_{backend}"
                 found[f"{name}_{backend}"] = train(policy, algorithm, saved if algorithm.exchanged else None)
                 if name in WITH_ANOTHER:
                     found[f"{name}_{backend}"] |= score_with_another(
@@ -238,11 +253,9 @@ def main(folder: Path) -> None:
             if algorithm.exchanged:
                 config = policy_config(folder, algorithm, size, backend == "megatron")
                 with built_policy(config, keeps_start=bool(algorithm.reference_weights)) as policy:
-                    saved = folder / f"saved_{size}" / f"{name}_{other}"
+                    saved = folder / "saved" / f"{name}_{other}"
                     found[f"{name}_{backend}_resumed"] = train(policy, algorithm, saved)
-    torch.save(found, folder / f"backends_{size}.{dist.get_rank()}.pt")
-    dist.barrier()
+    return found
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+CHECKS = {"backends": backends}

@@ -1,11 +1,5 @@
-"""One of two ranks of the conversion tests: checkpoints of whole models and of adapters, from and on every layout.
+"""A worker's check: checkpoints of whole models and of adapters, from and on every layout of two ranks."""
 
-torchrun --nproc-per-node 2 -m tests.distributed.conversion_worker FOLDER
-"""
-
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +13,8 @@ from megatron_lora.policy.megatron import checkpoint
 from megatron_lora.policy.megatron.adapter_gather import gather_adapter
 from megatron_lora.policy.megatron.model import build_base
 from megatron_lora.policy.megatron.policy import MegatronPolicy
-from megatron_lora.runtime.world import World, init_distributed, init_megatron_world
-from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, model_of
+from megatron_lora.runtime.world import World, init_megatron_world
+from tests.distributed.conversion_cases import ADAPTED, LAYOUTS, WHOLE, build, folder_of, model_of
 from tests.distributed.megatron_build import forget_kernels, leave_groups
 
 
@@ -110,20 +104,21 @@ def load_adapters(folder: Path, layout: str) -> dict[str, Any]:
     return found
 
 
-def main(folder: Path) -> None:
-    world = init_distributed()
+def conversion(case: dict[str, Any]) -> dict[str, Any]:
+    """What differs from what it should be, by what was loaded, empty where nothing does. Bases, adapters and
+    checkpoints are left in `folder_of(case["shared_folder"])`."""
+    folder = folder_of(case["shared_folder"])
+    if dist.get_rank() == 0:
+        build(folder)
+    dist.barrier()
     found: dict[str, Any] = {}
-    start = time.perf_counter()
     for layout in LAYOUTS:
         if layout != "dp":
             found |= whole_models(folder, layout)
         save_adapters(folder, layout)
-        print(f"{layout} saved after {time.perf_counter() - start:.0f} s", flush=True)
     for layout in LAYOUTS:
         found |= load_adapters(folder, layout)
-    print(f"all loaded after {time.perf_counter() - start:.0f} s", flush=True)
-    (folder / f"found_{world.rank}.json").write_text(json.dumps(found))
+    return found
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+CHECKS = {"conversion": conversion}
