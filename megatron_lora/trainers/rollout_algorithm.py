@@ -72,9 +72,10 @@ class RolloutAlgorithm(Algorithm):
 
     def describe_steps(self, recipe: Recipe, loader: Loader, steps: int, updates: int) -> str:
         options = recipe.rollouts
+        longest = options.num_samples * recipe.policy.max_total_sequence_length
         return (
             f"steps: {steps} of {options.num_samples} answers ({options.num_prompts_per_step} prompts x "
-            f"{options.num_generations_per_prompt}), {updates} optimizer steps"
+            f"{options.num_generations_per_prompt}), {updates} optimizer steps; at most {longest:,} tokens a step"
         )
 
     def metric_names(self, recipe: Recipe, kind: str) -> Sequence[str]:

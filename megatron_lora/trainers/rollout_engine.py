@@ -47,6 +47,7 @@ class RolloutEngine:
                 session.world,
                 lambda text: session.tokenizer.encode(text, add_special_tokens=False),
                 longest or self.policy_config.max_total_sequence_length,
+                session.reporter.warning,
             )
 
     def _build(self) -> Generator:

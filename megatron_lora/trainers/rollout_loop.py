@@ -197,7 +197,8 @@ class RolloutTrainer(ABC):
         with span("rewards"):
             groups = reward_answers(self.runner, prompts, answers, self.session.world)
         rollout.reward_seconds += time.perf_counter() - drawn
-        self.watch.see([outcome for group in groups for outcome in group.outcomes])
+        for warning in self.watch.see([outcome for group in groups for outcome in group.outcomes]):
+            self.session.reporter.warning(warning)
         rollout.seconds += seconds
         rollout.num_tokens += num_generated(groups)
         rollout.num_batches += 1

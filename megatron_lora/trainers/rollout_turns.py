@@ -42,14 +42,24 @@ class _Game:
 class Turns:
     """Plays the turns after the first. Every rank has the same samples; the first one steps the environments.
 
-    encode: a text's token ids, without special tokens of its own. max_length: of prompt and answer, in tokens.
+    encode: a text's token ids, without special tokens of its own. max_length: of prompt and answer, in tokens. warn:
+    tells the user of the environment's first failure; all are logged.
     """
 
-    def __init__(self, recipe: Recipe, world: World, encode: Callable[[str], list[int]], max_length: int):
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        encode: Callable[[str], list[int]],
+        max_length: int,
+        warn: Callable[[str], None],
+    ):
         self.spec = environment_spec(recipe)
         self.environments = Environments(self.spec, recipe.env.math.num_workers)
         self.world, self.encode, self.max_length = world, encode, max_length
         self.max_turns = recipe.rollouts.max_rollout_turns
+        self.warn = warn
+        self._has_failed = False
         self._failed_batches = 0
 
     def play(
@@ -114,7 +124,11 @@ class Turns:
     def _watch(self, steps: Sequence[Result]) -> None:
         errors = [step.error for step in steps if step.error]
         if errors:
-            logger.warning("the environment failed on %d of %d turns: %s", len(errors), len(steps), errors[0])
+            what = f"the environment failed on {len(errors)} of {len(steps)} turns: {errors[0]}"
+            logger.warning(what)
+            if not self._has_failed:
+                self.warn(f"{what}; further failures are counted as environment_errors and told in log.txt")
+            self._has_failed = True
         if steps:
             self._failed_batches = self._failed_batches + 1 if len(errors) == len(steps) else 0
         if self._failed_batches >= PATIENCE:

@@ -69,7 +69,7 @@ def recipe(path: str, turns: int = 3, kwargs: str = "{}", *overrides: str) -> Re
 def play(
     model: Model, first: Sequence[str], path: str = f"{HERE}:Echo", max_length: int = 99, **keys: Any
 ) -> list[Sample]:
-    turns = Turns(recipe(path, **keys), ALONE, encode, max_length)
+    turns = Turns(recipe(path, **keys), ALONE, encode, max_length, print)
     prompts = [Prompt(torch.tensor([7, 8]), f"p{number}", "", index=number) for number in range(len(first))]
     try:
         return turns.play(prompts, [turn(i, [7, 8], text) for i, text in enumerate(first)], model, OPTIONS)
@@ -161,7 +161,8 @@ def test_an_environment_in_a_file(tmp_path: Path) -> None:
 
 
 def test_one_that_always_fails_ends_the_run() -> None:
-    turns = Turns(recipe(f"{HERE}:Troubled"), ALONE, encode, 99)
+    told: list[str] = []
+    turns = Turns(recipe(f"{HERE}:Troubled"), ALONE, encode, 99, told.append)
     prompts = [Prompt(torch.tensor([7, 8]), "", "", index=0)]
     for batch in range(rollout_turns.PATIENCE):
         if batch + 1 < rollout_turns.PATIENCE:
@@ -170,6 +171,7 @@ def test_one_that_always_fails_ends_the_run() -> None:
         with pytest.raises(UserError, match="failed on every answer of 3 batches in a row: KeyError"):
             turns.play(prompts, [turn(0, [7, 8], "raise")], Model(), OPTIONS)
     turns.close()
+    assert len(told) == 1 and told[0].startswith("the environment failed on 1 of 1 turns: KeyError")
 
 
 @pytest.fixture(scope="module")

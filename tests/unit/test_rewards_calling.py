@@ -291,6 +291,14 @@ def test_a_reward_that_fails_on_every_answer_stops_the_run() -> None:
         watch.see([outcome("KeyError: 'x'")] * 4)
 
 
+def test_the_first_failure_of_a_reward_is_told_once() -> None:
+    watch = RewardWatch()
+    assert watch.see([outcome()] * 2) == []
+    [warning] = watch.see([outcome(), outcome("KeyError: 'x'")])
+    assert warning.startswith("reward 'judge' failed and counts 0 for 1 of 2 answers, first: KeyError: 'x'; ")
+    assert watch.see([outcome("KeyError: 'x'"), outcome()]) == []
+
+
 def test_rewards_that_abstain_on_every_answer_stop_the_run() -> None:
     watch = RewardWatch()
     for _ in range(PATIENCE - 1):
