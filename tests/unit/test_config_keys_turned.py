@@ -302,6 +302,7 @@ SHOWN = {
     "loss_fn.zero_outside_topk",
     "unit/test_rollout_ahead.py": "grpo.async_grpo.enabled grpo.async_grpo.max_trajectory_age_steps "
     "grpo.async_grpo.in_flight_weight_updates",
+    "unit/test_rollout_servers.py": "policy.generation.servers.start_timeout_seconds",
     "unit/test_preload.py": "policy.preload_to_shm",
     "unit/test_environments.py": "env.environment.path env.environment.kwargs env.environment.timeout_seconds "
     "env.environment.max_result_tokens grpo.max_rollout_turns",
