@@ -23,18 +23,20 @@ def output_folder(out: Path | str) -> Iterator[Path]:
     Raises UserError where `out` exists, cannot be written, or the disk is full.
     """
     out = Path(out)
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise UserError(f"{out} exists already; nothing is overwritten: give a new path or remove it first")
     _remove_abandoned(out)
     partial = out.with_name(f"{_prefix(out)}{os.getpid()}")
+    begun = False
     try:
         partial.mkdir(parents=True)
+        begun = True
         yield partial
         partial.rename(out)
     except OSError as error:
         if error.errno in NO_SPACE:
             raise UserError(f"no space left for {out} ({_room(partial)}); the partial output was removed") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if not begun or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"{out} cannot be written ({error.strerror}); give a path that can") from error
         raise
     finally:

@@ -133,6 +133,11 @@ def test_output_is_all_or_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(UserError, match="exists already"), output_folder(out):
         pass
+    for elsewhere in ("/proc/none/out", out / "whole" / "out", tmp_path / ("long" * 100)):
+        with pytest.raises(UserError, match="cannot be written"), output_folder(elsewhere):
+            pass
+    with pytest.raises(FileNotFoundError), output_folder(tmp_path / "other"):  # of the work inside: no user's mistake
+        (tmp_path / "missing").read_text()
 
 
 FULL_DISK = """
