@@ -15,6 +15,8 @@ from megatron_lora.lora.principal import STARTED, against_the_base
 # The A and B that the base of an adapter of its residual lacks (`AdapterSpec.residual`), whole, by `<module>.<factor>`.
 START_FILE = "start.safetensors"
 
+_IN_A_STEP = f"policy/weights/{ADAPTER_FILE}"
+
 
 def weights_folder(checkpoint: Path | str) -> Path:
     """The folder with the weights: of a step folder, of its `policy`, or the weights folder itself.
@@ -32,7 +34,16 @@ def weights_folder(checkpoint: Path | str) -> Path:
             f"{checkpoint} holds full weights and no {ADAPTER_FILE}: it is of full fine-tuning, not of an adapter; "
             "use convert_megatron_to_hf.py"
         )
-    raise UserError(f"{checkpoint} holds no policy/weights/{ADAPTER_FILE}; give a complete step_N folder of a LoRA run")
+    # The run's folder, or what lies beside the weights in the step's.
+    meant = [step for step in (*newest_steps(checkpoint), checkpoint.parent) if (step / _IN_A_STEP).is_file()]
+    advice = f"did you mean {meant[0]}?" if meant else "give a complete step_N folder of a LoRA run"
+    raise UserError(f"{checkpoint} holds no {_IN_A_STEP}; {advice}")
+
+
+def newest_steps(run: Path) -> list[Path]:
+    """The `step_N` folders of a run, the newest first."""
+    steps = [path for path in run.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(steps, key=lambda path: -int(path.name.removeprefix("step_")))
 
 
 def read_adapter(checkpoint: Path | str) -> tuple[AdapterSpec, dict[str, Tensor]]:

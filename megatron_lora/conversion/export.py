@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_lora.checksums import check_as_written, seal
 from megatron_lora.conversion.adapter_checkpoint import (
+    newest_steps,
     read_adapter,
     read_plain_adapter,
     weights_folder,
@@ -209,7 +210,9 @@ def read_peft_folder(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     missing, damaged, or not as this project wrote it."""
     folder = find_adapter(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder} is no HF PEFT adapter folder: it holds no {ADAPTER_CONFIG}")
+        steps = [step / "hf_adapter" for step in (folder, *newest_steps(folder))]
+        meant = next((f"; did you mean {one}?" for one in steps if (one / ADAPTER_CONFIG).is_file()), "")
+        raise UserError(f"{folder} is no HF PEFT adapter folder: it holds no {ADAPTER_CONFIG}{meant}")
     if not (folder / ADAPTER_WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder} holds adapter_model.bin; load it in peft and save it again as {ADAPTER_WEIGHTS}")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_lora.conversion.adapter_checkpoint import weights_folder
+from megatron_lora.conversion.export import read_peft_folder
 from megatron_lora.conversion.fingerprint import fingerprint_adapter, fingerprint_base
 from megatron_lora.conversion.output_folder import output_folder
 from megatron_lora.conversion.safetensors_io import (
@@ -119,6 +122,21 @@ def test_the_adapter_fingerprint_sees_every_bit_and_no_order(tensors):
     changed = tensors["b"].clone()
     changed[69, 39] = torch.nextafter(changed[69, 39], torch.tensor(9.0).bfloat16())
     assert fingerprint_adapter(tensors | {"b": changed}) != fingerprint_adapter(tensors)
+
+
+def test_a_folder_beside_the_wanted_one_is_answered_with_that(tmp_path):
+    for step in (2, 10):
+        for name in ("policy/weights/adapter.json", "hf_adapter/adapter_config.json"):
+            path = tmp_path / f"run/step_{step}" / name
+            path.parent.mkdir(parents=True)
+            path.touch()
+    step = tmp_path / "run/step_10"
+    for given in (tmp_path / "run", step / "hf_adapter"):
+        with pytest.raises(UserError, match=re.escape(f"adapter.json; did you mean {step}?")):
+            weights_folder(given)
+    for given in (tmp_path / "run", step):
+        with pytest.raises(UserError, match=re.escape(f"did you mean {step}/hf_adapter?")):
+            read_peft_folder(given)
 
 
 def test_output_is_all_or_nothing(tmp_path):
