@@ -17,7 +17,7 @@ from megatron_lora.lora.base_weight import BaseWeight
 WEIGHTS = torch.float8_e4m3fn
 # The kernels take matrices whose sides are multiples of this.
 MULTIPLE = 16
-# cuBLAS has no product of fewer tokens (a decoded token, say) with a long inner side; zeros are added up to this.
+# cuBLAS lacks some products of few tokens (a decoded one, say) with a bias and a long inner side; zeros are added.
 FEWEST_ROWS = 256
 # The earliest compute capability with FP8 tensor cores (Ada).
 CAPABILITY = (8, 9)

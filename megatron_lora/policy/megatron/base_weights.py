@@ -166,6 +166,7 @@ def load_base_weights(
     read_packed = functools.lru_cache(maxsize=4)(read)
     for chunk in chunks:
         for name, value in global_names(chunk, first_expert(shapes, world)).items():
+            assert value.device.type == world.device.type, f"{name} is on {value.device}"
             if value.numel() == 0:
                 continue  # Transformer Engine's stand-in for a bias that is not there
             if only is not None and name not in only:

@@ -124,6 +124,9 @@ def build_base(
             chunk.embedding.register_forward_hook(_require_grad)
     if held is not None:
         hold_stored(chunks, held, shapes, tp, world.device)
+    for chunk in chunks:
+        # Megatron-Core makes routers, shared experts' gates and attention's sinks on the CPU.
+        chunk.to(world.device)
     load_base_weights(chunks, read, shapes, world)
     return BaseModel(
         chunks=chunks,
