@@ -78,6 +78,13 @@ def check_request(policy: PolicyConfig, world: World, model: Any, adapter_rank: 
             f"vLLM's CPU attention cannot run {policy.model_name}: its head_dim is {head_dim}, wanted one of "
             f"{list(CPU_HEAD_DIMS)}; set policy.generation.backend=megatron"
         )
+    shapes = read_base(policy).shapes
+    delta = bool(shapes.linear_layers) and not shapes.mixers
+    if delta and world.device.type == "cpu" and engine_dtype(policy) != "bfloat16":
+        raise UserError(
+            f"vLLM computes {shapes.recurrence} ({policy.model_name}) on a CPU in bfloat16 alone, and its precision is "
+            f"{engine_dtype(policy)}; set policy.generation.backend=megatron or vllm_cfg.precision=bfloat16"
+        )
 
 
 def check_with_vllm(policy: PolicyConfig, world: World, model: Any) -> None:

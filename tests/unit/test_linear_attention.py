@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from megatron_lora.lora.describe import describe_config, describe_json
 from megatron_lora.lora.layout import rows_of_part
 from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.layout_checks import check_layout
+from megatron_lora.rollout.vllm_engine import check_request
+from megatron_lora.runtime.world import World
 from tests.support.models import family_config
 
 FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -103,3 +106,17 @@ def test_layouts_that_are_refused(megatron: dict[str, Any], ranks: int, words: s
     heads = {"linear_num_key_heads": 3} if "tensor_model_parallel_size" in megatron else {}
     with pytest.raises(UserError, match=words):
         check_layout(policy(**megatron), shapes("qwen3_5", **heads), ranks)
+
+
+def test_vllm_on_a_cpu_takes_bfloat16(tmp_path: Path) -> None:
+    config = family_config("qwen3_next")
+    config.save_pretrained(tmp_path)
+    for precision, refused in (("float32", True), ("bfloat16", False)):
+        section = {"enabled": True, "peft": {"enabled": True}}
+        values = {"model_name": str(tmp_path), "precision": precision, "megatron_cfg": section}
+        recipe = PolicyConfig.model_validate(values)
+        if refused:
+            with pytest.raises(UserError, match="linear attention .* in bfloat16 alone, and its precision is float32"):
+                check_request(recipe, World.alone(), config, None)
+        else:
+            check_request(recipe, World.alone(), config, None)
