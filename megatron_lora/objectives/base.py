@@ -34,3 +34,10 @@ class Objective(Protocol):
     def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
         """logps: [T] fp32 nats, logps[t] = log p(targets[t] | row so far); meaningful where target_mask."""
         ...
+
+
+class CountsTargets:
+    """What counts each target token once."""
+
+    def count(self, rows: list[Row]) -> float:
+        return float(sum(row.num_targets for row in rows))

@@ -15,8 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.objectives.base import LossSum
+from megatron_lora.data.batch import MicroBatch
+from megatron_lora.objectives.base import CountsTargets, LossSum
 from megatron_lora.objectives.grpo import clipped_policy_loss
 from megatron_lora.objectives.kl import kl_estimate
 
@@ -27,8 +27,8 @@ KLType = Literal["forward", "reverse", "mixed"]
 
 
 @dataclass(frozen=True)
-class DistillationObjective:
-    """Counts tokens. Token fields, each [T]: "teacher_logps"; "old_logps", the policy's as training on the answers
+class DistillationObjective(CountsTargets):
+    """Token fields, each [T]: "teacher_logps"; "old_logps", the policy's as training on the answers
     starts, unless on_policy; nats.
 
     on_policy: the first update on answers of the policy as it is, whose ratio is exactly 1; where "old_logps" is
@@ -40,10 +40,6 @@ class DistillationObjective:
     clip_high: float = 0.2
     dual_clip: float | None = None
     on_policy: bool = False
-
-    def count(self, rows: list[Row]) -> float:
-        """Target tokens."""
-        return float(sum(row.num_targets for row in rows))
 
     def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
         mask = batch.target_mask
@@ -62,8 +58,8 @@ class DistillationObjective:
 
 
 @dataclass(frozen=True)
-class CandidatesObjective:
-    """The divergence over the teacher's k most likely tokens (NeMo RL's `kl_type` with `topk_logits_k`). Counts tokens.
+class CandidatesObjective(CountsTargets):
+    """The divergence over the teacher's k most likely tokens (NeMo RL's `kl_type` with `topk_logits_k`).
 
     Token fields: "teacher_ids" and "teacher_candidate_logps" [T, k], "teacher_logps" [T]; nats. Both distributions are
     taken over the k tokens alone, each divided by its sum there; with `whole` the policy's is that of the whole
@@ -79,10 +75,6 @@ class CandidatesObjective:
     @classmethod
     def of(cls, kl_type: KLType, mixed_weight: float, *, whole: bool) -> "CandidatesObjective":
         return cls({"forward": 1.0, "reverse": 0.0, "mixed": mixed_weight}[kl_type], whole)
-
-    def count(self, rows: list[Row]) -> float:
-        """Target tokens."""
-        return float(sum(row.num_targets for row in rows))
 
     def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
         """logps: [T, 1 + k], of the target and of the teacher's tokens in its place."""

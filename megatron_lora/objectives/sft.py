@@ -3,15 +3,12 @@
 import torch
 from torch import Tensor
 
-from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.objectives.base import LossSum
+from megatron_lora.data.batch import MicroBatch
+from megatron_lora.objectives.base import CountsTargets, LossSum
 
 
-class SFTObjective:
-    """Cross entropy over target tokens; counts tokens."""
-
-    def count(self, rows: list[Row]) -> float:
-        return float(sum(row.num_targets for row in rows))
+class SFTObjective(CountsTargets):
+    """Cross entropy over target tokens."""
 
     def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
         return LossSum(loss=-torch.where(batch.target_mask, logps, torch.zeros_like(logps)).sum())

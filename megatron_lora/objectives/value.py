@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from megatron_lora.data.batch import MicroBatch, Row
-from megatron_lora.objectives.base import LossSum
+from megatron_lora.data.batch import MicroBatch
+from megatron_lora.objectives.base import CountsTargets, LossSum
 
 VALUES, RETURNS = "values", "returns"
 
 
-class ValueObjective:
+class ValueObjective(CountsTargets):
     """0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) of each target token; counts target tokens.
 
     The clipped form is that of OpenAI's PPO code, TRL and verl: as with PPO's ratio (Schulman et al. 2017, eq. 7), the
@@ -21,9 +21,6 @@ class ValueObjective:
 
     def __init__(self, clip: float | None = None):
         self.clip = clip
-
-    def count(self, rows: list[Row]) -> float:
-        return float(sum(row.num_targets for row in rows))
 
     def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
         mask, returns, old = batch.target_mask, batch.token_fields[RETURNS], batch.token_fields[VALUES]
