@@ -18,6 +18,7 @@ from megatron_lora.policy.preload import check_preload
 from megatron_lora.policy.quantization import check_quantization
 from megatron_lora.policy.router_checks import router_notices
 from megatron_lora.policy.weights_check import check_base, check_positions, check_token_ids, read_base
+from megatron_lora.reporting.logins import login_notices
 from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
@@ -44,7 +45,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     check_trackers(recipe.logger)
     _check_log_dir(recipe.logger)
     model = read_base(recipe.policy)
-    notices = check_base(recipe.policy, model)
+    notices = [*login_notices(recipe.logger), *check_base(recipe.policy, model)]
     check_preload(recipe.policy)
     check_layout(recipe.policy, model.shapes, world.size)
     if recipe.policy.backend == "megatron":
