@@ -132,13 +132,14 @@ def test_an_adapter_that_vllm_cannot_serve_is_merged(tmp_path: Path) -> None:
         hands_over_adapter(dora, world(1))
 
 
-def test_rank_above_max_lora_rank() -> None:
+def test_rank_above_max_lora_rank(tmp_path: Path) -> None:
+    base = save_model(tmp_path, "qwen3")
     with pytest.raises(UserError, match="rank 32 is above vLLM's max_lora_rank 16; raise policy.generation.vllm_kw"):
-        check_request(policy(vllm_kwargs={"max_lora_rank": 16}), world(1), model(), 32)
+        check_request(policy(base, vllm_kwargs={"max_lora_rank": 16}), world(1), model(), 32)
     with pytest.raises(UserError, match="rank 600 is above vLLM's max_lora_rank 512; .*refit=merge"):
-        check_request(policy(), world(1), model(), 600)
-    check_request(policy(), world(1), model(), 24)
-    assert engine_arguments(policy(), world(1), 24, ["q_proj"], model())["max_lora_rank"] == 32
+        check_request(policy(base), world(1), model(), 600)
+    check_request(policy(base), world(1), model(), 24)
+    assert engine_arguments(policy(base), world(1), 24, ["q_proj"], model())["max_lora_rank"] == 32
 
 
 def test_head_dim_that_the_cpu_engine_lacks() -> None:
@@ -146,8 +147,9 @@ def test_head_dim_that_the_cpu_engine_lacks() -> None:
         check_request(policy(), world(1), model(head_dim=16), None)
 
 
-def test_the_users_engine_arguments_win() -> None:
-    arguments = engine_arguments(policy(vllm_kwargs={"max_num_seqs": 3, "seed": 7}), world(1), None, [], model())
+def test_the_users_engine_arguments_win(tmp_path: Path) -> None:
+    own = policy(save_model(tmp_path, "qwen3"), vllm_kwargs={"max_num_seqs": 3, "seed": 7})
+    arguments = engine_arguments(own, world(1), None, [], model())
     assert (arguments["max_num_seqs"], arguments["seed"]) == (3, 7)
     assert "enable_lora" not in arguments
 
