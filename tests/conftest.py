@@ -10,6 +10,7 @@ import pytest
 TOGETHER = {
     "test_megatron_": "Megatron's ranks",
     "test_critic": "Megatron's ranks",
+    "test_candidates": "Megatron's ranks",
     "test_router_replay": "Megatron's ranks",
     "test_dtensor": "DTensor's ranks",
     "test_config_sweep": "Megatron's ranks",
@@ -29,7 +30,7 @@ FAST = (
 def group(nodeid: str) -> str:
     """The tests that run in one process with this one."""
     file = nodeid.split("::")[0]
-    if "[critic_dtensor" in nodeid:
+    if "[critic_dtensor" in nodeid or "[candidates_dtensor" in nodeid:
         return TOGETHER["test_dtensor"]
     return next((name for start, name in TOGETHER.items() if PurePath(file).name.startswith(start)), file)
 
