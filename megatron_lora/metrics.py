@@ -10,12 +10,13 @@ from rich.console import Console
 
 from megatron_lora.config.schema_run import LoggerConfig
 from megatron_lora.reporting.console import RunConsole
+from megatron_lora.reporting.logins import login_notices
 from megatron_lora.reporting.metrics_file import MetricsFile, read_metrics
 from megatron_lora.reporting.plots import draw_pictures
 from megatron_lora.reporting.trackers import Tracker, build_trackers, check_trackers
 
 METRICS_NAME = "metrics.jsonl"
-__all__ = ["RunReporter", "check_metrics", "check_trackers"]
+__all__ = ["RunReporter", "check_metrics", "check_trackers", "login_notices"]
 
 
 def check_metrics(run_dir: Path, step: int) -> list[str]:

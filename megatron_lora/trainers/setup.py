@@ -9,7 +9,7 @@ from megatron_lora.config.schema_run import LoggerConfig
 from megatron_lora.data.loader import GroupLoader
 from megatron_lora.data.prepare import PreparedData, prepare_data
 from megatron_lora.errors import UserError
-from megatron_lora.metrics import check_trackers
+from megatron_lora.metrics import check_trackers, login_notices
 from megatron_lora.policy.adapter_start import planned_adapter
 from megatron_lora.policy.fp8_base import check_fp8_card
 from megatron_lora.policy.interface import Policy
@@ -18,7 +18,6 @@ from megatron_lora.policy.preload import check_preload
 from megatron_lora.policy.quantization import check_quantization
 from megatron_lora.policy.router_checks import router_notices
 from megatron_lora.policy.weights_check import check_base, check_positions, check_token_ids, read_base
-from megatron_lora.reporting.logins import login_notices
 from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
