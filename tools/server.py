@@ -15,6 +15,7 @@ from megatron_lora.errors import UserError
 from tools.quickstart import ROOT
 
 START_SECONDS = 600
+END_SECONDS = 20
 
 
 class Server:
@@ -59,7 +60,11 @@ def starting(recipe: str, log: Path, *overrides: str, **environment: str) -> Ite
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @contextmanager

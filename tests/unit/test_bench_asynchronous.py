@@ -1,5 +1,6 @@
 """tools.bench.asynchronous: its table, what it refuses, what it reads of GPUs, and one real run of a small shape."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ import psutil
 import pytest
 
 from tests.support.launch import ROOT
-from tools.bench.asynchronous import COLUMNS, WAYS, main, parse, summary, table
+from tools.bench import asynchronous
+from tools.bench.asynchronous import COLUMNS, WAYS, compilation, cut_off, main, parse, summary, table
 from tools.bench.gpu_use import GpuUse
-from tools.bench.grpo_step import end
+from tools.bench.grpo_step import end, train
 
 
 def test_table_has_a_row_a_way() -> None:
@@ -46,6 +48,25 @@ def test_a_run_that_takes_too_long_is_ended_with_what_it_started(tmp_path: Path)
     end(process, seconds=0.2)
     child.wait(5)
     assert process.poll() is not None and not child.is_running()
+
+
+def test_what_is_left_of_the_budget_is_dealt_out_when_a_way_can_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asynchronous, "_began", 1000.0)
+    assert cut_off(400.0, None, 2) == 1400.0  # the server is not there yet: it has all that there is
+    assert cut_off(400.0, 1200.0, 2) == 1300.0
+    assert cut_off(400.0, 1250.0, 1) == 1400.0
+    assert cut_off(math.inf, 1250.0, 2) == math.inf
+
+
+def test_a_run_is_cut_off_when_its_time_is_over(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        train(["no=key"], 1, {}, until=lambda: 0.0)
+
+
+def test_graphs_are_of_few_numbers_of_answers() -> None:
+    options = parse(["--out", "x", "--prompts", "5", "--generations", "4", "--quick-start"])
+    assert compilation(options)["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20] and compilation(options)["mode"] == 0
+    assert list(compilation(parse(["--out", "x"]))) == ["cudagraph_capture_sizes"]
 
 
 def test_a_gpu_is_idle_in_what_it_does_not_run_while_steps_count() -> None:

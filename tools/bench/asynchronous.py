@@ -9,10 +9,14 @@
 answers have the full length, and rewards are drawn, as in tools.bench.rollouts. A GPU is idle while it runs no kernel.
 
 table.md is written anew after each step, so that a cut-off leaves what was measured up to there; the last column
-says how many steps a row is of. With `--limit` a way ends after so many seconds and the next one begins.
+says how many steps a row is of. The server is started once, for both of its ways, and loads while the first trainer
+does. With `--budget` a way is cut off where it would take the time of those behind it; what it waits for the server
+is not counted as its own.
 """
 
 import argparse
+import json
+import math
 import statistics
 import subprocess
 import sys
@@ -34,8 +38,10 @@ APART = ("policy.generation.colocated.enabled=false", "policy.generation.refit=a
 WAITS = f"policy.generation.servers.start_timeout_seconds={START_SECONDS}"
 # The steps of `ahead` but the first have answers of older weights; the loss is the same in all ways.
 CORRECTED = "loss_fn.use_importance_sampling_correction=true"
-# CUDA graphs without torch.compile: an engine is ready a good deal sooner, and a token takes little longer.
-QUICK = "policy.generation.vllm_kwargs={compilation_config: {mode: 0, cudagraph_mode: FULL_DECODE_ONLY}}"
+# CUDA graphs without torch.compile: an engine is ready sooner, and a token takes longer.
+QUICK = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+# What it says of its start goes to server.log.
+TALKATIVE = {"VLLM_LOGGING_LEVEL": "INFO"}
 WAYS = {
     "turns": "one trains, one answers, in turn",
     "ahead": "one trains while one answers",
@@ -63,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_step_parser("tools.bench.asynchronous", __doc__)
     parser.add_argument("--ways", default="turns,ahead", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--age", type=int, default=1, help="versions that an answer may be behind")
-    parser.add_argument("--limit", type=float, help="seconds after which a way is ended, whatever it has measured")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds that the whole call may take")
     parser.add_argument("--quick-start", action="store_true", help="vLLM records CUDA graphs without torch.compile")
     options = parser.parse_args(arguments)
     options.ways = options.ways.split(",")
@@ -77,7 +83,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def settings_of(way: str, options: argparse.Namespace, run_dir: Path) -> list[str]:
     """Overrides of the recipe; of a server, those of `ahead`, which have places for every version that answers."""
     settings = [*run_settings(options, run_dir, 1), CORRECTED]
-    settings += [QUICK] if options.quick_start else []
+    settings.append(f"policy.generation.vllm_kwargs={json.dumps({'compilation_config': compilation(options)})}")
     settings += APART if way != "colocated" else ()
     if way == "ahead":
         age = f"max_trajectory_age_steps: {options.age}, in_flight_weight_updates: true"
@@ -85,20 +91,41 @@ def settings_of(way: str, options: argparse.Namespace, run_dir: Path) -> list[st
     return [*settings, *options.overrides]
 
 
-def measure(way: str, options: argparse.Namespace, server: Server | None, found: Callable[[dict], None]) -> None:
-    """Run the trainer, and give what is known after each step. Raises UserError where the server has ended."""
+def compilation(options: argparse.Namespace) -> dict[str, Any]:
+    """vLLM's `compilation_config`: CUDA graphs of few numbers of answers, and of all of a step's, since each takes
+    time at the start."""
+    most = options.prompts * options.generations
+    sizes = sorted({most, *(1 << power for power in range(most.bit_length()))})
+    return {"cudagraph_capture_sizes": sizes} | (QUICK if options.quick_start else {})
+
+
+def cut_off(budget: float, began: float | None, ways: int) -> float:
+    """When (`time.monotonic`) the first of so many ways is cut off that share what is left of the call's seconds.
+    began: when it had all that it needs; None: not yet."""
+    end = _began + budget
+    return end if began is None or math.isinf(end) else began + (end - began) / ways
+
+
+def measure(
+    way: str, options: argparse.Namespace, server: Server | None, found: Callable[[dict], None], ways: int
+) -> None:
+    """Run the trainer, and give what is known after each step. ways: that are left, with this one. Raises UserError
+    where the server has ended."""
     run_dir = options.out / way
     settings = settings_of(way, options, run_dir)
     if server is not None:
         settings += [f"policy.generation.servers.urls=[{server.url}]", WAITS]
     counted = lambda: WARM_UP <= len(read_steps(run_dir)) < options.steps  # noqa: E731
-    known = 0
+    known, began = 0, None if server is not None else time.monotonic()
     with watch_gpus(counted) as use:
 
         def look() -> None:
-            nonlocal known
+            nonlocal known, began
             if server is not None:
                 server.check()
+                if began is None and server.answers():
+                    began = time.monotonic()
+                    say("the rollout server answers")
             steps = read_steps(run_dir)
             if len(steps) > known:
                 known = len(steps)
@@ -107,9 +134,15 @@ def measure(way: str, options: argparse.Namespace, server: Server | None, found:
 
         say(f"{way}: starting the trainer")
         try:
-            train(settings, 2 if server is None else 1, _on(options, server), look=look, limit=options.limit)
-        except subprocess.TimeoutExpired:
-            say(f"{way}: cut off after {options.limit:g} s")
+            train(
+                settings,
+                2 if server is None else 1,
+                _on(options, server),
+                look=look,
+                until=lambda: cut_off(options.budget, began, ways),
+            )
+        except subprocess.TimeoutExpired as error:
+            say(f"{way}: cut off {error.timeout:.0f} s after its start")
         except subprocess.CalledProcessError as error:
             say(f"{way}: the trainer ended with status {error.returncode}")
         look()
@@ -144,8 +177,12 @@ def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             place = {"CUDA_VISIBLE_DEVICES": str(SERVER_GPU)} if options.device == "cuda" else {}
             settings = settings_of("ahead", options, options.out)
             say("starting the rollout server")
-            server = stack.enter_context(starting(RECIPE, options.out / "server.log", *settings, **place))
-        for way in sorted(options.ways, key=list(WAYS).index):
+            server = stack.enter_context(starting(RECIPE, options.out / "server.log", *settings, **TALKATIVE, **place))
+        ways = sorted(options.ways, key=list(WAYS).index)
+        for number, way in enumerate(ways):
+            if time.monotonic() >= _began + options.budget:
+                say(f"no time is left for {', '.join(ways[number:])}")
+                break
             if way == "colocated":  # the server's GPU is wanted
                 stack.close()
                 server = None
@@ -154,7 +191,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 found[way] = values
                 (options.out / "table.md").write_text(table(found))
 
-            measure(way, options, server, note)
+            measure(way, options, server, note, len(ways) - number)
             print(table(found), flush=True)
     return found
 

@@ -1,6 +1,7 @@
 """A GRPO run of a random model, as tools.bench.rollouts and tools.bench.asynchronous measure its steps."""
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tools.tiny_model import build_tokenizer
 RECIPE = "recipes/grpo-gsm8k-qwen2.5-1.5b-megatron.yaml"
 LOOK_SECONDS = 0.5
 END_SECONDS = 40.0  # torchrun gives its ranks 30 seconds to end
+CUT_OFF_SECONDS = 5.0  # a run that is cut off has nothing to save
 
 
 def build_step_parser(tool: str, description: str | None) -> argparse.ArgumentParser:
@@ -84,18 +86,20 @@ def train(
     environment: Mapping[str, str],
     *,
     look: Callable[[], None] = lambda: None,
-    limit: float | None = None,
+    until: Callable[[], float] = lambda: math.inf,
 ) -> None:
-    """Run the trainer with RECIPE. look: called twice a second meanwhile; an error of it ends the run. Raises
-    CalledProcessError; TimeoutExpired, with nothing left of the run, after `limit` seconds."""
+    """Run the trainer with RECIPE. look: called twice a second meanwhile; an error of it ends the run. until: gives the
+    `time.monotonic()` at which the run is cut off, asked as often. Raises CalledProcessError; TimeoutExpired, with
+    nothing left of the run, where it was cut off."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launcher, "-m", "megatron_lora.train", RECIPE, *settings]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
-    until = None if limit is None else time.monotonic() + limit
+    began = time.monotonic()
     try:
         while process.poll() is None:
-            if until is not None and limit is not None and time.monotonic() > until:
-                raise subprocess.TimeoutExpired(command, limit)
+            if time.monotonic() > until():
+                end(process, CUT_OFF_SECONDS)
+                raise subprocess.TimeoutExpired(command, time.monotonic() - began)
             look()
             time.sleep(LOOK_SECONDS)
     finally:
