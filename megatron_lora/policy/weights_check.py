@@ -126,3 +126,11 @@ def local_fingerprint(model_name: str) -> str | None:
     """The fingerprint of a local base, kept with its adapters; None for a hub name."""
     folder = Path(model_name).expanduser()
     return fingerprint_base(folder) if folder.is_dir() else None
+
+
+def known_fingerprint(model_name: str) -> str | None:
+    """As `local_fingerprint`, also of a hub name whose files are on this machine."""
+    if (found := local_fingerprint(model_name)) is not None:
+        return found
+    folder = cached_folder(model_name)
+    return None if folder is None else fingerprint_base(folder)

@@ -20,6 +20,8 @@ from megatron_lora.policy.interface import Policy
 from megatron_lora.policy.weights_check import read_base
 from megatron_lora.rollout import vllm_engine
 from megatron_lora.rollout.generator import Generator
+from megatron_lora.rollout.server_checks import Needs, check_server, check_servers
+from megatron_lora.rollout.server_client import ServerClient
 from megatron_lora.runtime.world import World
 
 
@@ -47,9 +49,12 @@ class Engine(ABC):
     def check(self, policy: PolicyConfig, world: World) -> None:
         """Raise UserError for what it could not serve, before weights load."""
 
-    def not_ready(self, policy: PolicyConfig) -> list[str]:
+    def not_ready(self, policy: PolicyConfig, world: World) -> list[str]:
         """What has to be there when a run begins, and is not yet."""
         return []
+
+    def check_outside(self, policy: PolicyConfig, world: World) -> None:  # noqa: B027
+        """Raise UserError for what is not as a run that begins now needs it, outside its own processes."""
 
     @abstractmethod
     def build(self, trainer: Trainer) -> Generator:
@@ -73,7 +78,7 @@ class ColocatedVllm(Engine):
         vllm_engine.check_request(policy, world, model, rank)
         vllm_engine.check_with_vllm(policy, world, model)
 
-    def not_ready(self, policy: PolicyConfig) -> list[str]:
+    def not_ready(self, policy: PolicyConfig, world: World) -> list[str]:
         reason = None if torch.cuda.is_available() else vllm_engine.needs_gpu_reason(policy)
         return [] if reason is None else [f"not ready yet: {reason}"]
 
@@ -114,16 +119,17 @@ class VllmServers(Engine):
         rank, _ = vllm_engine.planned_slots(policy, world)
         vllm_engine.check_rank(policy, rank)
 
-    def not_ready(self, policy: PolicyConfig) -> list[str]:
-        from megatron_lora.rollout.servers import ServerClient, check_server, needed_length
-
-        found = []
+    def not_ready(self, policy: PolicyConfig, world: World) -> list[str]:
+        found, needs = [], Needs.of(policy, world)
         for url in policy.generation.servers.urls:
             try:
-                check_server(ServerClient(url, policy.generation.servers.timeout_seconds), needed_length(policy))
+                check_server(ServerClient(url, policy.generation.servers.timeout_seconds), needs)
             except UserError as error:
                 found.append(f"not ready yet: {error}")
         return found
+
+    def check_outside(self, policy: PolicyConfig, world: World) -> None:
+        check_servers(policy, world)
 
     def build(self, trainer: Trainer) -> Generator:
         from megatron_lora.rollout.servers import ServerGenerator

@@ -167,6 +167,11 @@ class Generator(ABC):
     handover: Handover = Handover(0, "")
     on_answers: Callable[[int], None] = staticmethod(_say_nothing)
 
+    def wait_until_ready(self, stopping: Callable[[], bool]) -> bool:
+        """Wait for what `start` needs and others bring; whether to go on. stopping: whether a signal asks to end the
+        wait; collective."""
+        return True
+
     @abstractmethod
     def start(self) -> None:
         """Build the engine and its memory. The trainer's random state is as before afterwards."""

@@ -31,6 +31,15 @@ class Drawn:
     finish_reason: str
 
 
+@dataclass(frozen=True)
+class EngineFacts:
+    """base: fingerprint of the model that a server has read; "": not known. adapter_rank: the largest that its slots
+    hold; 0: it takes no adapters."""
+
+    base: str
+    adapter_rank: int
+
+
 class ServerClient:
     """A server at `url`. adapter: the name of the adapter that answers; None: the base. version: of the weights that
     answer; -1: the model folder's."""
@@ -61,6 +70,16 @@ class ServerClient:
             raise ServerFailed(f"{self.url} serves no base model", permanent=True)
         self.base, self.max_length = base["id"], int(base.get("max_model_len") or 0)
         self._loaded = [model["id"] for model in models if model.get("parent") is not None]
+
+    def engine_facts(self) -> EngineFacts | None:
+        """None where it cannot be asked (not started by `megatron-lora serve`). Raises ServerFailed."""
+        try:
+            base, adapter_rank = self._rpc("engine_facts", [], LOADING)[0]
+        except ServerFailed as error:
+            if error.permanent:
+                return None
+            raise
+        return EngineFacts(base, adapter_rank)
 
     def restore_base(self) -> None:
         """Answer with the base of its model folder, whatever weights a run before has left in it."""

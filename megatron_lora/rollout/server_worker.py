@@ -12,11 +12,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_lora.policy.checksums import to_numbers
+from megatron_lora.policy.weights_check import known_fingerprint
 from megatron_lora.rollout import vllm_worker
 
 
 class ServerWorker:
     """Mixed into vLLM's worker."""
+
+    def engine_facts(self) -> list[Any]:
+        """[the base's fingerprint ("": its files are not here), the largest rank of an adapter (0: it takes none)]."""
+        worker: Any = self
+        adapters = worker.lora_config
+        return [known_fingerprint(worker.model_config.model) or "", adapters.max_lora_rank if adapters else 0]
 
     def held_numbers(self, kind: str) -> list[list[Any]]:
         """[name, first row, first column, checksum] of what this rank holds; kind: `adapter` or `merge`."""

@@ -36,6 +36,7 @@ from megatron_lora.rollout.generator import (
     check_lengths,
 )
 from megatron_lora.rollout.sent_weights import SentWeights
+from megatron_lora.rollout.server_checks import Needs, as_mistake, check_server, needed_length
 from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFailed
 from megatron_lora.rollout.server_requests import Batch, ServerRequests
 from megatron_lora.runtime.activity import tick
@@ -45,32 +46,8 @@ from megatron_lora.runtime.world import World
 SHARD_BYTES = 2 << 30
 # The longest block of a server's cache (vLLM on a CPU: 128), for the probe's contexts.
 BLOCK = 128
-
-
-def needed_length(policy: PolicyConfig) -> int:
-    """Tokens of the longest answer with its prompt that a server is asked for."""
-    return policy.generation.vllm_cfg.max_model_len or policy.max_total_sequence_length
-
-
-def check_server(client: ServerClient, length: int) -> None:
-    """Raise UserError for a server that does not answer, or not with so many tokens."""
-    with _as_mistake():
-        client.describe()
-    if client.max_length < length:
-        raise UserError(
-            f"{client.url} serves sequences of up to {client.max_length} tokens, the run needs {length}: start it with "
-            f"--max-model-len {length} or more"
-        )
-
-
-@contextmanager
-def _as_mistake() -> Iterator[None]:
-    try:
-        yield
-    except ServerFailed as error:
-        raise UserError(
-            f"policy.generation.servers.urls: {error}; start it with `megatron-lora serve RECIPE --port PORT`"
-        ) from error
+# Between two looks at servers that are still loading.
+LOOK_SECONDS = 0.5
 
 
 class ServerGenerator(AheadGenerator):
@@ -101,17 +78,23 @@ class ServerGenerator(AheadGenerator):
         self._kind = "base"
         self._run = secrets.token_hex(4)
 
+    def wait_until_ready(self, stopping: Callable[[], bool]) -> bool:
+        until = time.monotonic() + self.policy.generation.servers.start_timeout_seconds
+        while not self._on_first(lambda: time.monotonic() >= until or all(c.answers() for c in self.clients)):
+            if stopping():
+                return False
+            tick()
+            time.sleep(LOOK_SECONDS)
+        return True
+
     def start(self) -> None:
         self._on_first(self._look)
 
     def _look(self) -> None:
-        until = time.monotonic() + self.policy.generation.servers.start_timeout_seconds
+        needs = Needs.of(self.policy, self.world)
         for client in self.clients:
-            while time.monotonic() < until and not client.answers():
-                tick()
-                time.sleep(0.5)
-            check_server(client, self.max_length)
-            with _as_mistake():
+            check_server(client, needs)
+            with as_mistake():
                 client.restore_base()
         if self.folder.exists():
             shutil.rmtree(self.folder)

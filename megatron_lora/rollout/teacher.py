@@ -34,8 +34,8 @@ class TeacherServers:
     def start(self, tokenizer: Any, texts: Sequence[str]) -> None:
         """Ask each what it serves. texts: of the run's data. Raises UserError where one does not answer, serves
         sequences that are too short, has no model of that name, or makes other tokens of a text."""
+        self.check()
         for client in self.clients:
-            self._check(client)
             for text in texts:
                 with _as_mistake():
                     theirs = client.tokenize(self.model_name or client.base, text)
@@ -45,6 +45,11 @@ class TeacherServers:
                         f"the teacher at {client.url} makes other tokens of {text[:60]!r} than the policy's "
                         f"tokenizer ({theirs[:8]}, {ours[:8]}): it has to have the same"
                     )
+
+    def check(self) -> None:
+        """As `start`, but for the tokens."""
+        for client in self.clients:
+            self._check(client)
 
     def not_ready(self) -> list[str]:
         """What keeps a run from starting now, for --dry-run."""
@@ -69,7 +74,6 @@ class TeacherServers:
                 f"policy.max_total_sequence_length={self.max_length} takes {self.max_length + 1}: start it with "
                 f"--max-model-len {self.max_length + 1} or more"
             )
-
         if self.num_candidates:
             try:
                 client.most_likely([0, 0], name, self.num_candidates)

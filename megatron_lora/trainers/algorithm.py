@@ -47,9 +47,13 @@ class Algorithm(ABC):
     def describe_steps(self, recipe: Recipe, loader: Loader, steps: int, updates: int) -> str:
         """A line of --dry-run."""
 
-    def not_ready(self, recipe: Recipe) -> list[str]:
+    def not_ready(self, recipe: Recipe, world: World) -> list[str]:
         """Lines of --dry-run: what has to be there when a run begins, and is not yet."""
         return []
+
+    def check_outside(self, recipe: Recipe, world: World) -> None:  # noqa: B027
+        """Raise UserError for servers that a run which begins now could not use, before weights load. On the first
+        rank."""
 
     @abstractmethod
     def metric_names(self, recipe: Recipe, kind: str) -> Sequence[str]:

@@ -155,8 +155,12 @@ class Distillation(RolloutAlgorithm):
             raise UserError(f"distillation.topk_logits_k={wanted}: the model has {vocabulary} tokens; use fewer")
         super().check(recipe, world)
 
-    def not_ready(self, recipe: Recipe) -> list[str]:
-        return super().not_ready(recipe) + teacher_servers(recipe).not_ready()
+    def not_ready(self, recipe: Recipe, world: World) -> list[str]:
+        return super().not_ready(recipe, world) + teacher_servers(recipe).not_ready()
+
+    def check_outside(self, recipe: Recipe, world: World) -> None:
+        super().check_outside(recipe, world)
+        teacher_servers(recipe).check()
 
     def metric_names(self, recipe: Recipe, kind: str) -> Sequence[str]:
         names = super().metric_names(recipe, kind)

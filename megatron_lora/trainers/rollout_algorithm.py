@@ -55,8 +55,11 @@ class RolloutAlgorithm(Algorithm):
         self.check_loss(recipe)
         engine_of(generation).check(recipe.policy, world)
 
-    def not_ready(self, recipe: Recipe) -> list[str]:
-        return engine_of(recipe.policy.generation).not_ready(recipe.policy)
+    def not_ready(self, recipe: Recipe, world: World) -> list[str]:
+        return engine_of(recipe.policy.generation).not_ready(recipe.policy, world)
+
+    def check_outside(self, recipe: Recipe, world: World) -> None:
+        engine_of(recipe.policy.generation).check_outside(recipe.policy, world)
 
     def check_loss(self, recipe: Recipe) -> None:
         """Raise UserError where the loss cannot take the answers that the run draws."""

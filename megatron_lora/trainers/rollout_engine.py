@@ -18,7 +18,7 @@ from megatron_lora.rollout.refit import PROBE_PROMPTS, Refitter, choose_refitter
 from megatron_lora.runtime.activity import begin, hold
 from megatron_lora.runtime.spans import span
 from megatron_lora.trainers.rollout_turns import Turns
-from megatron_lora.trainers.session import Session
+from megatron_lora.trainers.session import Session, StepAbandoned
 
 REFIT_MODE = "refit_mode"
 # What a seed is for, so that training and validation draw different numbers.
@@ -67,9 +67,12 @@ class RolloutEngine:
         return self._refitter is not None and self._refitter.mode == "adapter"
 
     def start(self) -> None:
-        """Build the engine and give it the trainer's weights. A resumed run refits as the run before it chose to."""
+        """Build the engine and give it the trainer's weights. A resumed run refits as the run before it chose to.
+        Raises StepAbandoned where a signal ends a wait for servers."""
         session, generation = self.session, self.policy_config.generation
         begin("starting the rollout engine", is_slow=True)
+        if not self.generator.wait_until_ready(session.should_stop):
+            raise StepAbandoned
         device = session.world.device
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self.generator.start()

@@ -31,7 +31,7 @@ from megatron_lora.trainers.rollout_engine import TRAINING, RolloutEngine
 from megatron_lora.trainers.rollout_scores import OLD, with_field
 from megatron_lora.trainers.rollout_setup import reward_specs
 from megatron_lora.trainers.rollout_validation import show_answer, show_samples, stop_reason, validate_answers
-from megatron_lora.trainers.session import Session
+from megatron_lora.trainers.session import Session, StepAbandoned
 
 
 def train_on_rollouts(
@@ -44,7 +44,12 @@ def train_on_rollouts(
     options = session.recipe.rollouts
     engine = RolloutEngine(session, loader.dataset)
     with RewardRunner(reward_specs(session.recipe), session.recipe.env.math.num_workers) as runner:
-        engine.start()
+        try:
+            engine.start()
+        except StepAbandoned:
+            engine.close()
+            session.reporter.message("stopped by a signal while waiting for rollout servers; the same command goes on")
+            return
         trainer = kind(session, loader, engine, runner, shows_samples=validation is None)
 
         def validate() -> None:

@@ -15,7 +15,7 @@ from megatron_lora.policy.preload import released_copies
 from megatron_lora.rollout.generator import RolloutError
 from megatron_lora.runtime import terminal
 from megatron_lora.runtime.activity import begin, hold
-from megatron_lora.runtime.agreement import same_on_every_rank
+from megatron_lora.runtime.agreement import from_first_rank, same_on_every_rank
 from megatron_lora.runtime.failure import tell
 from megatron_lora.runtime.out_of_memory import is_out_of_memory
 from megatron_lora.runtime.watch import watched
@@ -60,7 +60,7 @@ def check_only(loaded: LoadedRecipe) -> list[str]:
         *start.warnings,
         *start.notices,
         *resumes,
-        *algorithm_of(loaded.recipe).not_ready(loaded.recipe),
+        *algorithm_of(loaded.recipe).not_ready(loaded.recipe, world),
     ]
 
 
@@ -81,6 +81,7 @@ def run_recipe(loaded: LoadedRecipe) -> int:
     start = find_start(prepared, folder, loader, world)
     total_steps = count_steps(recipe, len(loader), start.number, start.batches_left(recipe, loader))
     options, algorithm = recipe.section, algorithm_of(recipe)
+    from_first_rank(world, lambda: algorithm.check_outside(recipe, world))
     reporter = RunReporter(
         folder.path,
         total_steps,

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from megatron_lora.rollout.server_client import ServerClient
+from megatron_lora.conversion.fingerprint import fingerprint_base
+from megatron_lora.policy.preload import copy_of, released_copies, use_copy
+from megatron_lora.rollout.server_client import EngineFacts, ServerClient
 from tests.end_to_end.test_grpo import SAME, TP, recipe
 from tests.support.compare import largest_difference
 from tests.support.launch import ROOT
@@ -60,6 +63,7 @@ def servers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "megatron_lora.cli.main", "serve", str(path), "--port", str(port)]
+        command.append(f"policy.preload_to_shm={str(number == 1).lower()}")
         url, log = f"http://127.0.0.1:{port}", folder / f"{number}.log"
         with log.open("w") as output:
             started[url] = subprocess.Popen(
@@ -72,6 +76,9 @@ def servers(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    # What the killed one has left.
+    with released_copies():
+        use_copy(base)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -217,6 +224,41 @@ def test_a_run_that_goes_on_loses_no_prompt_repeats_none_and_uses_nothing_stale(
 def position(place: Path) -> dict[str, Any]:
     """Of the data, after the last step."""
     return json.loads((place / f"step_{STEPS}" / "training_info.json").read_text())["loader"]
+
+
+def test_servers_say_what_they_hold_and_another_base_or_rank_is_refused(
+    starts: Starts, servers: dict[str, subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """Before weights load. One of them reads the base's copy in shared memory."""
+    places = [psutil.Process(process.pid).cmdline() for process in servers.values()]
+    assert [str(copy_of(starts.base)) in place for place in places] == [False, True]
+    assert copy_of(starts.base).is_dir()
+    for url in starts.urls:
+        assert ServerClient(url, 60.0).engine_facts() == EngineFacts(fingerprint_base(starts.base), 8)
+    path = write_recipe(tmp_path / "recipe", ahead(starts.base, starts.urls, ""))
+    other = save_base(tmp_path / "other", initializer_range=0.5)
+    for overrides, said in (
+        ([f"policy.model_name={other}"], f"have {fingerprint_base(other)}: start it anew with `megatron-lora serve`"),
+        (["policy.megatron_cfg.peft.dim=16"], "the adapter's rank is 16, and"),
+        (["policy.generation.servers.urls=[http://127.0.0.1:9]"], "start it with `megatron-lora serve"),
+    ):
+        arguments = [str(path), f"checkpointing.checkpoint_dir={tmp_path / 'run'}", *overrides]
+        ended = starts.ranks.start(arguments, tmp_path / f"output-{len(overrides[0])}").end()
+        assert ended.status == 2 and said in ended.stderr, ended.stderr
+        assert "adapters" not in ended.stdout and not (tmp_path / "run").exists()
+
+
+def test_a_signal_ends_the_wait_for_servers(starts: Starts) -> None:
+    place = starts.folder / "waiting"
+    path = write_recipe(place.with_name("waiting-recipe"), ahead(starts.base, ["http://127.0.0.1:9"], ""))
+    arguments = [str(path), f"checkpointing.checkpoint_dir={place}"]
+    arguments.append("policy.generation.servers.start_timeout_seconds=500")
+    begun = starts.ranks.start(arguments, starts.folder / "output-waiting")
+    began = time.monotonic()
+    ended = begun.stop_when((place / "config.yaml").is_file)
+    assert_went_through(ended)
+    assert "stopped by a signal while waiting for rollout servers" in ended.stdout
+    assert time.monotonic() - began < 300 and not list(place.glob("step_*"))
 
 
 def test_servers_answer_as_colocated_engines_and_one_may_die(

@@ -217,9 +217,9 @@ def test_a_server_that_fails_is_left_out(servers: list[Server], behaviour: str) 
 
 def test_a_dry_run_says_which_servers_are_not_there(room: Path, servers: list[Server]) -> None:
     urls = f"teacher.urls=[{servers[0].url}, http://127.0.0.1:9]"
-    found = Distillation().not_ready(recipe(room, "teacher.adapter=null", urls))
+    found = Distillation().not_ready(recipe(room, "teacher.adapter=null", urls), World.alone())
     assert len(found) == 1 and found[0].startswith("not ready yet: teacher.urls: http://127.0.0.1:9")
-    assert Distillation().not_ready(recipe(room)) == []
+    assert Distillation().not_ready(recipe(room), World.alone()) == []
 
 
 def test_what_a_server_may_not_be(servers: list[Server]) -> None:

@@ -212,5 +212,5 @@ def test_rollouts(base: Path) -> None:
         "vLLM was not seen to apply an adapter to a model with Mamba layers"
     )
     if not torch.cuda.is_available():
-        [line] = ENGINES["vllm"].not_ready(policy(base))
+        [line] = ENGINES["vllm"].not_ready(policy(base), World.alone())
         assert "kernels for Mamba layers" in line and "backend=megatron" in line

@@ -2,7 +2,9 @@
 tests/end_to_end/test_grpo_servers.py."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.interface import AdapterTensors
 from megatron_lora.rollout.generator import RolloutError, SamplingOptions
+from megatron_lora.rollout.server_checks import Needs, check_server, check_servers
 from megatron_lora.rollout.server_client import ServerClient, ServerFailed
 from megatron_lora.rollout.servers import ServerGenerator, Shards
 from megatron_lora.runtime.world import World
@@ -31,6 +34,7 @@ class Server(JsonServer):
 
     def __init__(self, port: int = 0):
         self.behaviour, self.adapters, self.models = "ok", {}, []
+        self.facts: tuple[int, Any] = (404, {"detail": "Not Found"})
         self.gate = threading.Event()
         self.gate.set()
         super().__init__(port)
@@ -45,6 +49,8 @@ class Server(JsonServer):
             self.adapters[body["lora_name"]] = body["lora_path"]
         if path == "/v1/unload_lora_adapter":
             del self.adapters[body["lora_name"]]
+        if path == "/collective_rpc" and body["method"] == "engine_facts":
+            return self.facts
         if path == "/collective_rpc":
             return (200, {"results": ["False"]}) if body["method"] == "restore_base" else self.rpc()
         if path != "/v1/completions":
@@ -96,21 +102,32 @@ def adapter() -> AdapterTensors:
     return AdapterTensors({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, tensors)
 
 
-def start(
-    servers: list[Server], tmp_path: Path, timeout: float = 30.0, **options: float
-) -> tuple[ServerGenerator, list[str]]:
-    servers_section = {"urls": [server.url for server in servers], "timeout_seconds": timeout, **options}
-    policy = PolicyConfig.model_validate(
+def policy_of(servers: list[Server], length: int = 64, **options: float) -> PolicyConfig:
+    return PolicyConfig.model_validate(
         {
             "model_name": "base",
             "precision": "float32",
-            "max_total_sequence_length": 64,
-            "generation": {"colocated": {"enabled": False}, "servers": servers_section},
+            "max_total_sequence_length": length,
+            "generation": {
+                "colocated": {"enabled": False},
+                "servers": {"urls": [server.url for server in servers], **options},
+            },
         }
     )
+
+
+def build(
+    servers: list[Server], tmp_path: Path, say: Callable[[str], None] = print, **options: float
+) -> ServerGenerator:
+    return ServerGenerator(policy_of(servers, **options), World.alone(), None, tmp_path, say)
+
+
+def start(
+    servers: list[Server], tmp_path: Path, timeout: float = 30.0, **options: float
+) -> tuple[ServerGenerator, list[str]]:
     said: list[str] = []
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    generator = ServerGenerator(policy, world, None, tmp_path, said.append)
+    generator = build(servers, tmp_path, said.append, timeout_seconds=timeout, **options)
+    assert generator.wait_until_ready(lambda: False)
     generator.start()
     generator.load_adapter(adapter(), 3)
     return generator, said
@@ -240,14 +257,53 @@ def test_a_server_that_is_still_loading_is_waited_for(two: list[Server], tmp_pat
     assert len(answers(generator)) == 16 and two[1].models
 
 
-def test_a_server_of_shorter_sequences_is_refused(two: list[Server], tmp_path: Path) -> None:
-    urls = [server.url for server in two]
-    policy = PolicyConfig.model_validate(
-        {"model_name": "base", "max_total_sequence_length": 128, "generation": {"servers": {"urls": urls}}}
-    )
-    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-    with pytest.raises(UserError, match="up to 64 tokens, the run needs 128"):
-        ServerGenerator(policy, world, None, tmp_path).start()
+def test_a_signal_ends_the_wait_for_a_server(two: list[Server], tmp_path: Path) -> None:
+    two[1].stop()
+    asked = iter([False, True])
+    began = time.monotonic()
+    generator = build(two, tmp_path, start_timeout_seconds=60.0)
+    assert not generator.wait_until_ready(lambda: next(asked)) and time.monotonic() - began < 10
+    assert build(two[:1], tmp_path, start_timeout_seconds=60.0).wait_until_ready(lambda: True)
+
+
+NEEDS = Needs(length=64, base=("base", "1234"), adapter_rank=16)
+
+
+@pytest.mark.parametrize(
+    ("needs", "facts", "said"),
+    [
+        ({"length": 65}, ["1234", 16], "up to 64 tokens, the run needs 65.*--max-model-len 65"),
+        ({}, ["abcd", 16], "fingerprint abcd, and those of policy.model_name=base have 1234.*megatron-lora serve"),
+        ({}, ["1234", 8], "rank is 16, and http.* takes adapters up to rank 8.*refit=merge"),
+        ({}, ["1234", 0], "takes no adapters"),
+    ],
+)
+def test_a_server_that_is_not_what_the_run_needs_is_refused(
+    two: list[Server], needs: dict[str, Any], facts: list[Any], said: str
+) -> None:
+    two[0].facts = 200, {"results": [facts]}
+    with pytest.raises(UserError, match=said):
+        check_server(ServerClient(two[0].url, 5.0), replace(NEEDS, **needs))
+
+
+def test_a_server_that_is_what_the_run_needs_or_cannot_say(two: list[Server]) -> None:
+    """A hub name's files may not be here; merged weights need no slots; a plain `vllm serve` has no workers of ours."""
+    check_server(ServerClient(two[0].url, 5.0), NEEDS)
+    two[0].facts = 200, {"results": [["1234", 16]]}
+    for needs in (NEEDS, replace(NEEDS, base=("hub/name", None)), replace(NEEDS, adapter_rank=None)):
+        check_server(ServerClient(two[0].url, 5.0), needs)
+    two[0].facts = 200, {"results": [["", 16]]}
+    check_server(ServerClient(two[0].url, 5.0), NEEDS)
+
+
+def test_before_weights_load_only_servers_that_are_waited_for_may_be_silent(two: list[Server]) -> None:
+    two[1].stop()
+    with pytest.raises(UserError, match=r"servers\.urls.*refused"):
+        check_servers(policy_of(two), World.alone())
+    check_servers(policy_of(two, start_timeout_seconds=5.0), World.alone())
+    two[0].facts = 200, {"results": [["", 0]]}
+    with pytest.raises(UserError, match="up to 64 tokens"):
+        check_servers(policy_of(two[:1], start_timeout_seconds=5.0, length=128), World.alone())
 
 
 def test_a_server_without_workers_of_ours_has_no_fingerprint(two: list[Server]) -> None:
