@@ -94,10 +94,27 @@ def _unread(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
                 unread.append("data.validation.repeat")  # a mean over rows stays the same
                 block.repeat = 1
     unread += recipe.section.unread(recipe.algorithm, resolved)
+    unread += _unread_adapter(recipe, resolved)
     if recipe.policy.scheduler is not None and recipe.policy.optimizer is None:
         unread.append("policy.scheduler")  # only where Megatron trains: the other backend refuses it
         recipe.policy.scheduler = None
     return unread
+
+
+def _unread_adapter(recipe: Recipe, resolved: dict[str, Any]) -> list[str]:
+    """What full fine-tuning leaves aside of the adapter that it does not train, where it says something else than the
+    default."""
+    adapter, path = recipe.policy.adapter, recipe.policy.adapter_section
+    if adapter.enabled:
+        return []
+    written: Any = resolved
+    for name in path.split("."):
+        written = written.get(name) or {}
+    defaults = type(adapter)()
+    changed = [name for name in type(adapter).model_fields if getattr(adapter, name) != getattr(defaults, name)]
+    for name in changed:
+        setattr(adapter, name, getattr(defaults, name))
+    return [f"{path}.{name}" for name in written if name in changed]
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

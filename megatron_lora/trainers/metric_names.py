@@ -62,6 +62,22 @@ def check_stop_metric(recipe: Recipe, *, has_validation: bool) -> None:
         raise UserError(f"{own}.stop_at_validation_metric={name!r}: validation does not log it; {advice}")
 
 
+def validation_notices(recipe: Recipe, *, has_validation: bool) -> list[str]:
+    """For keys that ask for validations of a run that has no rows for them."""
+    section, own = recipe.section, recipe.algorithm
+    asked = [key for key in ("val_at_start", "val_at_end") if getattr(section, key)]
+    asked = ["val_period"] * (section.val_period > 0) + asked
+    written = [key for key in asked if key in section.model_fields_set]
+    if has_validation or not written:
+        return []
+    keys = " and ".join(f"{own}.{key}={str(getattr(section, key)).lower()}" for key in written)
+    shown = ": answers of training steps are shown in their place" if recipe.draws_answers else ""
+    return [
+        f"{keys}, but there are no validation rows (data.validation, or data.train.split_validation_size), so nothing "
+        f"is validated{shown}"
+    ]
+
+
 def _validates(recipe: Recipe, has_validation: bool) -> bool:
     section = recipe.section
     return has_validation and (section.val_period > 0 or section.val_at_start or section.val_at_end)

@@ -21,7 +21,7 @@ from megatron_lora.policy.weights_check import check_base, check_positions, chec
 from megatron_lora.runtime.activity import begin
 from megatron_lora.runtime.world import World, init_distributed
 from megatron_lora.trainers.algorithms import algorithm_of
-from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric
+from megatron_lora.trainers.metric_names import check_metric_name, check_stop_metric, validation_notices
 from megatron_lora.trainers.write_failure import why_unwritable
 
 
@@ -59,6 +59,7 @@ def prepare(recipe: Recipe, world: World) -> Prepared:
     validates = recipe.data.has_validation
     notices += check_metric_name(recipe, has_validation=validates)
     check_stop_metric(recipe, has_validation=validates)
+    notices += validation_notices(recipe, has_validation=validates)
     algorithm = algorithm_of(recipe)
     algorithm.check(recipe, world)
     data = prepare_data(recipe, show_progress=world.is_main)

@@ -8,7 +8,7 @@ from megatron_lora.config.loader import check_recipe, dump_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
 from megatron_lora.trainers.changed_keys import ROW_KEYS, algorithm_of, changed_keys
-from megatron_lora.trainers.metric_names import check_metric_name, metric_names
+from megatron_lora.trainers.metric_names import check_metric_name, metric_names, validation_notices
 
 SFT = {
     "sft": {"max_num_steps": 10},
@@ -122,3 +122,13 @@ def test_metrics_that_are_logged_pass():
         "no validation" in check_metric_name(recipe(sft={"val_period": 0, "val_at_end": False}), has_validation=True)[0]
     )
     assert "kl" in metric_names(recipe(GRPO), "train") and "kl" not in metric_names(recipe(GRPO), "validation")
+
+
+def test_validation_that_is_asked_for_without_rows_is_told():
+    asked = {"val_period": 5, "val_at_start": False, "val_at_end": True}
+    [notice] = validation_notices(recipe(sft=asked), has_validation=False)
+    assert notice.startswith("sft.val_period=5 and sft.val_at_end=true, but") and "data.validation" in notice
+    assert validation_notices(recipe(sft=asked), has_validation=True) == []
+    assert validation_notices(recipe(sft={"val_period": 0, "val_at_end": False}), has_validation=False) == []
+    [notice] = validation_notices(recipe(GRPO, grpo=GRPO["grpo"] | asked), has_validation=False)
+    assert "answers of training steps are shown" in notice

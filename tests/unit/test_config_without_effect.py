@@ -135,6 +135,19 @@ def test_the_schedulers_of_the_other_backend_are_named():
         check_recipe(recipe(policy__scheduler=[{"name": "a.B"}]))
 
 
+def test_an_adapters_keys_in_full_fine_tuning_are_named():
+    peft = {"enabled": False, "dim": 64, "alpha": 32, "modules_to_save": ["norm"]}  # alpha: as the default
+    megatron = {"policy__megatron_cfg": {"enabled": True, "peft": peft}}
+    loaded = check_recipe(recipe(**megatron))
+    assert loaded.notices == ["NeMo RL keys accepted without effect: policy.megatron_cfg.peft.{dim, modules_to_save}"]
+    assert check_recipe(loaded.resolved).notices == []
+    other = {"lora_cfg": {"enabled": True, "dim": 64}}
+    trained = {"policy__megatron_cfg": {"enabled": True, "peft": peft | {"enabled": True}}}
+    assert check_recipe(recipe(**trained, policy__dtensor_cfg=other)).notices == []
+    [notice] = check_recipe(recipe(policy__dtensor_cfg={"lora_cfg": {"dim": 64}})).notices
+    assert notice.endswith("policy.dtensor_cfg.lora_cfg.dim")
+
+
 def test_keys_that_this_run_does_not_read_are_named():
     content = recipe(
         sft={"val_micro_batch_size": 4},
