@@ -3,6 +3,7 @@
     python -m tools.curves calculator       answers of two turns: the policy learns to leave sums to a tool
     python -m tools.curves ages             asynchronous GRPO at several ages, by one rollout server (vLLM)
     python -m tools.curves distillation     taught by an adapter on the same base, that of a short SFT
+    python -m tools.curves candidates       the same over the teacher's most likely tokens, by each divergence
 
 One process trains. Everything is written below `quickstart-output/`.
 """
@@ -36,6 +37,7 @@ COMMON = (
 BY_ITSELF = ("policy.generation.backend=megatron",)
 WINDOW = 5  # steps that the table's first and last numbers are means over
 AGES = (0, 1, 4)
+NUM_CANDIDATES = 8
 # Of the rows that warm a policy up for the calculator: how many call it.
 CALL_SHARE = 0.5
 WARM_UP_STEPS = 200
@@ -115,16 +117,27 @@ def calculator(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
 
 def distillation(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
     """A teacher that SFT made, then a fresh adapter that it teaches."""
-    teacher = train(SFT, base, folder / "teacher") / "step_60" / "hf_adapter"
-    run_dir = train(
-        DISTILLATION,
-        base,
-        folder / "distillation",
-        *BY_ITSELF,
-        f"teacher.adapter={teacher}",
-        f"distillation.max_num_steps={steps}",
-    )
+    run_dir = _taught(base, folder / "distillation", _teacher(base, folder), steps)
     return {"distillation": read_curve(run_dir, "teacher_kl", "teacher_kl_k3")}
+
+
+def candidates(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
+    """The same, with the divergence summed over the teacher's most likely tokens."""
+    teacher, found = _teacher(base, folder), {}
+    for divergence in ("reverse", "forward"):
+        keys = (f"distillation.topk_logits_k={NUM_CANDIDATES}", f"loss_fn.kl_type={divergence}")
+        run_dir = _taught(base, folder / divergence, teacher, steps, *keys)
+        found[divergence] = read_curve(run_dir, "teacher_kl", "reverse_kl", "forward_kl", "teacher_candidate_mass")
+    return found
+
+
+def _teacher(base: Path, folder: Path) -> Path:
+    return train(SFT, base, folder / "teacher") / "step_60" / "hf_adapter"
+
+
+def _taught(base: Path, run_dir: Path, teacher: Path, steps: int, *keys: str) -> Path:
+    given = (f"teacher.adapter={teacher}", f"distillation.max_num_steps={steps}")
+    return train(DISTILLATION, base, run_dir, *BY_ITSELF, *given, *keys)
 
 
 def ages(base: Path, folder: Path, steps: int) -> dict[str, Curve]:
@@ -180,6 +193,10 @@ RUNS = {
     "calculator": (calculator, "GRPO with a calculator, the quickstart's base"),
     "ages": (ages, "Asynchronous GRPO by the age of answers, the quickstart's base"),
     "distillation": (distillation, "On-policy distillation, the quickstart's base"),
+    "candidates": (
+        candidates,
+        f"Distillation over the teacher's {NUM_CANDIDATES} most likely tokens, the quickstart's base",
+    ),
 }
 
 
