@@ -192,7 +192,8 @@ def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 (options.out / "table.md").write_text(table(found))
 
             measure(way, options, server, note, len(ways) - number)
-            print(table(found), flush=True)
+            if way in found:
+                print(table(found), flush=True)
     return found
 
 
