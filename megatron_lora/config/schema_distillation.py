@@ -83,11 +83,6 @@ class DistillationConfig(RolloutSection):
                 f"loss_fn.{key} sums over the teacher's most likely tokens: say how many (distillation.topk_logits_k, "
                 "such as 64), or leave it out"
             )
-        if loss.zero_outside_topk and loss.kl_type != "forward":
-            raise ValueError(
-                f"loss_fn.zero_outside_topk=true with kl_type={loss.kl_type} needs the policy's entropy over the whole "
-                "vocabulary, which is not computed here; set kl_type=forward, or zero_outside_topk=false"
-            )
         if summed and (generation.top_p < 1 or (generation.top_k or -1) > 0):
             raise ValueError(
                 f"distillation.topk_logits_k={self.topk_logits_k} with policy.generation.top_p={generation.top_p:g}, "

@@ -87,7 +87,7 @@ class LossFnConfig(Section):
     zero_outside_topk: bool = Field(
         default=False,
         description="The policy's probabilities of the teacher's most likely tokens are those of the whole "
-        "vocabulary; off: of these tokens alone. With `kl_type: forward`.",
+        "vocabulary, and the teacher gives all others a log-probability of -100; off: of these tokens alone.",
     )
 
 

@@ -23,6 +23,8 @@ from megatron_lora.objectives.kl import kl_estimate
 TEACHER, OLD, ROLLOUT = "teacher_logps", "old_logps", "rollout_logps"
 # The teacher's k most likely tokens in each token's place, and their log-probabilities.
 CANDIDATES, CANDIDATE_LOGPS = "teacher_ids", "teacher_candidate_logps"
+# What NeMo RL takes for the teacher's log-probability of a token outside its most likely ones.
+OUTSIDE = -100.0
 KLType = Literal["forward", "reverse", "mixed"]
 
 
@@ -63,8 +65,9 @@ class CandidatesObjective(CountsTargets):
 
     Token fields: "teacher_ids" and "teacher_candidate_logps" [T, k], "teacher_logps" [T]; nats. Both distributions are
     taken over the k tokens alone, each divided by its sum there; with `whole` the policy's is that of the whole
-    vocabulary. forward_weight: of D(teacher || policy); the rest is D(policy || teacher)'s. No ratio: the gradient is
-    that of the divergence at the places that the answers reached, whichever policy drew them.
+    vocabulary, and the teacher gives every token outside the k a log-probability of `OUTSIDE`. forward_weight: of
+    D(teacher || policy); the rest is D(policy || teacher)'s. No ratio: the gradient is that of the divergence at the
+    places that the answers reached, whichever policy drew them.
     """
 
     candidates: ClassVar[str] = CANDIDATES
@@ -72,19 +75,29 @@ class CandidatesObjective(CountsTargets):
     forward_weight: float = 0.0
     whole: bool = False
 
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether it is called with sum p log p of the policy as a last column."""
+        return self.whole and self.forward_weight < 1
+
     @classmethod
     def of(cls, kl_type: KLType, mixed_weight: float, *, whole: bool) -> "CandidatesObjective":
         return cls({"forward": 1.0, "reverse": 0.0, "mixed": mixed_weight}[kl_type], whole)
 
     def __call__(self, logps: Tensor, batch: MicroBatch) -> LossSum:
-        """logps: [T, 1 + k], of the target and of the teacher's tokens in its place."""
+        """logps: [T, 1 + k], of the target and of the teacher's tokens in its place; [T, 2 + k] where it
+        `reads_entropy`."""
         mask = batch.target_mask
         logps = torch.where(mask[:, None], logps, torch.zeros_like(logps))
-        here = torch.where(mask[:, None], batch.token_fields[CANDIDATE_LOGPS].to(logps.dtype), logps.detach()[:, 1:])
+        here = torch.where(mask[:, None], batch.token_fields[CANDIDATE_LOGPS].to(logps.dtype), 0.0)
         teacher = here.log_softmax(-1)
-        policy = logps[:, 1:] if self.whole else logps[:, 1:].log_softmax(-1)
+        policy = logps[:, 1 : 1 + here.shape[1]]
+        policy = policy if self.whole else policy.log_softmax(-1)
         forward = (teacher.exp() * (teacher - policy)).sum(-1)
         reverse = (policy.exp() * (policy - teacher)).sum(-1)
+        if self.reads_entropy:
+            # Of the tokens outside: sum p log p, less their probability times the teacher's.
+            reverse = reverse + logps[:, -1] - (policy.exp() * policy).sum(-1) - OUTSIDE * (1 - policy.exp().sum(-1))
         loss = self.forward_weight * forward
         if self.forward_weight < 1:
             loss = loss + (1 - self.forward_weight) * reverse

@@ -60,18 +60,21 @@ class TargetLogprobs(Head):
 
 @dataclass(frozen=True)
 class LogprobsAt(Head):
-    """Log-probabilities of the target and of the tokens that a token field [T, k] names: [N, 1 + k]."""
+    """Log-probabilities of the target and of the tokens that a token field [T, k] names: [N, 1 + k]. with_entropy: and
+    sum p log p over the whole vocabulary, the entropy with its sign turned: [N, 2 + k]."""
 
     field: str
+    with_entropy: bool = False
 
     def wanted(self, batch: MicroBatch) -> Tensor:
         return torch.cat([batch.targets.unsqueeze(1), batch.token_fields[self.field].long()], 1)
 
     def of_logits(self, logits: Tensor, wanted: Tensor, tp: TensorParallel | None, start: int) -> Tensor:
-        return split_logprobs(logits, wanted, tp, start)
+        logps = split_logprobs(logits, wanted, tp, start)
+        return torch.cat([logps, split_negative_entropy(logits, tp)], 1) if self.with_entropy else logps
 
     def shape(self, batch: MicroBatch) -> tuple[int, ...]:
-        return (1 + batch.token_fields[self.field].shape[1],)
+        return (1 + batch.token_fields[self.field].shape[1] + self.with_entropy,)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ TARGETS = TargetLogprobs()
 def head_of(objective: Objective) -> Head:
     """What an objective is called with."""
     field: str | None = getattr(objective, "candidates", None)
-    return TARGETS if field is None else LogprobsAt(field)
+    return TARGETS if field is None else LogprobsAt(field, getattr(objective, "reads_entropy", False))
 
 
 def split_logprobs(logits: Tensor, wanted: Tensor, tp: TensorParallel | None, start: int) -> Tensor:
@@ -119,9 +122,7 @@ def split_logprobs(logits: Tensor, wanted: Tensor, tp: TensorParallel | None, st
 class _SplitLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, wanted: Tensor, tp: TensorParallel | None, start: int) -> Tensor:  # type: ignore[override]
-        highest = logits.amax(1) if logits.shape[1] else logits.new_full((logits.shape[0],), float("-inf"))
-        if tp is not None:
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp.group)
+        highest = _highest(logits, tp)
         local = wanted - start
         mine = (local >= 0) & (local < logits.shape[1])
         local = torch.where(mine, local, torch.zeros_like(local))
@@ -141,3 +142,39 @@ class _SplitLogprobs(torch.autograd.Function):
         if logits.shape[1]:
             dlogits.scatter_add_(1, local, grad * mine)
         return dlogits, None, None, None
+
+
+def split_negative_entropy(logits: Tensor, tp: TensorParallel | None) -> Tensor:
+    """sum p log p of the softmax of [c, columns] fp32, differentiable: [c, 1]. Collective."""
+    return _SplitNegativeEntropy.apply(logits, tp if tp is not None and tp.size > 1 else None)  # type: ignore[return-value]
+
+
+class _SplitNegativeEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tp: TensorParallel | None) -> Tensor:  # type: ignore[override]
+        highest = _highest(logits, tp)
+        sums = (logits - highest[:, None]).exp().sum(1)
+        if tp is not None:
+            dist.all_reduce(sums, group=tp.group)
+        log_normalizer = highest + sums.log()
+        logps = logits - log_normalizer[:, None]
+        found = torch.where(logps == float("-inf"), 0.0, logps.exp() * logps).sum(1, keepdim=True)
+        if tp is not None:
+            dist.all_reduce(found, group=tp.group)
+        ctx.save_for_backward(logits, log_normalizer, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """d sum p log p / d z_j = p_j (log p_j - sum p log p)."""
+        logits, log_normalizer, found = ctx.saved_tensors
+        logps = logits - log_normalizer[:, None]
+        return torch.where(logps == float("-inf"), 0.0, logps.exp() * (logps - found)) * grad, None
+
+
+def _highest(logits: Tensor, tp: TensorParallel | None) -> Tensor:
+    """Of each row, over the columns of all ranks: [c]."""
+    highest = logits.amax(1) if logits.shape[1] else logits.new_full((logits.shape[0],), float("-inf"))
+    if tp is not None:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp.group)
+    return highest

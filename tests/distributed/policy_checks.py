@@ -221,7 +221,7 @@ def candidates(case: dict[str, Any]) -> dict[str, Any]:
     policy = build_policy(case)
     found: dict[str, Any] = {"most_likely": policy.forward(scored_rows(), MostLikely(NUM_CANDIDATES))}
     found["scores"] = policy.score(scored_rows())
-    objective = CandidatesObjective.of("mixed", FORWARD_WEIGHT, whole=False)
+    objective = CandidatesObjective.of("mixed", FORWARD_WEIGHT, whole=case["options"].get("whole", False))
     results = []
     for step, rows in enumerate(training_rows(NUM_STEPS)):
         taught = with_candidates(rows, step)

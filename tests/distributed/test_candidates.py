@@ -16,6 +16,8 @@ from tests.support.compare import drift, largest_difference, relative_difference
 pytestmark = pytest.mark.timeout(2700)
 
 TOLERANCE = 1e-4
+# The policy's distribution is that of the whole vocabulary.
+WHOLE = {"whole": True}
 PACKED = {"sequence_packing": {"enabled": True, "train_mb_tokens": 64}}
 
 
@@ -25,15 +27,16 @@ def case(name: str, ranks: int, **fields: Any) -> Case:
 
 LONG = [
     case("head", 1, adapter="head"),
-    case("plain", 2, megatron=SP | PLAIN_LOGPROBS),
+    case("plain", 2, megatron=SP | PLAIN_LOGPROBS, options=WHOLE),
     case("pp", 2, megatron=PP),
+    case("whole", 2, megatron=SP, options=WHOLE),
     case("vpp", 2, megatron=VPP),
     case("cp", 2, megatron=CP),
     case("dtensor_head", 1, dtensor={}, adapter="head", family="llama3"),
 ]
 CASES = [
     case("sp", 2, megatron=SP, policy=PACKED),
-    case("dtensor_sp", 2, dtensor=SP2, policy=PACKED),
+    case("dtensor_sp", 2, dtensor=SP2, policy=PACKED, options=WHOLE),
     *(pytest.param(each, marks=pytest.mark.long) for each in LONG),
 ]
 
@@ -43,7 +46,7 @@ def test_heads_give_and_train_what_transformers_does(case: Case, ranks_found: li
     torch.set_num_threads(1)
     base, adapter = room.base(case.family), room.adapter(case.family, str(case.adapter))
     whole = whole_logps(base, adapter, scored_rows())
-    wanted = train(base, adapter, training_rows(NUM_STEPS), case.learning_rate, case.adam_eps)
+    wanted = train(base, adapter, training_rows(NUM_STEPS), case.learning_rate, case.adam_eps, **case.options)
     for found in ranks_found:
         for row, scores, everything, given in zip(
             scored_rows(), found["scores"], whole, found["most_likely"], strict=True

@@ -37,8 +37,12 @@ def whole_logps(base: Path, adapter: Path, rows: Sequence[Row]) -> list[torch.Te
         return [model(row.input_ids[None]).logits[0, :-1].log_softmax(-1) for row in rows]
 
 
-def train(base: Path, adapter: Path, steps: Sequence[Sequence[Row]], lr: float, eps: float) -> Training:
-    """AdamW on the mean over target tokens of both divergences, each of torch, over the teacher's tokens alone."""
+def train(
+    base: Path, adapter: Path, steps: Sequence[Sequence[Row]], lr: float, eps: float, *, whole: bool = False
+) -> Training:
+    """AdamW on the mean over target tokens of both divergences, each of torch, over the teacher's tokens alone; whole:
+    over the vocabulary, of which the teacher gives all others a log-probability of -100 (and the forward divergence,
+    whose probabilities those are, leaves them out)."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     tie_shared_factors(model)
@@ -49,10 +53,14 @@ def train(base: Path, adapter: Path, steps: Sequence[Sequence[Row]], lr: float, 
         loss: Any = 0
         for row in with_candidates(rows, number):
             ids = row.token_fields["teacher_ids"].long()[1:]
-            logits = model(row.input_ids[None]).logits[0, :-1].gather(1, ids)[row.target_mask[1:]]
-            policy = logits.log_softmax(-1)
+            ids = ids[row.target_mask[1:]]
+            logits = model(row.input_ids[None]).logits[0, :-1][row.target_mask[1:]]
+            policy = (logits if whole else logits.gather(1, ids)).log_softmax(-1)
             teacher = row.token_fields["teacher_candidate_logps"][1:][row.target_mask[1:]].log_softmax(-1)
-            forward = F.kl_div(policy, teacher, reduction="sum", log_target=True)
+            of_candidates = policy.gather(1, ids) if whole else policy
+            forward = F.kl_div(of_candidates, teacher, reduction="sum", log_target=True)
+            if whole:
+                teacher = torch.full_like(policy, -100.0).scatter(1, ids, teacher)
             reverse = F.kl_div(teacher, policy, reduction="sum", log_target=True)
             loss = loss + FORWARD_WEIGHT * forward + (1 - FORWARD_WEIGHT) * reverse
         loss = loss / sum(row.num_targets for row in rows)

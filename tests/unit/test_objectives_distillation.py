@@ -142,6 +142,15 @@ def test_over_candidates_by_hand() -> None:
         assert float(result.metrics["teacher_candidate_mass"]) == pytest.approx(0.75)
         assert float(result.metrics["teacher_kl"]) == pytest.approx(math.log(0.2 / 0.5))
     assert float(CandidatesObjective.of("forward", 0.3, whole=True)(found, batch).loss) == pytest.approx(whole)
+    # Of all tokens, the teacher's log-probability of the third is -100.
+    entropy = 2 * 0.2 * math.log(0.2) + 0.6 * math.log(0.6)
+    outside = entropy - 0.2 * math.log(2 / 3) - 0.6 * math.log(1 / 3) + 0.2 * 100
+    found = torch.cat([found, torch.full((len(found), 1), entropy)], 1)
+    cases = [("reverse", outside), ("mixed", 0.3 * whole + 0.7 * outside)]
+    for kl_type, wanted in cases:
+        result = CandidatesObjective.of(kl_type, 0.3, whole=True)(found, batch)
+        assert float(result.loss) == pytest.approx(wanted, rel=1e-5)
+        assert float(result.metrics["reverse_kl"]) == pytest.approx(outside, rel=1e-5)
 
 
 @pytest.mark.parametrize("kl_type", ["forward", "reverse", "mixed"])
