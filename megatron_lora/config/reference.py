@@ -99,7 +99,7 @@ def _type_names(annotation: Any) -> list[str]:
     if origin is Literal:
         return [f"`{choice}`" for choice in get_args(annotation)]
     if origin is list or annotation is list:
-        return [f"list of {_type_names(get_args(annotation)[0])[0]}"]
+        return [f"list of {', '.join(_type_names(get_args(annotation)[0]))}"]
     if origin is dict or annotation is dict:
         return ["mapping"]
     if isinstance(annotation, type):

@@ -20,6 +20,9 @@ RecomputeModule = Literal[
     "core_attn", "layernorm", "mlp", "mla_up_proj", "moe", "moe_act", "shared_experts", "gdn_norm_out"
 ]
 
+# What makes the input of a linear that may have an adapter.
+AdapterInput = Literal["layernorm", "activation"]
+
 
 def _empty(value: Any) -> Any:
     """NeMo RL's null for a section that is off."""
@@ -150,6 +153,12 @@ class MegatronConfig(Section):
     )
     recompute_modules: list[RecomputeModule] | None = Field(
         default=None, description="What selective recompute repeats, in Megatron's names; null: `[core_attn]`."
+    )
+    recompute_adapter_inputs: list[AdapterInput] = Field(
+        default=["layernorm"],
+        description="Inputs of adapted linears that are computed again in the backward pass from what is kept in any "
+        "case, and not kept themselves: outputs of norms (`layernorm`) and of the MLP's activation (`activation`); "
+        "without `activation_checkpointing`, too. Full fine-tuning keeps them.",
     )
     env_vars: Environment = Field(
         default_factory=dict,

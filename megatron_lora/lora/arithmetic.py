@@ -1,8 +1,9 @@
 """The adapter's arithmetic: y = W x + s B A x for a frozen W, forward and backward, in one place.
 
 Hu et al. 2021 (LoRA), eq. 3. W stays frozen, so neither its gradient nor the input it would need is kept; the input is
-kept once, for A's gradient; the update is accumulated into the base's output (a product with beta = 1) and the scale
-is applied to the rank-r activation, so the adapter adds no pass over a full-width tensor.
+kept once, for A's gradient, or computed again there (`Again`); the update is accumulated into the base's output (a
+product with beta = 1) and the scale is applied to the rank-r activation, so the adapter adds no pass over a full-width
+tensor.
 
 Collectives (see docs/architecture.md for where the factors live): column-parallel adds none. Under sequence parallelism
 the rank-r gradient dh rides in the same reduce-scatter as dx, so A's gradient is taken on this rank's shard of the
@@ -13,7 +14,8 @@ one all-to-all replace B's replicated product.
 All tensors here are [tokens, features].
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_lora.lora.base_weight import BaseWeight
+
+# Of the kernels of `adapter_kernels`: ranks above take more registers than a program has.
+HIGHEST_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,23 @@ class TensorParallel:
 
 
 @dataclass(frozen=True)
+class Again:
+    """How a linear's input [..., in] comes about: function(*sources), of tensors that are kept for the backward pass in
+    any case, so that the input need not be."""
+
+    function: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class AdapterCall:
     """What one call of an adapted linear needs besides its tensors.
 
     scale: a number, or [R] where blocks differ. b_mask: which entries of B train, or None for all. input_mask,
-    output_mask: dropout masks already divided by the keep probability (on A's input, on B's output), or None.
+    output_mask: dropout masks already divided by the keep probability (on A's input, on B's output), or None. again:
+    how the input is computed again for A's gradient; None: it is kept. gate: of a row-parallel linear, the SwiGLU in
+    front of it: x is [gate | up] [T, 2 in / tp] then, and A's gradient comes out of the SwiGLU's own backward pass (on
+    a GPU, `adapter_kernels.gated_backward`), so that its output is not kept.
     """
 
     parallel: TensorParallel
@@ -78,6 +95,8 @@ class AdapterCall:
     input_mask: Tensor | None = None
     output_mask: Tensor | None = None
     all_to_all: bool = False
+    again: Again | None = field(default=None, repr=False)
+    gate: Callable[[Tensor], Tensor] | None = None
 
 
 def column_parallel(
@@ -134,6 +153,15 @@ def _grad_a(dh: Tensor, x: Tensor, input_mask: Tensor | None, lora_a: Tensor) ->
     return (dh.t() @ (x if input_mask is None else x * input_mask)).to(lora_a.dtype)
 
 
+def _grads_through_gate(given: Tensor, dy: Tensor, dh: Tensor, lora_a: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of the SwiGLU's input, A's gradient) from that of its output."""
+    # Triton is there with PyTorch for GPUs alone.
+    from megatron_lora.lora.adapter_kernels import gated_backward
+
+    gradient, da = gated_backward(given, dy, dh)
+    return gradient, da.to(lora_a.dtype)
+
+
 def _add_input_grad(dx: Tensor, dh: Tensor, lora_a: Tensor, input_mask: Tensor | None) -> Tensor:
     """dx + A^T dh, in place where dx is contiguous."""
     factor = lora_a.to(dx.dtype)
@@ -142,6 +170,22 @@ def _add_input_grad(dx: Tensor, dh: Tensor, lora_a: Tensor, input_mask: Tensor |
     if dx.is_contiguous():
         return dx.addmm_(dh, factor)
     return torch.addmm(dx, dh, factor)
+
+
+def _keep(ctx: Any, call: AdapterCall, x: Tensor, *others: Tensor) -> None:
+    """Save for the backward pass what gives x, and the others."""
+    again = call.again
+    ctx.again = None if again is None else again.function
+    # Tensors in the context's attributes would outlive the backward pass.
+    ctx.call = replace(call, again=None)
+    ctx.save_for_backward(*others, *([x] if again is None else again.sources))
+
+
+def _kept(ctx: Any, others: int) -> tuple[Callable[[], Tensor], tuple[Tensor, ...]]:
+    """(what gives x [t, in], the other tensors that were saved)."""
+    saved = ctx.saved_tensors
+    again, sources = ctx.again, saved[others:]
+    return (lambda: sources[0] if again is None else again(*sources).flatten(0, -2)), saved[:others]
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -153,20 +197,20 @@ class _ColumnParallel(torch.autograd.Function):
         h = _project_down(full, lora_a, call.scale, call.input_mask)
         y = weight.product(full, bias)
         _add_up(y, h, lora_b, call.output_mask)
-        ctx.save_for_backward(x, lora_a, lora_b, h)
-        ctx.weight, ctx.call = weight, call
+        _keep(ctx, call, x, lora_a, lora_b, h)
+        ctx.weight = weight
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, lora_a, lora_b, h = ctx.saved_tensors
+        given, (lora_a, lora_b, h) = _kept(ctx, 3)
         weight: BaseWeight = ctx.weight
         call: AdapterCall = ctx.call
         dz = dy if call.output_mask is None else dy * call.output_mask
         if call.parallel.sequence_parallel:
             dx, dh, db = _column_backward_sequence(ctx.needs_input_grad[0], dy, dz, weight, lora_b, h, call)
             mask = None if call.input_mask is None else call.parallel.shard(call.input_mask)
-            da = _grad_a(dh, x, mask, lora_a)
+            da = _grad_a(dh, given(), mask, lora_a)
             if dx is not None:
                 dx = _add_input_grad(dx, dh, lora_a, mask)
             return dx, None, None, da, db, None
@@ -177,7 +221,7 @@ class _ColumnParallel(torch.autograd.Function):
             dx = _add_input_grad(weight.input_gradient(dy), dh, lora_a, call.input_mask)
             if call.parallel.size > 1:
                 handle = call.parallel.all_reduce(dx, async_op=True)
-        da = _grad_a(dh, x, call.input_mask, lora_a)
+        da = _grad_a(dh, given(), call.input_mask, lora_a)
         db = _grad_b(dz, h, lora_b, call.b_mask)
         if handle is not None:
             handle.wait()
@@ -206,6 +250,9 @@ class _RowParallel(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: BaseWeight, lora_a: Tensor, lora_b: Tensor, call: AdapterCall
     ) -> Tensor:
         parallel = call.parallel
+        given = x
+        if call.gate is not None:
+            x = call.gate(given)
         h = _project_down(x, lora_a, call.scale, call.input_mask)
         handle = parallel.all_reduce(h, async_op=True) if call.all_to_all else None
         y = weight.product(x)
@@ -221,13 +268,13 @@ class _RowParallel(torch.autograd.Function):
             if call.output_mask is not None:
                 z.mul_(call.output_mask)
             y.add_(parallel.hidden_to_sequence(z))
-        ctx.save_for_backward(x, lora_a, lora_b, h)
-        ctx.weight, ctx.call = weight, call
+        _keep(ctx, call, given, lora_a, lora_b, h)
+        ctx.weight = weight
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, lora_a, lora_b, h = ctx.saved_tensors
+        given, (lora_a, lora_b, h) = _kept(ctx, 3)
         weight: BaseWeight = ctx.weight
         call: AdapterCall = ctx.call
         parallel = call.parallel
@@ -247,7 +294,11 @@ class _RowParallel(torch.autograd.Function):
             handle.wait()
         if dx is not None:
             dx = _add_input_grad(dx, dh, lora_a, call.input_mask)
-        da = _grad_a(dh, x, call.input_mask, lora_a)
+        if call.gate is None:
+            da = _grad_a(dh, given(), call.input_mask, lora_a)
+        else:
+            assert dx is not None
+            dx, da = _grads_through_gate(given(), dx, dh, lora_a)
         return dx, None, da, db, None
 
 

@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_lora.lora.arithmetic import TensorParallel, frozen_column_parallel, frozen_row_parallel
+from megatron_lora.lora.arithmetic import Again, TensorParallel, frozen_column_parallel, frozen_row_parallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.runtime.native_layers import apply_norm
 
@@ -20,6 +20,8 @@ class FrozenLinear(torch.nn.Module):
 
     weight: Tensor | None
     bias: Tensor | None
+    layer_norm_weight: Tensor | None
+    layer_norm_bias: Tensor | None
 
     def __init__(
         self,
@@ -39,8 +41,9 @@ class FrozenLinear(torch.nn.Module):
             parameter.requires_grad_(False)
         if self.stored_weight is not None:
             self.register_parameter("weight", None)
-        if not hasattr(self, "bias"):
-            self.register_parameter("bias", None)
+        for name in ("bias", "layer_norm_weight", "layer_norm_bias"):
+            if not hasattr(self, name):
+                self.register_parameter(name, None)
         self.post_layernorm = getattr(base, "post_layernorm", None)
         self.eps = getattr(base, "eps", config.layernorm_epsilon)
         self.skip_bias_add = bool(getattr(base, "skip_bias_add", getattr(base, "te_return_bias", False)))
@@ -54,10 +57,9 @@ class FrozenLinear(torch.nn.Module):
         return DenseWeight(weight)
 
     def _normed(self, x: Tensor) -> Tensor:
-        weight = getattr(self, "layer_norm_weight", None)
+        weight, bias = self.layer_norm_weight, self.layer_norm_bias
         if weight is None:
             return x
-        bias = getattr(self, "layer_norm_bias", None)
         config = self.config
         return apply_norm(x, weight, bias, config.normalization, self.eps, config.layernorm_zero_centered_gamma)
 
@@ -68,11 +70,12 @@ class FrozenColumnParallelLinear(FrozenLinear):
     def forward(self, x: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None) -> Any:
         """x [s, b, in], or [t, in] of an expert or a latent -> ([S, b, out / tp], bias or None)."""
         bias = None if self.skip_bias_add else self.bias
-        out = self._product(self._normed(x).flatten(0, -2), self.base_weight(weight), bias)
+        again = Again(self._normed, (x,)) if self.layer_norm_weight is not None else None
+        out = self._product(self._normed(x).flatten(0, -2), self.base_weight(weight), bias, again)
         return out.view(-1, *x.shape[1:-1], out.shape[-1]), self.bias if self.skip_bias_add else None
 
-    def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
-        """[t, in] -> [T, out / tp]."""
+    def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None, again: Again | None) -> Tensor:
+        """[t, in] -> [T, out / tp]. again: how x came about, where a norm made it."""
         return frozen_column_parallel(x, weight, bias, self.tp)
 
 
@@ -92,9 +95,12 @@ class FrozenReplicatedLinear(FrozenLinear):
 class FrozenRowParallelLinear(FrozenLinear):
     """`linear_proj` and `linear_fc2` (with the norm after them, in the families that have one)."""
 
-    def forward(self, x: Tensor) -> Any:
-        """x [S, b, in / tp], or [t, in / tp] of an expert -> ([s, b, out], bias or None)."""
-        out = self._product(x.flatten(0, -2), self.base_weight())
+    def forward(self, x: Tensor, again: Again | None = None) -> Any:
+        """x [S, b, in / tp], or [t, in / tp] of an expert -> ([s, b, out], bias or None). again: how x came about."""
+        return self._finished(self._product(x.flatten(0, -2), self.base_weight(), again), x)
+
+    def _finished(self, out: Tensor, x: Tensor) -> Any:
+        """What becomes of a product [t, out] of x [S, b, anything]."""
         out = out.view(-1, *x.shape[1:-1], out.shape[-1])
         if self.bias is not None and not self.skip_bias_add:
             out = out + self.bias
@@ -102,6 +108,6 @@ class FrozenRowParallelLinear(FrozenLinear):
             out = self.post_layernorm(out)
         return out, self.bias if self.skip_bias_add else None
 
-    def _product(self, x: Tensor, weight: BaseWeight) -> Tensor:
+    def _product(self, x: Tensor, weight: BaseWeight, again: Again | None) -> Tensor:
         """[T, in / tp] -> [t, out], reduced over TP."""
         return frozen_row_parallel(x, weight, self.tp)

@@ -1,6 +1,6 @@
 """Put adapters into a Megatron model: replace each targeted linear by its adapted one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor, nn
 
+from megatron_lora.config.schema_megatron import AdapterInput
 from megatron_lora.lora.arithmetic import TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.expert_linear import AdaptedExpert, ExpertAdapter, ExpertLinear
@@ -38,14 +39,15 @@ Adapted = LoRALinear | AdaptedExpert | RouterAdapter
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """How every adapter of a run computes. dtype: of the factors, None for the base weight's.
-    keeps_derived: `LoRALinear`'s."""
+    """How every adapter of a run computes. dtype: of the factors, None for the base weight's. keeps_derived:
+    `LoRALinear`'s. recomputed: which inputs of adapted linears are not kept."""
 
     dropout: float
     dropout_before: bool
     all_to_all: bool
     dtype: torch.dtype | None
     keeps_derived: bool
+    recomputed: Collection[AdapterInput] = ()
 
 
 def inject(
@@ -70,6 +72,7 @@ def inject(
             if name in layouts:
                 linear = _adapt(getattr(parent, attribute), layouts[name], spec, factors, options, tp)
                 linear.keeps_derived = options.keeps_derived
+                linear.recomputes_input = _made_by(linear) in options.recomputed
                 setattr(parent, attribute, linear)
                 adapted.append(linear)
         for name, numbers, linear in expert_linears(chunk):
@@ -79,6 +82,11 @@ def inject(
                 router.adapter = _router_adapter(router, layouts[name], spec, factors, options, tp)
                 adapted.append(router.adapter)
     return adapted
+
+
+def _made_by(linear: LoRALinear) -> AdapterInput:
+    """What makes the input of a linear, where something does that its module tells it of."""
+    return "activation" if linear.parallel_kind == "row" else "layernorm"
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Megatron's fused linears with an adapter: the modules that take the place of the base's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
+from megatron_lora.lora.arithmetic import HIGHEST_RANK, AdapterCall, Again, TensorParallel
 from megatron_lora.lora.base_weight import BaseWeight, DenseWeight
 from megatron_lora.lora.frozen_linear import (
     FrozenColumnParallelLinear,
@@ -30,7 +30,8 @@ class LoRALinear(FrozenLinear):
     name.
 
     dropout: probability; `dropout_before`: on A's input, else on B's output. keeps_derived: what the method derives
-    from base and factors stays until `factors_changed`; else each forward pass computes it. Those of experts are
+    from base and factors stays until `factors_changed`; else each forward pass computes it. recomputes_input: what a
+    norm or an activation made is computed again in the backward pass, not kept. Those of experts are
     `expert_linear.ExpertLinear`.
     """
 
@@ -59,6 +60,7 @@ class LoRALinear(FrozenLinear):
         self.dropout_before = dropout_before
         self.all_to_all = all_to_all
         self.enabled = True
+        self.recomputes_input = False
         self.method = method
         for factor in method.factors:
             self.register_parameter(factor.name, torch.nn.Parameter(factors[factor.key]))
@@ -118,7 +120,9 @@ class LoRALinear(FrozenLinear):
     def _scale(self) -> float | Tensor:
         return self.scale if self.scale is not None else self.scales  # type: ignore[return-value]
 
-    def _call(self, tokens: int, same_input_mask: bool, same_output_mask: bool, x: Tensor) -> AdapterCall:
+    def _call(
+        self, tokens: int, same_input_mask: bool, same_output_mask: bool, x: Tensor, again: Again | None = None
+    ) -> AdapterCall:
         input_mask = output_mask = None
         if self.training and self.dropout > 0.0:
             if self.dropout_before:
@@ -132,6 +136,7 @@ class LoRALinear(FrozenLinear):
             input_mask=input_mask,
             output_mask=output_mask,
             all_to_all=self.all_to_all,
+            again=again if self.recomputes_input else None,
         )
 
     def draw_call(self, x: Tensor) -> AdapterCall:
@@ -169,11 +174,11 @@ class LoRAColumnParallelLinear(LoRALinear, FrozenColumnParallelLinear):
 
     parallel_kind = "column"
 
-    def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, weight: BaseWeight, bias: Tensor | None, again: Again | None) -> Tensor:
         if not self.enabled:
-            return super()._product(x, weight, bias)
+            return super()._product(x, weight, bias, again)
         tokens = x.shape[0] * (self.tp.size if self.tp.sequence_parallel else 1)
-        call = self._call(tokens, same_input_mask=True, same_output_mask=False, x=x)
+        call = self._call(tokens, same_input_mask=True, same_output_mask=False, x=x, again=again)
         return self._adapted_product(x, weight, bias, call)
 
     def local_product(self, x: Tensor, weight: Tensor, call: AdapterCall) -> Tensor:
@@ -205,10 +210,23 @@ class LoRARowParallelLinear(LoRALinear, FrozenRowParallelLinear):
 
     parallel_kind = "row"
 
-    def _product(self, x: Tensor, weight: BaseWeight) -> Tensor:
+    def _product(self, x: Tensor, weight: BaseWeight, again: Again | None) -> Tensor:
         if not self.enabled:
-            return super()._product(x, weight)
+            return super()._product(x, weight, again)
         # Each rank sees other columns of the input, so its mask is its own; the partial outputs are summed, so their
         # mask is the same, unless all-to-all gives each rank its own columns.
-        call = self._call(x.shape[0], same_input_mask=False, same_output_mask=not self.all_to_all, x=x)
+        call = self._call(x.shape[0], same_input_mask=False, same_output_mask=not self.all_to_all, x=x, again=again)
         return self.method.row(x, weight, self._values(), self._derive(weight), call)
+
+    @property
+    def takes_gate(self) -> bool:
+        """Whether `gated` can be called: there is a kernel for the rank, and nothing is dropped of A's input."""
+        drops = self.training and self.dropout > 0.0 and self.dropout_before
+        return self.enabled and self.recomputes_input and self.layout.rank <= HIGHEST_RANK and not drops
+
+    def gated(self, given: Tensor, gate: Callable[[Tensor], Tensor]) -> Any:
+        """`forward` of a SwiGLU's output: given [S, b, 2 in / tp] is [gate | up], of which nothing else is kept."""
+        x, weight = given.flatten(0, -2), self.base_weight()
+        call = self._call(x.shape[0], same_input_mask=False, same_output_mask=not self.all_to_all, x=x)
+        call = replace(call, gate=gate)
+        return self._finished(self.method.row(x, weight, self._values(), self._derive(weight), call), given)

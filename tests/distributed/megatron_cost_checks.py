@@ -19,7 +19,7 @@ from tests.distributed.cases import scored_rows, training_rows
 from tests.distributed.megatron_build import build_policy
 from tests.support.adapted_linear import VARIANTS, Variant, draw, run_on_rank
 from tests.support.live_memory import LiveFloats
-from tests.support.recorder import Recorder
+from tests.support.recorder import Recorder, kept_for_backward
 
 
 def communication(case: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +49,36 @@ def _forward_and_backward(policy: MegatronPolicy) -> None:
     batch = collate(scored_rows()[:3], pad_token_id=0, total_multiple=4)
     logps = schedule.forward(policy.engine, policy.chunks[0], batch)
     logps.sum().backward()
+
+
+def kept(case: dict[str, Any]) -> dict[str, Any]:
+    """For each set of inputs that are not kept: floats that autograd keeps of one micro-batch, each memory once, and
+    the factors' gradients. Beside them how many floats the inputs of each sort are."""
+    policy = build_policy(case)
+    linears = [linear for linear in policy.adapted if isinstance(linear, LoRALinear)]
+    made_by = {linear: "activation" if linear.parallel_kind == "row" else "layernorm" for linear in linears}
+    found: dict[str, Any] = {}
+    for recomputed in ((), ("layernorm",), ("activation",), ("layernorm", "activation")):
+        for linear in linears:
+            linear.recomputes_input = made_by[linear] in recomputed
+            for held in linear.held_factors:
+                held.parameter.main_grad.zero_()  # type: ignore[attr-defined]
+        batch = collate(scored_rows()[:3], pad_token_id=0, total_multiple=4)
+        with kept_for_backward() as tensors:
+            logps = schedule.forward(policy.engine, policy.chunks[0], batch)
+        logps.sum().backward()
+        memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() // 4 for tensor in tensors}
+        gradients = [held.parameter.main_grad.clone() for linear in linears for held in linear.held_factors]  # type: ignore[attr-defined]
+        found[" ".join(recomputed)] = {"floats": sum(memory.values()), "gradients": gradients}
+    size = policy.tp.size if policy.tp.sequence_parallel else 1
+    widths = {linear.name: linear.base_weight().shape[1] for linear in linears}
+    found["layernorm_floats"] = sum(
+        batch.tokens.numel() // size * widths[linear.name] for linear in linears if linear.layer_norm_weight is not None
+    )
+    found["activation_floats"] = sum(
+        batch.tokens.numel() * width for name, width in widths.items() if name.endswith("mlp.linear_fc2")
+    )
+    return found
 
 
 def arithmetic(case: dict[str, Any]) -> dict[str, Any]:
@@ -115,4 +145,10 @@ def loading(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CHECKS = {"loading": loading, "communication": communication, "arithmetic": arithmetic, "dropout": dropout}
+CHECKS = {
+    "loading": loading,
+    "kept": kept,
+    "communication": communication,
+    "arithmetic": arithmetic,
+    "dropout": dropout,
+}

@@ -263,6 +263,34 @@ def test_adapters_that_cannot_train_stop_the_first_step(case: Case, ranks_found:
 DORA = {"peft": {"type": "dora"}}
 
 
+def kept_case(name: str, ranks: int, megatron: dict, **fields: Any) -> Case:
+    return Case(f"kept_{name}", ranks, "kept", megatron=megatron, **fields)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        kept_case("tp1", 1, {}),
+        kept_case("llama_biases", 1, {}, family="llama_biases"),
+        kept_case("gemma3", 1, {}, family="gemma3"),
+        kept_case("dora", 1, DORA, adapter="dora"),
+        kept_case("sp", 2, SP, family="qwen2"),
+    ],
+    ids=str,
+)
+def test_inputs_that_are_computed_again_are_not_kept_and_change_no_bit(
+    case: Case, ranks_found: list[dict[str, Any]]
+) -> None:
+    for found in ranks_found:
+        norms, activations = found["layernorm_floats"], found["activation_floats"]
+        assert norms > 0 and activations > 0
+        saved = {"": 0, "layernorm": norms, "activation": activations, "layernorm activation": norms + activations}
+        for recomputed, floats in saved.items():
+            assert found[""]["floats"] - found[recomputed]["floats"] == floats, recomputed
+            pairs = zip(found[""]["gradients"], found[recomputed]["gradients"], strict=True)
+            assert all(torch.equal(before, after) and before.any() for before, after in pairs), recomputed
+
+
 @pytest.mark.parametrize(
     "case",
     [Case("cached_norms", 2, "cached_norms", adapter="dora", megatron=TP | FULL_RECOMPUTE | DORA)],

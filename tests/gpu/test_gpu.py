@@ -58,6 +58,7 @@ SHARED = {
     for backend in ("megatron", "dtensor")
 }
 GRAPHS = ("graphs.qwen2.bfloat16.plain", "graphs.llama2.bfloat16.plain", "graphs.qwen2.bfloat16.shared")
+INPUTS = ("inputs.qwen2.bfloat16", "inputs.llama2.bfloat16", "inputs.gemma3.bfloat16")
 FP8 = ("fp8.qwen2.e4m3", "fp8.qwen2.hybrid", "fp8.llama2.e4m3")
 LOGPROBS = ("logprobs.llama2.bfloat16", "logprobs.qwen2.bfloat16", "logprobs.gemma3.bfloat16")
 # Without a second GPU there is nothing to run them on.
@@ -85,7 +86,7 @@ ROLLOUTS_TWO = ("rollout.qwen2.bfloat16.tp2",) if torch.cuda.device_count() >= 2
 @pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("one-gpu")
-    return folder, run_cases(folder, [*ONE_GPU, *SHARED, *GRAPHS, *FP8, *LOGPROBS, *DTENSOR], processes=1)
+    return folder, run_cases(folder, [*ONE_GPU, *SHARED, *GRAPHS, *INPUTS, *FP8, *LOGPROBS, *DTENSOR], processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,14 @@ def test_cuda_graphs_change_no_number(one_gpu: tuple[Path, str], case: str) -> N
     assert values["graphs"] >= 2, values
     # cuDNN adds up attention gradients in no fixed order, and what fills up changes how they are cut.
     assert worst_difference(values) < BF16, values
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_inputs_computed_again_change_no_number(one_gpu: tuple[Path, str], case: str) -> None:
+    folder, log = one_gpu
+    values = result(folder, case, log)
+    assert worst_difference(values) < BF16, values
+    assert worst_difference(values | {"ours": values["graphs"]}) < BF16, values
 
 
 def test_fp8_products_are_those_of_the_rounded_numbers() -> None:

@@ -310,6 +310,22 @@ def graphs_case(folder: Path, family: str, precision: str, rows: str) -> dict[st
     return {"ours": found["local"], "reference": found["none"], "graphs": found["graphs"]}
 
 
+def inputs_case(folder: Path, family: str, precision: str) -> dict[str, Any]:
+    """Twelve steps with the inputs of adapted linears computed again, kernel by kernel and as CUDA graphs, and kept."""
+    again = {"recompute_adapter_inputs": ["layernorm", "activation"]}
+    options = {
+        "ours": again | {"cuda_graph_impl": "none"},
+        "graphs": again | {"cuda_graph_impl": None if precision == "float32" else "local"},
+        "reference": {"recompute_adapter_inputs": [], "cuda_graph_impl": "none"},
+    }
+    found: dict[str, Any] = {}
+    packing = {"enabled": True, "train_mb_tokens": 4 * LONGEST}
+    for name, keys in options.items():
+        policy = make_policy(folder, family, precision, "one", rate=1e-4, megatron_cfg=keys, sequence_packing=packing)
+        found[name] = losses(policy, 3 * steps()[:4])
+    return found
+
+
 def fp8_case(folder: Path, family: str, form: str) -> dict[str, Any]:
     """Ten steps over the base in FP8, as CUDA graphs and kernel by kernel, and over it in bfloat16; how far apart the
     log-probabilities at the start are, and merged weights at the end from the base's own plus the adapter's."""
@@ -379,6 +395,7 @@ CASES = {
     "packing": packing_case,
     "shared": shared_case,
     "graphs": graphs_case,
+    "inputs": inputs_case,
     "logprobs": logprobs_case,
     "fp8": fp8_case,
     "resume": resume_case,

@@ -18,14 +18,18 @@ def build(
     experts: Experts | None = None,
     fp8: bool = False,
     adapters_on: bool = True,
+    recomputed: list[str] | None = None,
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """(one training step that returns its loss, what to report of the model). graphs: `cuda_graph_impl`. fp8: the base
-    in FP8. adapters_on: False: the base's own products and their input gradients alone, down to the first layer's."""
+    in FP8. adapters_on: False: the base's own products and their input gradients alone, down to the first layer's.
+    recomputed: `recompute_adapter_inputs`, None for its default."""
     from megatron_lora.config.schema import PolicyConfig
     from megatron_lora.runtime.world import init_megatron_world
 
     settings = _policy(task, lora)
     settings["megatron_cfg"] |= {"cuda_graph_impl": graphs, "fp8_cfg": {"enabled": fp8}}
+    if recomputed is not None:
+        settings["megatron_cfg"]["recompute_adapter_inputs"] = recomputed
     if experts is not None:
         targets = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
         settings["megatron_cfg"]["peft"] |= {"target_modules": targets, "share_expert_adapters": experts == "shared"}

@@ -13,6 +13,9 @@ from megatron_lora.errors import UserError
 LABELS = {
     "ours-lora": "Megatron-LoRA, LoRA",
     "ours-lora-launched": "Megatron-LoRA, LoRA, cuda_graph_impl=none",
+    "ours-lora-kept": "Megatron-LoRA, LoRA, recompute_adapter_inputs=[]",
+    "ours-lora-norms": "Megatron-LoRA, LoRA, recompute_adapter_inputs=[layernorm]",
+    "ours-lora-inputs": "Megatron-LoRA, LoRA, recompute_adapter_inputs=[layernorm, activation]",
     "ours-lora-fp8": "Megatron-LoRA, LoRA, base in FP8",
     "ours-lora-off": "Megatron-LoRA, adapters off, cuda_graph_impl=none",
     "ours-lora-experts": "Megatron-LoRA, LoRA, experts too",

@@ -21,6 +21,9 @@ from tools.bench.task import Task
 ENGINES = {
     "ours-lora": partial(engine_ours.build, lora=True),
     "ours-lora-launched": partial(engine_ours.build, lora=True, graphs="none"),
+    "ours-lora-kept": partial(engine_ours.build, lora=True, recomputed=[]),
+    "ours-lora-norms": partial(engine_ours.build, lora=True, recomputed=["layernorm"]),
+    "ours-lora-inputs": partial(engine_ours.build, lora=True, recomputed=["layernorm", "activation"]),
     "ours-lora-fp8": partial(engine_ours.build, lora=True, fp8=True),
     "ours-lora-off": partial(engine_ours.build, lora=True, graphs="none", adapters_on=False),
     "ours-lora-experts": partial(engine_ours.build, lora=True, experts="each"),

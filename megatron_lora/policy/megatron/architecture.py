@@ -18,12 +18,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_lora.conversion.hf_model import HFModel, activation
 from megatron_lora.lora.expert_linear import ExpertColumnLinear, ExpertRowLinear
+from megatron_lora.lora.mlp import AdaptedMLP
 from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
 from megatron_lora.policy.megatron.attention import (
@@ -239,6 +241,10 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
         within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
         within.router = Router
+    elif isinstance(mlp, ModuleSpec) and mlp.module is MLP:
+        mlp.module = AdaptedMLP
+    elif isinstance(mlp, partial) and mlp.func == MLP.as_mlp_submodule:
+        layer.submodules.mlp = partial(AdaptedMLP.as_mlp_submodule, **mlp.keywords)
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention

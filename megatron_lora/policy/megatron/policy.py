@@ -147,6 +147,7 @@ class MegatronPolicy(LanePolicy):
             all_to_all=peft.a2a_experimental,
             dtype=getattr(torch, peft.lora_dtype) if peft.lora_dtype else None,
             keeps_derived=peft.dora_cached_norms,
+            recomputed=self.config.megatron_cfg.recompute_adapter_inputs,
         )
         self.adapted = inject(self.base.chunks, drawn.spec, drawn.factors, options, self.tp, self.base.expert_tp)
         if drawn.principal is not None:
