@@ -57,7 +57,8 @@ def kept(case: dict[str, Any]) -> dict[str, Any]:
     policy = build_policy(case)
     linears = [linear for linear in policy.adapted if isinstance(linear, LoRALinear)]
     made_by = {linear: "activation" if linear.parallel_kind == "row" else "layernorm" for linear in linears}
-    found: dict[str, Any] = {}
+    built = sorted({made_by[linear] for linear in linears if linear.recomputes_input})
+    found: dict[str, Any] = {"built": built}
     for recomputed in ((), ("layernorm",), ("activation",), ("layernorm", "activation")):
         for linear in linears:
             linear.recomputes_input = made_by[linear] in recomputed
@@ -72,9 +73,10 @@ def kept(case: dict[str, Any]) -> dict[str, Any]:
         found[" ".join(recomputed)] = {"floats": sum(memory.values()), "gradients": gradients}
     size = policy.tp.size if policy.tp.sequence_parallel else 1
     widths = {linear.name: linear.base_weight().shape[1] for linear in linears}
-    found["layernorm_floats"] = sum(
-        batch.tokens.numel() // size * widths[linear.name] for linear in linears if linear.layer_norm_weight is not None
-    )
+    # The first norm's input wants no gradient, so that nothing but the adapter would keep it.
+    normed = [linear for linear in linears if linear.layer_norm_weight is not None]
+    later = [linear for linear in normed if linear.name != "decoder.layers.0.self_attention.linear_qkv"]
+    found["layernorm_floats"] = sum(batch.tokens.numel() // size * widths[linear.name] for linear in later)
     found["activation_floats"] = sum(
         batch.tokens.numel() * width for name, width in widths.items() if name.endswith("mlp.linear_fc2")
     )

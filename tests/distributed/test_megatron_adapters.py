@@ -271,7 +271,7 @@ def kept_case(name: str, ranks: int, megatron: dict, **fields: Any) -> Case:
     "case",
     [
         kept_case("tp1", 1, {}),
-        kept_case("llama_biases", 1, {}, family="llama_biases"),
+        kept_case("llama_biases", 1, {"recompute_adapter_inputs": ["activation"]}, family="llama_biases"),
         kept_case("gemma3", 1, {}, family="gemma3"),
         kept_case("dora", 1, DORA, adapter="dora"),
         kept_case("sp", 2, SP, family="qwen2"),
@@ -282,6 +282,7 @@ def test_inputs_that_are_computed_again_are_not_kept_and_change_no_bit(
     case: Case, ranks_found: list[dict[str, Any]]
 ) -> None:
     for found in ranks_found:
+        assert found["built"] == case.megatron.get("recompute_adapter_inputs", ["layernorm"])
         norms, activations = found["layernorm_floats"], found["activation_floats"]
         assert norms > 0 and activations > 0
         saved = {"": 0, "layernorm": norms, "activation": activations, "layernorm activation": norms + activations}

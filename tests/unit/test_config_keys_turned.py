@@ -318,7 +318,7 @@ SHOWN = {
     "policy.megatron_cfg.peft.dropout_position policy.megatron_cfg.peft.quantization "
     "policy.megatron_cfg.peft.double_quantization policy.megatron_cfg.peft.lora_dtype "
     "policy.megatron_cfg.peft.a2a_experimental policy.megatron_cfg.peft.lora_A_init_method "
-    "policy.megatron_cfg.peft.lora_B_init_method",
+    "policy.megatron_cfg.peft.lora_B_init_method policy.megatron_cfg.recompute_adapter_inputs",
     "distributed/policy_checks.py": "policy.megatron_cfg.peft.dora_cached_norms",
     "distributed/test_megatron_parity.py": "policy.megatron_cfg.optimizer.use_distributed_optimizer",
     "unit/test_router_replay.py": "policy.router_replay.enabled policy.router_replay.observe_only",

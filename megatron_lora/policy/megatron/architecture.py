@@ -241,10 +241,8 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
         within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
         within.router = Router
-    elif isinstance(mlp, ModuleSpec) and mlp.module is MLP:
-        mlp.module = AdaptedMLP
-    elif isinstance(mlp, partial) and mlp.func == MLP.as_mlp_submodule:
-        layer.submodules.mlp = partial(AdaptedMLP.as_mlp_submodule, **mlp.keywords)
+    elif MLP in (getattr(mlp, "module", None), getattr(getattr(mlp, "func", None), "__self__", None)):
+        layer.submodules.mlp = partial(AdaptedMLP.as_mlp_submodule, submodules=within)
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention
