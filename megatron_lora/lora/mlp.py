@@ -24,6 +24,9 @@ class AdaptedMLP(MLP):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         up: Any = self.linear_fc1
         given, bias = up(hidden_states)
+        if bias is not None and not self.config.bias_activation_fusion:
+            # What is not fused keeps the sum.
+            given, bias = given + bias, None
         activate = partial(self._activate, bias=bias)
         if bias is None and given.requires_grad and down.takes_gate and self._has_kernel(given):
             return down.gated(given, activate)

@@ -163,6 +163,24 @@ def _check_recompute(megatron: MegatronConfig, shape: ModelSpec) -> None:
             )
 
 
+def check_recomputed(policy: PolicyConfig, shapes: ModelSpec, *, transformer_engine: bool) -> None:
+    """Raises UserError where Megatron-Core's way of recomputing a module needs Transformer Engine, which is not there."""
+    megatron = policy.megatron_cfg
+    if transformer_engine or not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
+        return
+    needing = {"moe_act", "mla_up_proj", "gdn_norm_out"}
+    if shapes.num_experts or shapes.is_latent:
+        # Elsewhere norms are part of the linear behind them (`recompute_adapter_inputs`).
+        needing.add("layernorm")
+    for module in megatron.recompute_modules or []:
+        if module in needing:
+            raise UserError(
+                f"{_MEGATRON}.recompute_modules has {module!r}, which Megatron-Core recomputes with Transformer "
+                "Engine alone, and it is not installed here (it needs a GPU); use core_attn, mlp or moe, or "
+                "recompute_granularity=full"
+            )
+
+
 def _check_frozen_experts(policy: PolicyConfig, shape: ModelSpec) -> None:
     if not shape.num_experts:
         return

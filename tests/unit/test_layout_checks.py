@@ -11,7 +11,7 @@ from megatron_lora.errors import UserError
 from megatron_lora.lora.describe import describe
 from megatron_lora.lora.model_spec import ModelSizes, ModelSpec
 from megatron_lora.policy.adapter_start import starting_adapter
-from megatron_lora.policy.layout_checks import check_layout, sequence_multiple
+from megatron_lora.policy.layout_checks import check_layout, check_recomputed, sequence_multiple
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA_8B = describe(ModelSizes("llama", 4096, 14336, 32, 32, 8, 128, 128256, False))
@@ -150,6 +150,18 @@ def test_layouts_that_fit(megatron: dict[str, Any], shape: ModelSpec, world_size
 )
 def test_layouts_that_do_not(megatron: dict[str, Any], shape: ModelSpec, world_size: int, wanted: str):
     assert wanted in refusal(policy(**megatron), shape, world_size)
+
+
+@pytest.mark.parametrize(("module", "shape"), [("moe_act", MIXTURE), ("layernorm", MIXTURE), ("layernorm", LLAMA_8B)])
+def test_what_megatron_recomputes_by_transformer_engine_is_refused_without_it(module: str, shape: ModelSpec) -> None:
+    configured = policy(**SELECTIVE, recompute_modules=["core_attn", module])
+    check_recomputed(configured, shape, transformer_engine=True)
+    check_recomputed(policy(recompute_modules=[module]), shape, transformer_engine=False)
+    if shape is LLAMA_8B:  # its norms are part of linears
+        check_recomputed(configured, shape, transformer_engine=False)
+        return
+    with pytest.raises(UserError, match=f"recompute_modules has '{module}', .* Transformer Engine .* use core_attn"):
+        check_recomputed(configured, shape, transformer_engine=False)
 
 
 def test_sequence_length_has_to_fit_the_split():

@@ -21,6 +21,7 @@ from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.policy.backend import DTYPES
 from megatron_lora.policy.fp8_base import fp8_names, gradient_format
+from megatron_lora.policy.layout_checks import check_recomputed
 from megatron_lora.policy.megatron.architecture import (
     apply_config,
     plain_config,
@@ -90,6 +91,7 @@ def build_base(
     from megatron.bridge import AutoBridge
 
     model, weights = opened or open_base(policy)
+    check_recomputed(policy, model.shapes, transformer_engine=have_transformer_engine())
     read = weights.read if changed is None else changed(weights.read)
     shapes = model.shapes
     with _bridge_errors(policy.model_name):
