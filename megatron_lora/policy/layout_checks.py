@@ -164,7 +164,7 @@ def _check_recompute(megatron: MegatronConfig, shape: ModelSpec) -> None:
 
 
 def check_recomputed(policy: PolicyConfig, shapes: ModelSpec, *, transformer_engine: bool) -> None:
-    """Raises UserError where Megatron-Core's way of recomputing a module needs Transformer Engine, which is not there."""
+    """Raises UserError where Megatron-Core recomputes a module by means of Transformer Engine, which is not there."""
     megatron = policy.megatron_cfg
     if transformer_engine or not megatron.activation_checkpointing or megatron.recompute_granularity != "selective":
         return
