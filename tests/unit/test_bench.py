@@ -1,14 +1,24 @@
 """tools.bench: its arithmetic, its report, and one real run of a small shape through each peer's code."""
 
 import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
-from tools.bench import growth
+from megatron_lora.conversion import safetensors_io
+from megatron_lora.conversion.inventory import open_model
+from megatron_lora.errors import UserError
+from tools.bench import estimate, growth, growth_report, random_weights
 from tools.bench.__main__ import main, parse
-from tools.bench.measure import measure
+from tools.bench.measure import measure, parts_of
+from tools.bench.processes import kill_tree
 from tools.bench.report import LABELS, fill, markdown_table, put_into_document, slot
 from tools.bench.task import SHAPES
 from tools.bench.worker import ENGINES
@@ -57,14 +67,106 @@ def test_table_says_what_adapters_cost() -> None:
     assert "times as long" not in markdown_table(RESULTS)
 
 
-def test_growth_is_told_by_doublings() -> None:
-    def row(rank: int, milliseconds: float) -> dict[str, Any]:
-        return {"rank": rank, "rows": 2, "length": 8, "step_ms": milliseconds, "tokens_per_s": 1, "peak_gib": 1.0}
+def test_growth_is_told_by_doublings_and_by_parts() -> None:
+    def row(rank: int, milliseconds: float, products: float = 60.0) -> dict[str, Any]:
+        parts = {"busy": 90.0, "products": products, "attention": 20.0, "communication": 0.0, "other": 10.0}
+        found = {"step_ms": milliseconds, "tokens_per_s": 1, "peak_gib": 1.0, "idle_share": 0.1, "parts_ms": parts}
+        return {"shape": "tiny", "rank": rank, "rows": 2, "length": 8} | found
 
-    rows = [row(8, 100.0), row(32, 400.0), {"rank": 64, "rows": 2, "length": 8, "error": "out of memory"}]
-    text = growth.table({"environment": {"device": "CPU"}, "shape": "tiny", "series": {"rank": rows}})
-    assert "| 8 | 16 | 100 ms | 1 | 1.0 GiB |  |" in text and "| 32 | 16 | 400 ms | 1 | 1.0 GiB | 2.00 |" in text
-    assert "| 64 | 16 | out of memory | | | |" in text
+    failed = {"shape": "tiny", "rank": 64, "rows": 2, "length": 8, "error": "out of memory"}
+    rows = [row(8, 100.0), row(32, 400.0, products=360.0), failed]
+    text = growth_report.table({"environment": {"device": "CPU"}, "series": {"rank": rows}})
+    assert "| 8 | tiny | 16 | 100 ms | 1 | 1.0 GiB | 60 | 20 | 0 | 10 | 10.0% |  |" in text
+    assert "| 32 | tiny | 16 | 400 ms | 1 | 1.0 GiB | 360 | 20 | 0 | 10 | 10.0% | 2.00 |" in text
+    assert "| 64 | tiny | 16 | out of memory |" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    # Rank should cost nothing on a straight line; idle is 100 - 90 and 400 - 90.
+    assert "gives 100 ms for the last, which took 400" in text
+    assert "products +300, idle +300, attention +0" in text
+
+
+def test_growth_has_the_points_of_its_series() -> None:
+    options = growth.parse(["--out", "x", "--series", "tokens,size,context,tp,pp"])
+    series = growth.series_of(options)
+    assert [point.rows for point in series["tokens"]] == [1, 2, 4, 8]
+    assert {point.rows * point.length for point in series["size"]} == {8192}
+    assert [(point.length, point.cp, point.recompute) for point in series["context"]][-1] == (131072, 2, True)
+    assert [point.num_processes for point in series["tp"] + series["pp"]] == [1, 2, 1, 2]
+    with pytest.raises(UserError, match="--series width: wanted a list of rank, tokens"):
+        growth.series_of(growth.parse(["--out", "x", "--series", "width"]))
+
+
+def test_what_a_gpu_does_is_told_apart() -> None:
+    spans = [
+        ("nvjet_tst_128x256", 0.0, 4.0),
+        ("ncclDevKernel_ReduceScatter", 3.0, 7.0),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop", 6.0, 8.0),
+        ("elementwise_kernel", 20.0, 21.0),
+        ("Memcpy DtoD", 20.5, 22.0),
+    ]
+    assert parts_of(spans) == {"busy": 10.0, "communication": 2.0, "attention": 2.0, "products": 4.0, "other": 2.0}
+    assert parts_of([])["busy"] == 0.0
+
+
+def test_random_weights_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "read_tensor", safetensors_io.read_tensor)  # put back afterwards
+    folder = tmp_path / "model"
+    random_weights.write_hollow_model(SHAPES["tiny-experts"], folder, torch.float32)
+    file = (folder / "model.safetensors").stat()
+    assert file.st_blocks * 512 < file.st_size / 2
+    random_weights.make_weights_on(torch.device("cpu"))
+    _, weights = open_model(folder, folder)
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"]
+    first, second = (weights.read(name) for name in names)
+    assert tuple(second.shape) == (64, 128) and 0.019 < second.std() < 0.021
+    assert first.flatten()[:64].tolist() != second.flatten()[:64].tolist()
+    assert torch.equal(weights.read(names[0]), first)
+    assert weights.read("model.norm.weight").unique().tolist() == [1.0]
+
+
+def test_an_estimate_of_what_was_measured_is_what_was_measured() -> None:
+    parts = {"busy": 450.0, "products": 300.0, "attention": 50.0, "communication": 0.0, "other": 100.0}
+    row = {"parts_ms": parts, "idle_share": 0.1}
+    one = {"shape": "qwen2.5-7b", "rows": 2, "length": 4096, "engines": {"ours-lora": row}}
+    split = {"shape": "qwen2.5-7b", "rows": 2, "length": 4096, "tp": 2, "parts_ms": {"communication": 40.0}}
+    rates = estimate.rates_of(one, "ours-lora", {"series": {"tp": [split]}})
+    same = estimate.Plan("7B", estimate.sizes_of("qwen2.5-7b"), 1, 1, 1, 1, 2, 4096, 1)
+    found = estimate.estimate(same, rates)
+    assert found["step"] == pytest.approx(500) and found["tokens_per_s_gpu"] == pytest.approx(8192 / 0.5)
+    # Two GPUs share all but the communication; a pipeline of two stages takes the time of 5 micro-batches for 4.
+    assert estimate.estimate(replace(same, tp=2), rates)["step"] == pytest.approx((450 / 2 + 40) / 0.9)
+    assert estimate.estimate(replace(same, pp=2, micro_batches=4), rates)["step"] == pytest.approx(500 / 2 * 5)
+    with pytest.raises(UserError, match="ours-lora-fp8"):
+        estimate.rates_of(one, "ours-lora-fp8", {"series": {}})
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_bench_leaves_no_process(how: signal.Signals) -> None:
+    """The ranks of a launcher have a session each, and are told by no signal to its group."""
+    rank = (
+        "from tools.bench.processes import *; import time; die_with_parent(); print('up', flush=True); time.sleep(600)"
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    bench = "import os, sys; from tools.bench.processes import *; "
+    bench += f"start([sys.executable, '-c', {launcher!r}], os.environ).wait()"
+    process = subprocess.Popen([sys.executable, "-c", bench], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) == 2
+    process.send_signal(how)
+    process.wait(10)
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert not left
+
+
+def test_an_engine_whose_time_is_up_is_ended_with_its_ranks() -> None:
+    code = "import subprocess; rank = subprocess.Popen(['sleep', '600'], start_new_session=True); "
+    code += "print(rank.pid, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    rank = psutil.Process(int(process.stdout.readline()))
+    kill_tree(process)
+    assert process.poll() is not None and not rank.is_running()
 
 
 def test_every_engine_has_a_label() -> None:

@@ -2,24 +2,23 @@
 
 import argparse
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_lora.errors import UserError
 from tools.bench.options import add_step_size, build_parser, check_device, check_out
+from tools.bench.random_weights import write_hollow_model
 from tools.bench.task import SHAPES, Task, shape_of
+from tools.bench.turns import run_in_turn
 from tools.bench.worker import ENGINES
 
 RESULTS = "results.json"
 LOG = "log.txt"
-LOG_TAIL_BYTES = 20_000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +37,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", help="what the table is called in docs/benchmarks.md; default: the shape")
     parser.add_argument("--engines", default="ours-lora,peft-lora,bridge-lora", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md, chart.png, logs")
-    parser.add_argument("--model", type=Path, help="random model's folder, written if absent; default: a temporary one")
     add_step_size(parser)
     parser.add_argument("--warmup", type=int, default=3, help="steps before measuring")
     parser.add_argument("--steps", type=int, default=10, help="measured steps; the median counts")
@@ -48,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="tensor parallelism of ours and bridge")
     parser.add_argument("--sp", action="store_true", help="sequence parallelism of ours and bridge")
     parser.add_argument("--profile", action="store_true", help="write ours' kernels that take most time")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one engine")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one engine, from its turn")
     return parser.parse_args(arguments)
 
 
@@ -58,29 +56,29 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     names = _check(options)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "shape": options.shape,
+        "name": options.name or options.shape,
+        "rows": options.rows or shape.rows,
+        "length": options.length or shape.length,
+        "rank": options.rank,
+        "warmup": options.warmup,
+        "steps": options.steps,
+        "nproc": options.nproc,
+        "tp": options.tp,
+        "sp": options.sp,
+        "engines": {},
+    }
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        model = options.model or Path(scratch) / "model"
-        write_model(options, model)
-        results: dict[str, Any] = {
-            "shape": options.shape,
-            "name": options.name or options.shape,
-            "rows": options.rows or shape.rows,
-            "length": options.length or shape.length,
-            "rank": options.rank,
-            "warmup": options.warmup,
-            "steps": options.steps,
-            "nproc": options.nproc,
-            "tp": options.tp,
-            "sp": options.sp,
-            "engines": {},
-        }
-        for name in names:
-            task = _task(name, options, results, model, Path(scratch))
-            answer = _run_engine(task, options, Path(scratch))
+        model = Path(scratch) / "model"
+        dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+        tasks = [_task(name, options, results, model, Path(scratch)) for name in names]
+        prepare = partial(write_hollow_model, shape, model, dtype)
+        for task, answer in run_in_turn(tasks, options.nproc, options.timeout, out / LOG, prepare):
             results["environment"] = answer.get("environment") or results.get("environment")
-            results["engines"][name] = answer["result"]
+            results["engines"][task.engine] = answer["result"]
             _write(results, out)
-            print(f"{name}: {_one_line(answer['result'])}", flush=True)
+            print(f"{task.engine}: {_one_line(answer['result'])}", flush=True)
     return results
 
 
@@ -96,15 +94,6 @@ def _check(options: argparse.Namespace) -> list[str]:
     check_device(options.device)
     check_out(options.out / RESULTS)
     return names
-
-
-def write_model(options: argparse.Namespace, folder: Path) -> None:
-    """In a process of its own, which leaves no GPU memory behind."""
-    code = "import sys; from pathlib import Path; from tools.bench.task import *; "
-    code += "save_random_model(shape_of(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code, options.shape, str(folder), options.device], check=True)
-    print(f"random model of shape {options.shape}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def _task(name: str, options: argparse.Namespace, results: dict[str, Any], model: Path, scratch: Path) -> Task:
@@ -126,51 +115,8 @@ def _task(name: str, options: argparse.Namespace, results: dict[str, Any], model
         sp=options.sp,
         profile=profile,
         result=str(scratch / f"{name}.json"),
+        gate=str(scratch / f"{name}.gate"),
     )
-
-
-def _run_engine(task: Task, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Start the worker, wait, and return what it wrote; an error where it wrote nothing."""
-    specification = scratch / f"{task.engine}.task.json"
-    task.save(specification)
-    worker = ["-m", "tools.bench.worker", str(specification)]
-    port = str(_free_port())
-    environment = dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1") if options.nproc > 1 else dict(os.environ)
-    if options.nproc > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(options.nproc), "--master-port", port]
-        command = [sys.executable, *launcher, *worker]
-    else:
-        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, *worker]
-    log = scratch / f"{task.engine}.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            process.wait(options.timeout)
-            reason = f"exit status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            reason = f"no end within {options.timeout:.0f} s"
-    tail = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-    with (options.out / LOG).open("a") as stream:
-        stream.write(f"==== {task.engine} ({reason})\n{tail}\n")
-    written = Path(task.result)
-    if written.exists():
-        answer = json.loads(written.read_text())
-        if process.returncode != 0 and "error" not in answer["result"]:
-            answer["result"]["error"] = reason
-        return answer
-    return {"result": {"ok": False, "error": f"{reason}: {tail.strip()[-400:]}"}}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
@@ -187,7 +133,9 @@ def _one_line(result: dict[str, Any]) -> str:
     if "step_ms" not in result:
         return result.get("error", "failed")
     line = f"{result['step_ms']} ms, {result['tokens_per_s']} tokens/s, {result['peak_gib']} GiB"
-    line += f", first loss {result['first_loss']:.5f}"
+    line += f", first loss {result['first_loss']:.5f}, built in {result['build_s']} s"
+    if "idle_share" in result:
+        line += f", GPU idle {result['idle_share']:.1%}"
     for chunk, row in result.get("sweep", {}).items():
         line += f"\n  chunk {chunk}: {row['step_ms']} ms, {row['peak_gib']} GiB"
     return line + (f"; then {result['error']}" if "error" in result else "")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tools.bench.random_weights import random_tensor
 from tools.bench.task import Task
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -16,13 +17,15 @@ def build(task: Task, *, lora: bool, fp32_adapter: bool = True) -> tuple[Callabl
 
     fp32_adapter: peft's default keeps the factors in fp32 and casts activations to them.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device = torch.device(task.device)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        task.model, dtype=task.dtype, attn_implementation="sdpa", trust_remote_code=False
-    )
-    model = model.to(device)
+    configuration = AutoConfig.from_pretrained(task.model)
+    with device:
+        model: Any = AutoModelForCausalLM.from_config(
+            configuration, dtype=task.dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
+    _fill(model)
     model.config.use_cache = False
     if lora:
         from peft import LoraConfig, get_peft_model
@@ -44,3 +47,10 @@ def build(task: Task, *, lora: bool, fp32_adapter: bool = True) -> tuple[Callabl
 
     total = sum(parameter.numel() for parameter in model.parameters())
     return step, {"trainable": sum(parameter.numel() for parameter in parameters), "total": total}
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        assert not name.endswith("gate_up_proj"), "experts in one tensor have no values that other engines have as well"
+        parameter.copy_(random_tensor(name, tuple(parameter.shape), parameter.dtype, parameter.device))

@@ -10,6 +10,18 @@ from tools.bench.measure import measure
 from tools.bench.task import Experts, Task
 
 
+def import_parts() -> None:
+    """What `build` would import, which takes longer than all else that it does."""
+    from megatron_lora.runtime.cpu import install_cpu_stand_ins
+    from megatron_lora.runtime.transformer_engine import import_bridge, prepare_transformer_engine
+
+    install_cpu_stand_ins()
+    prepare_transformer_engine()
+    import megatron_lora.policy.megatron.policy  # noqa: F401
+
+    import_bridge()
+
+
 def build(
     task: Task,
     *,
@@ -103,12 +115,15 @@ def _policy(task: Task, lora: bool) -> dict[str, Any]:
         "model_name": task.model,
         "precision": "bfloat16" if task.dtype == torch.bfloat16 else "float32",
         "train_global_batch_size": task.rows,
-        "train_micro_batch_size": task.rows,
+        "train_micro_batch_size": task.rows // task.micro_batches,
         "max_total_sequence_length": task.length,
         "megatron_cfg": {
             "enabled": True,
             "tensor_model_parallel_size": task.tp,
             "sequence_parallel": task.sp,
+            "pipeline_model_parallel_size": task.pp,
+            "context_parallel_size": task.cp,
+            "activation_checkpointing": task.recompute,
             "use_fused_linear_logprobs": True,
             "fused_linear_logprobs_chunk_size": task.chunk,
             "peft": {"enabled": lora, "dim": task.rank, "alpha": task.rank},

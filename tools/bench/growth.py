@@ -1,45 +1,57 @@
-"""Time and memory of this project's LoRA step against the adapters' rank, tokens a step and tokens a sequence.
+"""Time and memory of this project's LoRA step against one number at a time: the adapters' rank, tokens a step, tokens a
+sequence, the model's size, and on two GPUs the length with CP=2, TP and PP.
 
-One process on one GPU, one point after another on the same random model; table.md and growth.json hold what is known
-after each point. Each series changes one number, and its last column says how many times as long a step takes for twice
-that number: 2.00 is a straight line through nothing, 1.00 no growth.
+    python -m tools.bench.growth --out results/growth                                     one GPU
+    python -m tools.bench.growth --out results/growth-2 --series context,tp,pp            two GPUs
+
+Points that need as many processes share one start of them. table.md, growth.json and growth.png hold what is known
+after each point; a point that takes longer than --limit is ended with its processes, and the next ones still run. A
+table's last column says how many times as long a step takes for twice the number. Below each table: what a straight
+line would give for the last point, and which part of the GPU's work makes the difference.
 """
 
 import argparse
-import gc
 import json
-import math
-import os
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_lora.errors import UserError
-from tools.bench import engine_ours
-from tools.bench.__main__ import write_model
-from tools.bench.measure import measure
+from tools.bench.growth_report import draw, table
 from tools.bench.options import build_parser, check_device, check_out
+from tools.bench.processes import kill_tree
+from tools.bench.random_weights import write_hollow_model
 from tools.bench.task import Task, shape_of
-from tools.bench.worker import environment
+from tools.bench.turns import start_ranks
 
 RESULTS = "growth.json"
+ONE_GPU = ("rank", "tokens", "length", "size")
+TWO_GPUS = ("context", "tp", "pp")
+LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Point:
-    """rows x length: tokens of a step, one micro-batch."""
+    """rows x length: tokens of a step, a micro-batch or several. recompute: activations in the backward pass."""
 
+    shape: str
     rank: int
     rows: int
     length: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    micro_batches: int = 1
+    recompute: bool = False
 
     @property
-    def tokens(self) -> int:
-        return self.rows * self.length
+    def num_processes(self) -> int:
+        return self.tp * self.pp * self.cp
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,14 +66,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser("tools.bench.growth", __doc__)
-    parser.add_argument("--shape", default="qwen2.5-1.5b")
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULTS} and table.md")
-    parser.add_argument("--model", type=Path, help="random model's folder, written if absent; default: a temporary one")
-    parser.add_argument("--ranks", type=_numbers, default=[8, 32, 64, 128, 256])
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULTS}, table.md and growth.png")
+    parser.add_argument("--series", default=",".join(ONE_GPU), help=f"of {', '.join(ONE_GPU + TWO_GPUS)}")
+    parser.add_argument("--shape", default="qwen2.5-1.5b", help="of rank, tokens, length, context")
+    parser.add_argument("--split-shape", default="qwen2.5-7b", help="of tp and pp")
+    parser.add_argument("--ranks", type=_numbers, default=[8, 16, 32, 64, 128, 256])
     parser.add_argument("--rows", type=_numbers, default=[1, 2, 4, 8], help="sequences a step, of the shape's length")
     parser.add_argument("--lengths", type=_numbers, default=[1024, 2048, 4096, 8192, 16384], help="of as many tokens")
+    parser.add_argument(
+        "--contexts", type=_numbers, default=[16384, 32768, 65536, 131072], help="of one sequence, CP=2"
+    )
+    parser.add_argument("--shapes", default="qwen2.5-0.5b,qwen2.5-1.5b,qwen2.5-3b,qwen2.5-7b", help="of size")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="measured steps; the median counts")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for a point; the first has 60 more")
     return parser.parse_args(arguments)
 
 
@@ -69,36 +87,111 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def series_of(options: argparse.Namespace) -> dict[str, list[Point]]:
+    """The points of each series asked for. Raises UserError."""
+    shape, split = shape_of(options.shape), shape_of(options.split_shape)
+    sizes = {name: shape_of(name) for name in options.shapes.split(",")}
+    usual = Point(options.shape, 32, shape.rows, shape.length)
+    tokens = shape.rows * shape.length
+    halved = Point(options.split_shape, 32, split.rows, split.length)
+    in_parts = replace(halved, rows=4, micro_batches=4)
+    known = {
+        "rank": [replace(usual, rank=rank) for rank in options.ranks],
+        "tokens": [replace(usual, rows=rows) for rows in options.rows],
+        "length": [replace(usual, rows=max(1, tokens // length), length=length) for length in options.lengths],
+        # As many tokens as the largest has.
+        "size": [replace(usual, shape=name, rows=min(each.rows for each in sizes.values())) for name in sizes],
+        "context": [replace(usual, rows=1, length=length, cp=2, recompute=True) for length in options.contexts],
+        "tp": [halved, replace(halved, tp=2)],
+        "pp": [in_parts, replace(in_parts, pp=2)],
+    }
+    names = options.series.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--series {','.join(unknown)}: wanted a list of {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
 def grow(options: argparse.Namespace) -> dict[str, Any]:
     """Measure every point. A point that fails has its error in the place of its numbers."""
-    shape = shape_of(options.shape)
+    series = series_of(options)
     check_device(options.device)
     check_out(options.out / RESULTS)
+    needed = max(point.num_processes for points in series.values() for point in points)
+    if options.device == "cuda" and needed > torch.cuda.device_count():
+        raise UserError(f"--series {options.series} needs {needed} GPUs; PyTorch sees {torch.cuda.device_count()}")
     options.out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    tokens = shape.rows * shape.length
-    series = {
-        "rank": [Point(rank, shape.rows, shape.length) for rank in options.ranks],
-        "tokens": [Point(32, rows, shape.length) for rows in options.rows],
-        "length": [Point(32, max(1, tokens // length), length) for length in options.lengths],
-    }
-    results: dict[str, Any] = {"shape": options.shape, "environment": environment(), "series": {}}
     measured: dict[Point, dict[str, Any]] = {}
+    results: dict[str, Any] = {"environment": {}, "series": {name: [] for name in series}}
     with tempfile.TemporaryDirectory(prefix="growth-") as scratch:
-        model = options.model or Path(scratch) / "model"
-        write_model(options, model)
-        for name, points in series.items():
-            rows = results["series"][name] = []
-            for point in points:
-                measured[point] = measured.get(point) or _measure(point, options, model)
-                rows.append({"rank": point.rank, "rows": point.rows, "length": point.length} | measured[point])
-                _write(results, options.out)
-                print(f"{name}: {point}: {measured[point]}", flush=True)
+        for num_processes in sorted({point.num_processes for points in series.values() for point in points}):
+            wanted = [point for points in series.values() for point in points if point.num_processes == num_processes]
+            todo = list(dict.fromkeys(wanted))
+            while todo:
+                todo = _measure(todo, num_processes, options, Path(scratch), measured, results, series)
     return results
 
 
-def _measure(point: Point, options: argparse.Namespace, model: Path) -> dict[str, Any]:
-    task = Task(
+def _measure(
+    todo: list[Point],
+    num_processes: int,
+    options: argparse.Namespace,
+    scratch: Path,
+    measured: dict[Point, dict[str, Any]],
+    results: dict[str, Any],
+    series: dict[str, list[Point]],
+) -> list[Point]:
+    """One start of processes, which go through the points. Returns those that are left when it ended."""
+    found, tasks = scratch / "found.jsonl", scratch / "tasks.json"
+    found.write_text("")
+    tasks.write_text(json.dumps([asdict(_task(point, options, scratch)) for point in todo]))
+    with (options.out / "log.txt").open("ab") as log:
+        process = start_ranks(["-m", "tools.bench.growth_worker", str(tasks), str(found)], num_processes, log)
+        try:
+            done, until = 0, time.monotonic() + options.limit + 60
+            while done < len(todo):
+                lines = found.read_text().splitlines()
+                for line in lines[done:]:
+                    answer = json.loads(line)
+                    results["environment"] = answer.pop("environment")
+                    _note(todo[done], answer, measured, results, series, options.out)
+                    done, until = done + 1, time.monotonic() + options.limit
+                if process.poll() is not None and len(found.read_text().splitlines()) == done < len(todo):
+                    _note(todo[done], {"error": f"status {process.returncode}"}, measured, results, series, options.out)
+                    return todo[done + 1 :]
+                if time.monotonic() > until:
+                    _note(
+                        todo[done], {"error": f"no end in {options.limit:g} s"}, measured, results, series, options.out
+                    )
+                    return todo[done + 1 :]
+                time.sleep(LOOK_SECONDS)
+            return []
+        finally:
+            kill_tree(process)
+
+
+def _note(
+    point: Point,
+    answer: dict[str, Any],
+    measured: dict[Point, dict[str, Any]],
+    results: dict[str, Any],
+    series: dict[str, list[Point]],
+    out: Path,
+) -> None:
+    measured[point] = answer
+    for name, points in series.items():
+        results["series"][name] = [asdict(each) | measured[each] for each in points if each in measured]
+    for name, text in ((RESULTS, json.dumps(results, indent=1)), ("table.md", table(results))):
+        temporary = out / f"{name}.part"
+        temporary.write_text(text)
+        temporary.replace(out / name)
+    draw(results, out / "growth.png")
+    print(f"{point}: {answer}", flush=True)
+
+
+def _task(point: Point, options: argparse.Namespace, scratch: Path) -> Task:
+    model = scratch / point.shape
+    write_hollow_model(shape_of(point.shape), model, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    return Task(
         engine="ours-lora",
         model=str(model),
         device=options.device,
@@ -109,54 +202,15 @@ def _measure(point: Point, options: argparse.Namespace, model: Path) -> dict[str
         steps=options.steps,
         chunk=2048,
         sweep=[],
-        tp=1,
-        sp=False,
+        tp=point.tp,
+        sp=point.tp > 1,
         profile=None,
         result="",
+        pp=point.pp,
+        cp=point.cp,
+        recompute=point.recompute,
+        micro_batches=point.micro_batches,
     )
-    step, facts = None, None
-    try:
-        step, facts = engine_ours.build(task, lora=True)
-        found = measure(step, task.tokens, task.warmup, task.steps)
-        return {name: found[name] for name in ("step_ms", "tokens_per_s", "peak_gib")}
-    except RuntimeError as error:  # of memory: the other points are still measured
-        return {"error": str(error).splitlines()[0][:200]}
-    finally:
-        del step, facts
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _write(results: dict[str, Any], out: Path) -> None:
-    for name, text in ((RESULTS, json.dumps(results, indent=1)), ("table.md", table(results))):
-        temporary = out / f"{name}.part"
-        temporary.write_text(text)
-        temporary.replace(out / name)
-
-
-def table(results: dict[str, Any]) -> str:
-    """A table a series."""
-    lines = [f"{results['environment']['device']}, {results['shape']}."]
-    for name, rows in results["series"].items():
-        lines += ["", f"| {name} | tokens a step | step | tokens/s | peak memory | growth a doubling |"]
-        lines.append("|---|---|---|---|---|---|")
-        before = None
-        for row in rows:
-            tokens = row["rows"] * row["length"]
-            number = tokens if name == "tokens" else row[name]
-            if "error" in row:
-                lines.append(f"| {number:,} | {tokens:,} | {row['error'].replace('|', '/')} | | | |")
-                continue
-            growth = ""
-            if before is not None:
-                growth = f"{(row['step_ms'] / before[1]) ** (1 / math.log2(number / before[0])):.2f}"
-            before = number, row["step_ms"]
-            lines.append(
-                f"| {number:,} | {tokens:,} | {row['step_ms']:.0f} ms | {row['tokens_per_s']:,} | "
-                f"{row['peak_gib']:.1f} GiB | {growth} |"
-            )
-    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

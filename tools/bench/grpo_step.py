@@ -3,18 +3,19 @@
 import argparse
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from megatron_lora.reporting.metrics_file import read_metrics
-from tools.bench.__main__ import write_model
 from tools.bench.options import build_parser
+from tools.bench.processes import start
 from tools.quickstart import ROOT
 from tools.tiny_model import build_tokenizer
 
@@ -46,6 +47,16 @@ def prepare(options: argparse.Namespace) -> None:
     options.model = (options.model or options.out / "model").resolve()
     write_model(options, options.model)
     build_tokenizer().save_pretrained(options.model)
+
+
+def write_model(options: argparse.Namespace, folder: Path) -> None:
+    """A random model's folder with its weights, for engines that read them; in a process of its own, which leaves no
+    GPU memory behind."""
+    code = "import sys; from pathlib import Path; from tools.bench.task import *; "
+    code += "save_random_model(shape_of(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, options.shape, str(folder), options.device], check=True)
+    print(f"random model of shape {options.shape}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def run_settings(options: argparse.Namespace, run_dir: Path, tensor_parallel: int) -> list[str]:
@@ -80,6 +91,12 @@ def read_steps(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run_dir / "metrics.jsonl") if line["kind"] == "train"]
 
 
+def within(seconds: float | None) -> Callable[[], float]:
+    """For `until`: so many seconds from now on; None: as long as it takes."""
+    end_of_time = math.inf if seconds is None else time.monotonic() + seconds
+    return lambda: end_of_time
+
+
 def train(
     settings: Sequence[str],
     ranks: int,
@@ -87,13 +104,15 @@ def train(
     *,
     look: Callable[[], None] = lambda: None,
     until: Callable[[], float] = lambda: math.inf,
+    recipe: str = RECIPE,
+    log: IO[bytes] | None = None,
 ) -> None:
-    """Run the trainer with RECIPE. look: called twice a second meanwhile; an error of it ends the run. until: gives the
-    `time.monotonic()` at which the run is cut off, asked as often. Raises CalledProcessError; TimeoutExpired, with
-    nothing left of the run, where it was cut off."""
+    """Run the trainer. look: called twice a second meanwhile; an error of it ends the run. until: gives the
+    `time.monotonic()` at which the run is cut off, asked as often. log: gets what the run prints. Raises
+    CalledProcessError; TimeoutExpired, with nothing left of the run, where it was cut off."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, "-m", "megatron_lora.train", RECIPE, *settings]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
+    command = [sys.executable, *launcher, "-m", "megatron_lora.train", recipe, *settings]
+    process = start(command, {**os.environ, **environment}, log, how=signal.SIGTERM, cwd=ROOT)
     began = time.monotonic()
     try:
         while process.poll() is None:

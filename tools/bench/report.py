@@ -31,7 +31,8 @@ LABELS = {
     "bridge-lora": "Megatron-Bridge, LoRA",
     "bridge-lora-experts": "Megatron-Bridge, LoRA, experts too",
     "bridge-lora-experts-shared": "Megatron-Bridge, LoRA, experts too, one pair for all",
-    "bridge-lora-fp8": "Megatron-Bridge, LoRA, FP8",
+    "bridge-lora-fp8": "Megatron-Bridge, LoRA, its FP8 recipe",
+    "bridge-lora-fp8-all-layers": "Megatron-Bridge, LoRA, FP8 in every layer",
     "bridge-full": "Megatron-Bridge, full",
 }
 REFERENCE = "ours-lora"

@@ -13,13 +13,15 @@ for the device around each phase, so a step takes a little longer.
 
 import argparse
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
 from megatron_lora.errors import UserError
 from megatron_lora.runtime.spans import VARIABLE
-from tools.bench.grpo_step import build_step_parser, prepare, read_steps, run_settings, train
+from tools.bench.grpo_step import build_step_parser, prepare, read_steps, run_settings, train, within
 from tools.bench.options import check_out
+from tools.bench.processes import end_when_terminated
 from tools.bench.task import shape_of
 from tools.bench.timeline import draw, last_step
 
@@ -48,7 +50,9 @@ COLUMNS = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = build_step_parser("tools.bench.rollouts", __doc__)
-    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs), all one tensor-parallel group")
+    parser.add_argument("--nproc", type=int, default=1, help="processes (GPUs)")
+    parser.add_argument("--tp", type=int, help="of them a tensor-parallel group of the trainer; default: all")
+    parser.add_argument("--limit", type=float, help="end a way after so many seconds; the steps that are done count")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument(
         "--timeline", action="store_true", help="also timeline.png: the phases of each way's last step, and its gaps"
@@ -57,14 +61,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
-    """Run the trainer; medians of its metrics. Raises CalledProcessError."""
+    """Run the trainer; medians of its metrics, {} where no step was done. Raises CalledProcessError."""
     run_dir = options.out / way
-    settings = [*run_settings(options, run_dir, options.nproc), *WAYS[way][1], *options.overrides]
-    train(settings, options.nproc, {VARIABLE: str(_spans(options, way))} if options.timeline else {})
+    settings = [*run_settings(options, run_dir, options.tp or options.nproc), *WAYS[way][1], *options.overrides]
+    spans = {VARIABLE: str(_spans(options, way))} if options.timeline else {}
+    known = 0
+
+    def look() -> None:
+        nonlocal known
+        steps = read_steps(run_dir)
+        for step in steps[known:]:
+            print(f"{way}: step {step['step']} took {step['step_time_seconds']:.2f} s", flush=True)
+        known = len(steps)
+
+    try:
+        train(settings, options.nproc, spans, look=look, until=within(options.limit))
+    except subprocess.TimeoutExpired:
+        print(f"{way}: cut off after {options.limit:g} s", flush=True)
     steps = read_steps(run_dir)
     return {
         name: statistics.median(line.get(name, 0.0) for line in steps[1:] or steps) / (1e6 if "bytes" in name else 1)
-        for name in COLUMNS
+        for name in (COLUMNS if steps else ())
     }
 
 
@@ -93,14 +110,16 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    end_when_terminated()
     prepare(options)
     found = {}
     for way in ways:
-        found[way] = measure(way, options)
-        (options.out / "table.md").write_text(table(found))
-    print(table(found))
-    if options.timeline:
-        timelines = [(WAYS[way][0], last_step(_spans(options, way))) for way in ways]
+        if values := measure(way, options):
+            found[way] = values
+            (options.out / "table.md").write_text(table(found))
+            print(table({way: values}), flush=True)
+    if options.timeline and found:
+        timelines = [(WAYS[way][0], last_step(_spans(options, way))) for way in found]
         for label, timeline in timelines:
             print(f"{label}: {timeline.describe()}")
         draw(timelines, options.out / "timeline.png")

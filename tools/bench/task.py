@@ -56,6 +56,32 @@ SHAPES = {
         rows=4,
         length=4096,
     ),
+    "qwen2.5-0.5b": Shape(
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+        rows=4,
+        length=4096,
+    ),
+    "qwen2.5-3b": Shape(
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+        },
+        rows=4,
+        length=4096,
+    ),
     "qwen2.5-7b": Shape(
         {
             "hidden_size": 3584,
@@ -137,8 +163,11 @@ Experts = Literal["each", "shared"]
 
 @dataclass(frozen=True)
 class Task:
-    """One engine's measurement. model: Hugging Face folder. rows x length: tokens of a step. chunk: tokens of a chunk
-    of this project's head. sweep: further chunk sizes to measure. tp, sp: tensor and sequence parallelism."""
+    """One engine's measurement. model: Hugging Face folder as `random_weights` writes it. rows x length: tokens of a
+    step, `length` of them a sequence. chunk: tokens of a chunk of this project's head. sweep: further chunk sizes to
+    measure. tp, sp, pp, cp: the layout, the last two of this project's engines alone. recompute: activations in the
+    backward pass (ours). micro_batches: parts of a step's rows (ours). gate: a file; the engine imports what it needs,
+    and touches no device before the file is there."""
 
     engine: str
     model: str
@@ -154,6 +183,11 @@ class Task:
     sp: bool
     profile: str | None
     result: str
+    pp: int = 1
+    cp: int = 1
+    recompute: bool = False
+    micro_batches: int = 1
+    gate: str | None = None
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -183,9 +217,20 @@ def shape_of(name: str) -> Shape:
     return SHAPES[name]
 
 
+def parameters_of(shape: Shape) -> int:
+    """Of a Qwen2.5 shape, without those of norms and biases."""
+    sizes = shape.sizes
+    assert "num_experts" not in sizes, "shapes with experts are not counted"
+    hidden = sizes["hidden_size"]
+    key_value = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * sizes["intermediate_size"]
+    embeddings = sizes["vocab_size"] * hidden * (1 if sizes["tie_word_embeddings"] else 2)
+    return layer * sizes["num_hidden_layers"] + embeddings
+
+
 def config_of(shape: Shape) -> PretrainedConfig:
     kind = Qwen3MoeConfig if "num_experts" in shape.sizes else Qwen2Config
-    return kind(**_QWEN, **shape.sizes)
+    return kind(**_QWEN, **shape.sizes, architectures=[kind.__name__.replace("Config", "ForCausalLM")])
 
 
 def save_random_model(shape: Shape, folder: Path, device: str) -> None:

@@ -1,5 +1,6 @@
 """One engine in a process of its own, so that its memory is its own: `python -m tools.bench.worker TASK.json`."""
 
+import importlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any
 import torch
 
 from tools.bench import engine_bridge, engine_hf, engine_ours
-from tools.bench.measure import measure, profile
+from tools.bench.measure import gpu_parts, measure, profile
+from tools.bench.processes import die_with_parent
+from tools.bench.random_weights import make_weights_on
 from tools.bench.task import Task
 
 ENGINES = {
@@ -39,9 +43,11 @@ ENGINES = {
     "bridge-lora": partial(engine_bridge.build, lora=True),
     "bridge-lora-experts": partial(engine_bridge.build, lora=True, experts="each"),
     "bridge-lora-experts-shared": partial(engine_bridge.build, lora=True, experts="shared"),
-    "bridge-lora-fp8": partial(engine_bridge.build, lora=True, fp8=True),
+    "bridge-lora-fp8": partial(engine_bridge.build, lora=True, fp8="recipe"),
+    "bridge-lora-fp8-all-layers": partial(engine_bridge.build, lora=True, fp8="all-layers"),
     "bridge-full": partial(engine_bridge.build, lora=False),
 }
+GATE_SECONDS = 0.05
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -53,11 +59,27 @@ PACKAGES = (
 )
 
 
+def wait_for_turn(task: Task) -> None:
+    """Import what the engine needs, and wait until it is this engine's turn: another one is measured meanwhile."""
+    if task.device == "cuda":
+        torch.cuda.set_device(device_of(task))
+    if task.engine.startswith("bridge"):
+        engine_bridge.import_parts()
+    elif task.engine.startswith("ours"):
+        engine_ours.import_parts()
+    elif task.engine.startswith("peft"):
+        importlib.import_module("peft")
+    while task.gate is not None and not Path(task.gate).exists():
+        time.sleep(GATE_SECONDS)
+
+
 def run(task: Task) -> dict[str, Any]:
     """Build, measure, sweep and profile. What was measured before an error stays in the result."""
     result: dict[str, Any] = {"ok": False}
     try:
+        wait_for_turn(task)
         start = time.perf_counter()
+        make_weights_on(device_of(task))
         step, facts = ENGINES[task.engine](task)
         policy = facts.pop("policy", None)
         result |= facts | {"build_s": round(time.perf_counter() - start, 1)}
@@ -66,12 +88,27 @@ def run(task: Task) -> dict[str, Any]:
         _save(task, result)
         if policy is not None and task.sweep:
             result["sweep"] = engine_ours.sweep_chunks(step, policy, task)
+        if task.device == "cuda":
+            result |= gpu_use(step, result["step_ms"])
+            _save(task, result)
         if task.profile:
             profile(step, Path(task.profile))
     except Exception as error:  # an engine that fails is a result; the other engines still run
         result["error"] = f"{type(error).__name__}: {str(error)[:600]}"
         traceback.print_exc()
     return result
+
+
+def device_of(task: Task) -> torch.device:
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if task.device == "cuda" else torch.device("cpu")
+    )
+
+
+def gpu_use(step: Callable[[], float], step_ms: float) -> dict[str, Any]:
+    """What the GPU does in a step, and the share of it in which it does nothing."""
+    parts = gpu_parts(step)
+    return {"parts_ms": parts, "idle_share": round(1 - parts["busy"] / step_ms, 4)}
 
 
 def environment() -> dict[str, Any]:
@@ -95,6 +132,7 @@ def _save(task: Task, result: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    die_with_parent()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     task = Task.load(Path(sys.argv[1]))

@@ -115,7 +115,7 @@ def in_fp8(read: ReadWeight, shapes: ModelSpec, world: World, gradients: torch.d
     def held(entry: ModelParameter, weight: Tensor) -> BaseWeight | None:
         if entry.name not in names:
             return None
-        return Fp8Weight(_local(entry, weight, read, shapes, world).to(world.device), gradients)
+        return Fp8Weight(local_tensor(entry, weight, read, shapes, world).to(world.device), gradients)
 
     return held
 
@@ -179,7 +179,7 @@ def load_base_weights(
                 # A later pipeline stage's copy of the tied embedding.
                 entry = table[EMBEDDING]
             assert entry is not None, f"no HF tensor is known for {name}"
-            value.copy_(_local(entry, value, read, shapes, world))
+            value.copy_(local_tensor(entry, value, read, shapes, world))
 
 
 def _unpacked(entry: ModelParameter, expert: int, read: ReadWeight, shapes: ModelSpec) -> Tensor:
@@ -188,7 +188,10 @@ def _unpacked(entry: ModelParameter, expert: int, read: ReadWeight, shapes: Mode
     return unpacked(shapes.linear(entry.packed), entry.name.endswith(".bias"), read(entry.hf_names[0]), expert)
 
 
-def _local(entry: ModelParameter, value: Tensor, read: ReadWeight, shapes: ModelSpec, world: World) -> Tensor:
+def local_tensor(
+    entry: ModelParameter, value: Tensor, read: ReadWeight, shapes: ModelSpec, world: World
+) -> Tensor:
+    """This rank's part of a fused tensor, in the dtype and rows of `value`, which it is for."""
     parts = [read(name).to(value.dtype) for name in entry.hf_names]
     rank, size = (world.tp_rank, world.tp) if entry.expert is None else (world.etp_rank, world.etp)
     local = shard_parameter(entry, fuse(entry, parts, shapes), rank, size, value.shape[0], shapes)
