@@ -55,8 +55,15 @@ def test_median_throughput_and_losses() -> None:
 def test_table_has_ratios_and_names_what_failed() -> None:
     table = markdown_table(RESULTS)
     assert "| transformers + peft, LoRA | 250 ms | 256 | 3.0 GiB | 2.50 | 1.50 | 4.5000 |" in table
-    assert "| transformers, full | out of memory |" in table
+    assert "| transformers, full | out of memory | | | | | |\n" in table
     assert "| 8 | 100 ms | 2.0 GiB |\n| 16 | 90 ms | 2.5 GiB |" in table
+
+
+def test_table_says_how_long_a_gpu_does_nothing() -> None:
+    engines = RESULTS["engines"] | {"ours-lora": RESULTS["engines"]["ours-lora"] | {"idle_share": 0.034}}
+    lines = markdown_table(RESULTS | {"engines": engines}).splitlines()
+    assert lines[0].endswith("| GPU idle |") and lines[2].endswith("| 4.5000 | 3.4% |")
+    assert len({line.count("|") for line in lines[:5]}) == 1
 
 
 def test_table_says_what_adapters_cost() -> None:

@@ -45,22 +45,27 @@ def markdown_table(results: dict[str, Any]) -> str:
     """One row an engine; the last two columns are that engine's step time and memory over this project's LoRA."""
     engines = results["engines"]
     ours = engines.get(REFERENCE, {})
+    idle = any("idle_share" in row for row in engines.values())
     lines = [
-        "| engine | step | tokens/s | peak memory | step / ours | memory / ours | first loss |",
-        "|---|---|---|---|---|---|---|",
+        "| engine | step | tokens/s | peak memory | step / ours | memory / ours | first loss |" + " GPU idle |" * idle,
+        "|---|---|---|---|---|---|---|" + "---|" * idle,
     ]
     for name, row in engines.items():
         label = LABELS[name]
         if "step_ms" not in row:
-            lines.append(f"| {label} | {_short(row.get('error', 'failed'))} | | | | | |")
+            lines.append(f"| {label} | {_short(row.get('error', 'failed'))} |" + " |" * (5 + idle))
             continue
         slower = f"{row['step_ms'] / ours['step_ms']:.2f}" if "step_ms" in ours else ""
         larger = f"{row['peak_gib'] / ours['peak_gib']:.2f}" if ours.get("peak_gib") else ""
         lines.append(
             f"| {label} | {row['step_ms']:.0f} ms | {row['tokens_per_s']:,} | {row['peak_gib']:.1f} GiB | {slower} "
-            f"| {larger} | {row['first_loss']:.4f} |"
+            f"| {larger} | {row['first_loss']:.4f} |" + (f" {_idle(row)} |" if idle else "")
         )
     return "\n".join([*lines, *_cost_lines(engines), *_sweep_lines(engines), ""])
+
+
+def _idle(row: dict[str, Any]) -> str:
+    return f"{max(0.0, row['idle_share']):.1%}" if "idle_share" in row else ""
 
 
 def _cost_lines(engines: dict[str, Any]) -> list[str]:

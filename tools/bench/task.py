@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qw
 from megatron_lora.errors import UserError
 
 _QWEN = {
-    "max_position_embeddings": 32768,
+    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
