@@ -188,9 +188,7 @@ def _unpacked(entry: ModelParameter, expert: int, read: ReadWeight, shapes: Mode
     return unpacked(shapes.linear(entry.packed), entry.name.endswith(".bias"), read(entry.hf_names[0]), expert)
 
 
-def local_tensor(
-    entry: ModelParameter, value: Tensor, read: ReadWeight, shapes: ModelSpec, world: World
-) -> Tensor:
+def local_tensor(entry: ModelParameter, value: Tensor, read: ReadWeight, shapes: ModelSpec, world: World) -> Tensor:
     """This rank's part of a fused tensor, in the dtype and rows of `value`, which it is for."""
     parts = [read(name).to(value.dtype) for name in entry.hf_names]
     rank, size = (world.tp_rank, world.tp) if entry.expert is None else (world.etp_rank, world.etp)
