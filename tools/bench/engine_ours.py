@@ -13,8 +13,10 @@ from tools.bench.task import Experts, Task
 def import_parts() -> None:
     """What `build` would import, which takes longer than all else that it does."""
     from megatron_lora.runtime.cpu import install_cpu_stand_ins
+    from megatron_lora.runtime.megatron_core import import_megatron_core
     from megatron_lora.runtime.transformer_engine import import_bridge, prepare_transformer_engine
 
+    import_megatron_core()
     install_cpu_stand_ins()
     prepare_transformer_engine()
     import megatron_lora.policy.megatron.policy  # noqa: F401
