@@ -116,9 +116,7 @@ def policy_of(servers: list[Server], length: int = 64, **options: float) -> Poli
     )
 
 
-def build(
-    servers: list[Server], tmp_path: Path, say: Callable[[str], None] = print, **options: Any
-) -> ServerGenerator:
+def build(servers: list[Server], tmp_path: Path, say: Callable[[str], None] = print, **options: Any) -> ServerGenerator:
     return ServerGenerator(policy_of(servers, **options), World.alone(), None, tmp_path, say)
 
 

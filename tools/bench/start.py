@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lora.errors import UserError
-from tools.bench.grpo_step import prepare, read_steps, train
+from tools.bench.grpo_step import prepare, read_steps, train, within
 from tools.bench.options import build_parser, check_out
 from tools.bench.processes import end_when_terminated
 from tools.bench.task import shape_of
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, number: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         with log.open("wb") as stream:
-            train(settings_of(options, run_dir), 1, {}, limit=options.limit, recipe=RECIPE, log=stream)
+            train(settings_of(options, run_dir), 1, {}, until=within(options.limit), recipe=RECIPE, log=stream)
     except subprocess.SubprocessError as error:
         found["error"] = str(error)[-200:]
     found["steps_s"] = [step["step_time_seconds"] for step in read_steps(run_dir)]
