@@ -4,7 +4,7 @@ transformers names them `experts.gate_up_proj` [experts, 2 f, h] and `experts.do
 `.weight`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,25 @@ def packed_views(linear: LinearSpec, name: str, packed: Tensor) -> Iterator[tupl
     for expert, own in enumerate(packed.unbind()):
         for number, part in enumerate(linear.parts):
             yield name_in_packed(name, expert, part.segment), own.t()[number :: len(linear.parts)]
+
+
+def packed_as_rows(packed: Tensor) -> Tensor:
+    """The HF tensor of all experts [experts, in, out] (GPT-OSS) as a matrix [experts * out, in]: `packed_rows` finds
+    an expert's linear in it."""
+    return packed.transpose(1, 2).flatten(0, 1)
+
+
+def rows_as_packed(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `packed_as_rows`. shape: the tensor's."""
+    experts, inputs, outputs = shape
+    return rows.view(experts, outputs, inputs).transpose(1, 2).contiguous()
+
+
+def packed_rows(linear: LinearSpec, experts: Sequence[int]) -> Tensor:
+    """For each row of Megatron's matrices of these experts, one below the other, its place in `packed_as_rows`."""
+    own = torch.arange(linear.out_features)
+    order = torch.cat([own[part :: len(linear.parts)] for part in range(len(linear.parts))])
+    return torch.cat([order + expert * linear.out_features for expert in experts])
 
 
 def unpacked(linear: LinearSpec, bias: bool, packed: Tensor, expert: int) -> Tensor:

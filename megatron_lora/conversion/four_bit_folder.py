@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lora.conversion.experts import packed_as_rows, rows_as_packed
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.weight_source import Described, WeightSource
 from megatron_lora.errors import UserError
@@ -140,14 +141,18 @@ class QuantizedWeights:
 
     def read(self, name: str) -> Tensor:
         """The tensor, quantized and made dense."""
-        matrix = self.read_four_bit(name)
-        return self.weights.read(name) if matrix is None else matrix.dense(self.entries[name].dtype)
+        matrix, entry = self.read_four_bit(name), self.entries[name]
+        if matrix is None:
+            return self.weights.read(name)
+        values = matrix.dense(entry.dtype)
+        return rows_as_packed(values, entry.shape) if len(entry.shape) == 3 else values
 
     def read_four_bit(self, name: str) -> FourBitMatrix | None:
-        """None for a tensor that stays dense."""
+        """None for a tensor that stays dense. Of a tensor of all experts: `experts.packed_as_rows`."""
         if name not in self.four_bit:
             return None
-        return quantize(self.weights.read(name), self.quant_type, double=self.double)
+        weight = self.weights.read(name)
+        return quantize(packed_as_rows(weight) if weight.dim() == 3 else weight, self.quant_type, double=self.double)
 
     def file_name(self, name: str) -> str:
         return self.weights.file_name(name)

@@ -79,3 +79,53 @@ class DenseWeight(BaseWeight):
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         return self.weight if start == 0 and stop is None else self.weight[start:stop]
+
+
+class ExpertWeight(ABC):
+    """The frozen weights of one linear of all of a rank's experts, [experts, out, in], this rank's part of each."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Of all experts, for reading only."""
+
+    @abstractmethod
+    def expert(self, place: int) -> BaseWeight:
+        """[out, in] of the expert at this place among the rank's."""
+
+
+@dataclass(frozen=True)
+class DenseExperts(ExpertWeight):
+    """Weights that are one tensor."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, rows, columns = self.weight.shape
+        return experts, rows, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def expert(self, place: int) -> BaseWeight:
+        return DenseWeight(self.weight[place])

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_lora.lora.arithmetic import TensorParallel
+from megatron_lora.lora.base_weight import DenseExperts, ExpertWeight
 from megatron_lora.lora.grouped import GroupedCall, adapted_grouped_linear, grouped_linear, row_ends
 from megatron_lora.lora.held import GradientGroup, HeldFactor, mark
 from megatron_lora.lora.layout import FactorKey, ModelSpec, ModuleLayout, module_name
@@ -24,9 +25,14 @@ from megatron_lora.lora.sharding import split_axis
 
 class ExpertLinear(nn.Module):
     """One linear of each of this rank's experts. weight [experts, out, in], bias [experts, out] or None: this rank's
-    part. Built as Megatron-Core builds Transformer Engine's grouped linears; `adapter` is put in later."""
+    part. Built as Megatron-Core builds Transformer Engine's grouped linears; `adapter` is put in later.
 
+    on_meta: what is built has no memory for its weight, which is given to it later. stored_weight: the
+    weight where it is no parameter."""
+
+    on_meta = False
     parallel_kind: Parallel
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -45,6 +51,7 @@ class ExpertLinear(nn.Module):
         self.config = config
         self.skip_bias_add = skip_bias_add
         self.adapter: ExpertAdapter | None = None
+        self.stored_weight: ExpertWeight | None = None
         tp = pg_collection.expt_tp.size()
         rows, columns = (
             (output_size // tp, input_size) if self.parallel_kind == "column" else (output_size, input_size // tp)
@@ -53,19 +60,31 @@ class ExpertLinear(nn.Module):
             "dtype": config.params_dtype,
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         }
-        self.weight = nn.Parameter(torch.empty(num_experts, rows, columns, **place), requires_grad=False)
+        of_weight = place | ({"device": "meta"} if self.on_meta else {})
+        self.weight = nn.Parameter(torch.empty(num_experts, rows, columns, **of_weight), requires_grad=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(num_experts, rows, **place), requires_grad=False) if bias else None
         )
 
+    def hold(self, stored: ExpertWeight) -> None:
+        """Compute with a weight that is no parameter."""
+        assert self.weight is not None and stored.shape == tuple(self.weight.shape), f"{stored.shape}"
+        self.stored_weight, self.weight = stored, None
+
+    def expert_weight(self) -> ExpertWeight:
+        if self.stored_weight is not None:
+            return self.stored_weight
+        assert self.weight is not None
+        return DenseExperts(self.weight)
+
     def forward(self, x: Tensor, rows_per_expert: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """x [t, in], expert after expert -> ([t, out], what the caller has to add to each expert's rows)."""
-        ends = row_ends(rows_per_expert, x.device)
+        weight, ends = self.expert_weight(), row_ends(rows_per_expert, x.device)
         bias = None if self.skip_bias_add else self.bias
         if self.adapter is not None and self.adapter.enabled:
-            out = self.adapter.product(x, self.weight, bias, ends, one_by_one=not self.config.moe_grouped_gemm)
+            out = self.adapter.product(x, weight, bias, ends, one_by_one=not self.config.moe_grouped_gemm)
         else:
-            out = grouped_linear(x, self.weight, bias, ends, one_by_one=not self.config.moe_grouped_gemm)
+            out = grouped_linear(x, weight, bias, ends, one_by_one=not self.config.moe_grouped_gemm)
         return out, self.bias if self.skip_bias_add else None
 
 
@@ -140,7 +159,7 @@ class ExpertAdapter(nn.Module):
         return self.shared and parallel_state.get_expert_model_parallel_rank() > 0
 
     def product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, *, one_by_one: bool = False
+        self, x: Tensor, weight: ExpertWeight, bias: Tensor | None, ends: Tensor, *, one_by_one: bool = False
     ) -> Tensor:
         """`grouped.adapted_grouped_linear` with these adapters."""
         a, b = (getattr(self, factor.name) for factor in self.method.factors)

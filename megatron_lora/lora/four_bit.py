@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError
-from megatron_lora.lora.base_weight import CHUNK_ELEMENTS, BaseWeight
-from megatron_lora.lora.model_spec import LAYER, ROUTER, LinearSpec, ModelSpec
+from megatron_lora.lora.base_weight import CHUNK_ELEMENTS, BaseWeight, ExpertWeight
+from megatron_lora.lora.model_spec import LAYER, ROUTER, LinearSpec, ModelSpec, resolve
 
 QuantType = Literal["nf4", "fp4"]
 BLOCK_SIZE = 64
@@ -215,6 +215,34 @@ class FourBitWeight(BaseWeight):
         )
 
 
+class FourBitExperts(ExpertWeight):
+    """W of several experts in 4 bits: the rows of `matrix`, expert after expert. dtype: of products."""
+
+    def __init__(self, matrix: FourBitMatrix, num_experts: int, dtype: torch.dtype):
+        self.matrix, self.num_experts = matrix, num_experts
+        self._dtype = dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        rows, columns = self.matrix.shape
+        return self.num_experts, rows // self.num_experts, columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.packed.device
+
+    def dense(self) -> Tensor:
+        return self.matrix.dense(self._dtype).view(self.shape)
+
+    def expert(self, place: int) -> BaseWeight:
+        rows = self.shape[1]
+        return FourBitWeight(self.matrix.rows(slice(place * rows, (place + 1) * rows)), self._dtype)
+
+
 def check_row_length(columns: int, block_size: int, what: str) -> None:
     """Raise UserError where rows of so many values are no whole blocks."""
     if columns % block_size:
@@ -224,10 +252,10 @@ def check_row_length(columns: int, block_size: int, what: str) -> None:
         )
 
 
-def check_blocks(spec: ModelSpec, tp: int, key: str, block_size: int = BLOCK_SIZE) -> None:
+def check_blocks(linears: Sequence[LinearSpec], tp: int, key: str, block_size: int = BLOCK_SIZE) -> None:
     """Raise UserError where the rows of a linear, or a tensor-parallel rank's part of them, are no whole blocks: ranks
-    would hold other values than one process. key: the recipe's, of the size of tensor parallelism."""
-    linears = layer_linears(spec)
+    would hold other values than one process. key: the recipe's, of the size of the tensor parallelism of these linears
+    (of experts', expert tensor parallelism)."""
     for linear in linears:
         check_row_length(linear.in_features, block_size, f"those of {linear.kind}")
     split = {linear.kind: linear.in_features for linear in linears if linear.parallel == "row"}
@@ -241,22 +269,29 @@ def check_blocks(spec: ModelSpec, tp: int, key: str, block_size: int = BLOCK_SIZ
 
 
 def layer_linears(spec: ModelSpec) -> list[LinearSpec]:
-    """The linears that are held in 4 bits: those of layers. Embeddings, norms and head stay dense."""
-    return [
-        linear
-        for linear in spec.linears
-        if linear.name.startswith(LAYER) and not linear.experts and linear.kind != ROUTER
-    ]
+    """The linears that are held in 4 bits: those of layers, experts' among them. Embeddings, norms, routers and head
+    stay dense."""
+    return [linear for linear in spec.linears if linear.name.startswith(LAYER) and linear.kind != ROUTER]
 
 
 def weight_names(spec: ModelSpec) -> set[str]:
-    """The HF weights of `layer_linears`, of the layers that have them."""
+    """The HF weights of `layer_linears`, of the layers that have them; of experts each one's, or the tensor of all."""
+    names: set[str] = set()
+    for linear in layer_linears(spec):
+        for layer in filter(linear.is_in, range(spec.num_layers)):
+            names |= _packed_name(linear, layer) if linear.packed else _own_names(linear, layer)
+    return names
+
+
+def _packed_name(linear: LinearSpec, layer: int) -> set[str]:
+    return {resolve(linear.parts[0].name, layer)}
+
+
+def _own_names(linear: LinearSpec, layer: int) -> set[str]:
     return {
-        f"{linear.hf_name(segment, layer)}.weight"
-        for linear in layer_linears(spec)
+        f"{linear.hf_name(segment, layer, expert)}.weight"
         for segment in linear.segments
-        for layer in range(spec.num_layers)
-        if linear.is_in(layer)
+        for expert in linear.expert_numbers
     }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from megatron_lora.lora.arithmetic import scaled
+from megatron_lora.lora.base_weight import ExpertWeight
 
 ALIGNMENT_BYTES = 16
 
@@ -42,13 +43,15 @@ def row_ends(rows_per_expert: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(accumulate(rows_per_expert)), dtype=torch.int32, device=device)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, *, one_by_one: bool = False) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: ExpertWeight, bias: Tensor | None, ends: Tensor, *, one_by_one: bool = False
+) -> Tensor:
     """x [t, in], frozen weight [experts, out, in], bias [experts, out] -> [t, out]."""
     return _Frozen.apply(x, weight, bias, ends, one_by_one)  # type: ignore[return-value]
 
 
 def adapted_grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: GroupedCall
+    x: Tensor, weight: ExpertWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: GroupedCall
 ) -> Tensor:
     """`grouped_linear` with adapters: lora_a [experts, R, in], lora_b [experts, out, R], or [R, in] and [out, R] that
     all experts share. No gradient of weight and bias."""
@@ -64,6 +67,27 @@ def times(rows: Tensor, matrices: Tensor, ends: Tensor, one_by_one: bool = False
     if one_by_one:
         return torch.cat([own @ matrix for own, matrix in zip(_by_expert(rows, ends), matrices, strict=True)])
     return grouped_mm(_aligned(rows), _aligned(matrices), offs=ends)
+
+
+def _outputs(x: Tensor, weight: ExpertWeight, ends: Tensor, one_by_one: bool) -> Tensor:
+    """x [t, in] -> x W^T [t, out]."""
+    if one_by_one:
+        parts = enumerate(_by_expert(x, ends))
+        return _joined([weight.expert(n).product(own) for n, own in parts if own.shape[0]], x, weight.shape[1])
+    return times(x, _transposed(weight.dense()), ends)
+
+
+def _input_gradients(dy: Tensor, weight: ExpertWeight, ends: Tensor, one_by_one: bool) -> Tensor:
+    """dy [t, out] -> dy W [t, in]."""
+    if one_by_one:
+        parts = enumerate(_by_expert(dy, ends))
+        return _joined([weight.expert(n).input_gradient(own) for n, own in parts if own.shape[0]], dy, weight.shape[2])
+    return times(dy, weight.dense(), ends)
+
+
+def _joined(parts: Sequence[Tensor], like: Tensor, columns: int) -> Tensor:
+    """Of no experts with rows: none."""
+    return torch.cat(list(parts)) if parts else like.new_zeros(0, columns)
 
 
 def outer_sums(left: Tensor, right: Tensor, ends: Tensor, *, shared: bool, one_by_one: bool = False) -> Tensor:
@@ -124,11 +148,17 @@ def _accumulate(total: Tensor, rows: Tensor, matrices: Tensor, mask: Tensor | No
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, call: GroupedCall
+        ctx: Any,
+        x: Tensor,
+        weight: ExpertWeight,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        call: GroupedCall,
     ) -> Tensor:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         h = scaled(times(_masked(x, call.input_mask), _transposed(a), call.ends, call.one_by_one), call.scale)
-        y = times(x, _transposed(weight), call.ends, call.one_by_one)
+        y = _outputs(x, weight, call.ends, call.one_by_one)
         _accumulate(y, h, _transposed(b), call.output_mask, call)
         ctx.save_for_backward(x, lora_a, lora_b, h)
         ctx.weight, ctx.call = weight, call
@@ -144,7 +174,7 @@ class _Adapted(torch.autograd.Function):
         dh = scaled(times(dz, b, ends, one_by_one), call.scale)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _accumulate(times(dy, ctx.weight, ends, one_by_one), dh, a, call.input_mask, call)
+            dx = _accumulate(_input_gradients(dy, ctx.weight, ends, one_by_one), dh, a, call.input_mask, call)
         da = outer_sums(dh, _masked(x, call.input_mask), ends, shared=shared, one_by_one=one_by_one).to(lora_a.dtype)
         db = outer_sums(dz, h, ends, shared=shared, one_by_one=one_by_one).to(lora_b.dtype)
         return dx, None, None, da, db if call.b_mask is None else db.mul_(call.b_mask), None
@@ -153,11 +183,11 @@ class _Adapted(torch.autograd.Function):
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, one_by_one: bool
+        ctx: Any, x: Tensor, weight: ExpertWeight, bias: Tensor | None, ends: Tensor, one_by_one: bool
     ) -> Tensor:
         ctx.weight, ctx.ends, ctx.one_by_one = weight, ends, one_by_one
-        return _add_bias(times(x, _transposed(weight), ends, one_by_one), bias, ends)
+        return _add_bias(_outputs(x, weight, ends, one_by_one), bias, ends)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return times(dy, ctx.weight, ctx.ends, ctx.one_by_one), None, None, None, None
+        return _input_gradients(dy, ctx.weight, ctx.ends, ctx.one_by_one), None, None, None, None

@@ -224,7 +224,7 @@ def _adapt_experts(
     if not mine:
         return []
     assert shared or len(mine) == len(numbers), f"of {name} some experts have adapters and some have none"
-    weight, kind = linear.weight, mine[0].kind
+    weight, kind = linear.expert_weight(), mine[0].kind
 
     def local(tensor: Tensor, factor: FactorKey) -> Tensor:
         return shard(tensor, factor, kind, tp.rank, tp.size, spec.shapes).to(weight.device)

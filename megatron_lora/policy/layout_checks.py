@@ -185,19 +185,10 @@ def _check_frozen_experts(policy: PolicyConfig, shape: ModelSpec) -> None:
     if not shape.num_experts:
         return
     key = f"{_MEGATRON}.peft" if policy.backend == "megatron" else f"{_DTENSOR}.lora_cfg"
-    _check_dense_weights(policy, shape, key)
     if not policy.adapter.enabled:
         raise UserError(
             f"{key}.enabled=false: a {shape.model_type} model has experts, which are not trained in full; set it to "
             "true, and they stay frozen"
-        )
-
-
-def _check_dense_weights(policy: PolicyConfig, shape: ModelSpec, key: str) -> None:
-    if policy.adapter.quantization is not None:
-        raise UserError(
-            f"{key}.quantization={policy.adapter.quantization}: a {shape.model_type} model has experts, which are not "
-            "held in 4 bits here; set it to null"
         )
 
 

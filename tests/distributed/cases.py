@@ -34,8 +34,10 @@ ADAM_EPS = {
     "qwen3_5": 1e-5,
     "qwen3_5_even": 1e-5,
     "qwen3_next": 1e-5,
+    "qwen3_5_moe": 1e-5,
     "nemotron_h": 1e-5,
     "gpt_oss": 1e-5,
+    "gpt_oss_even": 1e-5,
     "deepseek_v3": 1e-5,
     "gemma3_softcap": 1e-5,
     "llama_biases": 1e-5,
@@ -48,9 +50,12 @@ LEARNING_RATES = {
     "qwen3_5": 2e-4,
     "qwen3_5_even": 2e-4,
     "qwen3_next": 2e-4,
+    "qwen3_5_moe": 2e-4,
     "nemotron_h": 2e-4,
     "qwen3_even": 2e-3,
     "qwen3_even_nf4": 2e-3,
+    "qwen3_moe_even": 2e-3,
+    "qwen3_moe_even_nf4": 2e-3,
 }
 
 

@@ -304,13 +304,19 @@ def test_norms_are_kept_until_the_factors_change(case: Case, ranks_found: list[d
 
 NF4 = {"peft": {"quantization": "nf4", "double_quantization": True, "lora_dtype": "float32"}}
 LOADING = {
-    name: Case(f"loading_{name}", 1, "loading", family="qwen3_even", megatron=megatron)
+    (family, name): Case(
+        f"loading_{name}_{family}", 1, "loading", family=family, adapter="attention", megatron=megatron
+    )
     for name, megatron in (("dense", {}), ("nf4", NF4))
+    for family in ("qwen3_even", "qwen3_moe_even")
 }
 
 
-@pytest.mark.parametrize("case", [LOADING["nf4"]], ids=str)
-@pytest.mark.parametrize("beside", [LOADING["dense"]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "beside"),
+    [(LOADING[family, "nf4"], LOADING[family, "dense"]) for family in ("qwen3_even", "qwen3_moe_even")],
+    ids=str,
+)
 def test_a_base_in_four_bits_is_never_there_in_full(case: Case, beside: Case, workers: Any) -> None:
     held, dense = workers.found(case)[0], workers.found(beside)[0]
     assert dense["stored"] == 0 and held["dense_linears"] == 0

@@ -52,9 +52,17 @@ SHARED_EXPERTS = case(
     family="qwen3_moe",
     adapter="shared_experts",
 )
+EXPERTS_IN_NF4 = case(
+    "nf4_experts",
+    2,
+    EP | NF4,
+    {"dp": NF4, "etp": ETP | NF4, "pp": PP | NF4},
+    family="qwen3_moe_even",
+    adapter="experts",
+)
 ALL_TO_ALL = case("all_to_all", 2, SP | {"peft": {"a2a_experimental": True}}, {"tp": TP})
 FOUR = case("four", 4, TP | PP, {"tp_dp": TP, "dp": {}})
-LONG = [pytest.param(case, marks=pytest.mark.long) for case in (SHARED_EXPERTS, ALL_TO_ALL, FOUR)]
+LONG = [pytest.param(case, marks=pytest.mark.long) for case in (SHARED_EXPERTS, EXPERTS_IN_NF4, ALL_TO_ALL, FOUR)]
 REFUSED = [FROM_ONE_RANK]
 
 

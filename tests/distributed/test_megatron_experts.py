@@ -24,7 +24,18 @@ def case(name: str, ranks: int, megatron: dict | None = None, adapter: str = "ex
     return Case(f"experts_{name}", ranks, "train", adapter=adapter, megatron=megatron or {}, **fields)
 
 
+def nf4_case(name: str, ranks: int, megatron: dict | None = None, adapter: str = "experts", **fields: Any) -> Case:
+    """QLoRA, experts in 4 bits, against peft over the same quantized values."""
+    fields = {"family": "qwen3_moe_even", "options": MERGED} | fields
+    megatron = megatron or {}
+    peft = {"quantization": "nf4", "lora_dtype": "float32"} | megatron.get("peft", {})
+    return case(f"nf4_{name}", ranks, megatron | {"peft": peft}, adapter, **fields)
+
+
 SHARED = {"peft": {"share_expert_adapters": True}}
+DOUBLE = {"peft": {"double_quantization": True}}
+STORED = {"peft": {"lora_dtype": "float32"}}
+ONE_BY_ONE = {"moe_grouped_gemm": False}
 # Tensors of adapters: layers, linears of attention or tensors of experts, factors.
 NUM_TENSORS = {"attention": 4 * 4 * 2, "experts": 4 * 6 * 2, "shared_experts": 4 * 6 * 2}
 CASES = [
@@ -35,9 +46,23 @@ CASES = [
     case("ep_shared", 2, EP | SHARED, "shared_experts", options=MERGED),
     case("etp", 2, ETP, options=MERGED),
     case("pp", 2, PP, options=MERGED),
+    nf4_case("tp1", 1, DOUBLE),
+    nf4_case("etp", 2, ETP),
     *(
         pytest.param(one, marks=pytest.mark.long)
         for one in (
+            nf4_case("one_by_one", 1, ONE_BY_ONE),
+            nf4_case("ep", 2, EP | DOUBLE),
+            nf4_case("ep_attention", 2, EP, "attention"),
+            nf4_case("ep_shared", 2, EP | SHARED, "shared_experts"),
+            nf4_case("sp", 2, SP),
+            nf4_case("pp_recompute", 2, PP | FULL_RECOMPUTE),
+            nf4_case("etp_ep", 4, ETP | EP | DOUBLE),
+            nf4_case("gpt_oss", 1, DOUBLE, family="gpt_oss_even"),
+            nf4_case("gpt_oss_ep", 2, EP, family="gpt_oss_even"),
+            # transformers 5 leaves the experts of what it quantizes dense.
+            case("stored_nf4", 1, STORED, family="qwen3_moe_even_nf4"),
+            case("stored_nf4_ep", 2, EP | STORED, family="qwen3_moe_even_nf4"),
             case("attention", 2, EP, "attention", options=MERGED),
             case("sp", 2, SP, "attention"),
             case("cp", 2, CP, "attention"),
@@ -65,13 +90,14 @@ def test_ten_steps_equal_transformers_and_peft(
 ) -> None:
     wanted = reference(case)
     assert len(wanted.adapter) == NUM_TENSORS[str(case.adapter)]
-    base = load_file(room.base(case.family) / "model.safetensors")
+    # Over 4 bits what is merged is what was trained over.
+    base = load_file(room.trained_base(case) / "model.safetensors")
     started = load_file(room.adapter(case.family, case.adapter) / "adapter_model.safetensors")
     for found in ranks_found:
         assert_same_training(found, wanted, TOLERANCE)
         assert all(in_modules == exported for in_modules, exported in found["fingerprints"])
         assert not [name for name, value in started.items() if torch.equal(found["adapter"][name], value)]
-        if case.options.get("merged") and case.family == "gpt_oss":
+        if case.options.get("merged") and case.family.startswith("gpt_oss"):
             assert_packed_merged(found["merged"], base, found["adapter"])
         elif case.options.get("merged"):
             assert_merged(found["merged"], base, found["each"])

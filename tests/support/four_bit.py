@@ -1,9 +1,11 @@
 """Bases in 4 bits: as transformers and bitsandbytes write them, and the same values dense."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from bitsandbytes import functional as bnb
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from megatron_lora.conversion.base_model import WEIGHT_ENDINGS
@@ -37,4 +39,21 @@ def save_dequantized(base: Path, folder: Path, *, double: bool = False) -> Path:
         if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS):
             shutil.copyfile(path, folder / path.name)
     write_tensor_dict(folder / "model.safetensors", {name: weights.read(name) for name in stored.entries})
+    return folder
+
+
+def save_with_experts(base: Path, folder: Path) -> Path:
+    """A folder of the form that transformers 4 wrote of a model with experts: every layer's linears in 4 bits."""
+    stored, names = SafetensorsFolder(base), weight_names(read_hf_model(base).shapes)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in stored.entries:
+        tensors[name] = stored.read(name)
+        if name in names:
+            packed, state = bnb.quantize_4bit(tensors[name], quant_type="nf4")
+            tensors |= {name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
+    folder.mkdir()
+    content = json.loads((base / "config.json").read_text())
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps(content | {"quantization_config": quantization}))
+    write_tensor_dict(folder / "model.safetensors", tensors)
     return folder

@@ -146,6 +146,18 @@ EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             },
         },
     ),
+    # Whole blocks of 64 values in every row, at ETP=2 too.
+    "qwen3_moe_even": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "glm4_moe": (
         Glm4MoeConfig,
         {
@@ -180,6 +192,8 @@ EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         LATENT | {"q_lora_rank": 20, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3, "n_shared_experts": 1},
     ),
 }
+
+EXPERTS["gpt_oss_even"] = (GptOssConfig, EXPERTS["gpt_oss"][1] | {"intermediate_size": 128})
 
 SHARED_EXPERT: dict[str, Any] = {
     "num_experts": 4,

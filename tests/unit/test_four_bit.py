@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_lora.config.schema_adapters import LoraConfig, PeftConfig
 from megatron_lora.config.schema_policy import PolicyConfig
+from megatron_lora.conversion.experts import unpacked
 from megatron_lora.conversion.fingerprint import fingerprint_base, fingerprint_weights
 from megatron_lora.conversion.four_bit_folder import FourBitFolder, QuantizedWeights
 from megatron_lora.conversion.hf_model import read_hf_model
@@ -19,11 +20,19 @@ from megatron_lora.conversion.safetensors_io import SafetensorsFolder, write_ten
 from megatron_lora.errors import UserError
 from megatron_lora.lora.arithmetic import AdapterCall, TensorParallel
 from megatron_lora.lora.describe import describe_config
-from megatron_lora.lora.four_bit import FourBitMatrix, FourBitWeight, check_blocks, quantize, weight_names
+from megatron_lora.lora.four_bit import (
+    FourBitExperts,
+    FourBitMatrix,
+    FourBitWeight,
+    check_blocks,
+    layer_linears,
+    quantize,
+    weight_names,
+)
 from megatron_lora.lora.methods import method_of
-from megatron_lora.policy.quantization import check_quantization, local_matrix, open_base
-from tests.support.four_bit import save_dequantized, save_four_bit
-from tests.support.models import family_config, random_model, save_model
+from megatron_lora.policy.quantization import check_quantization, local_experts, local_matrix, open_base
+from tests.support.four_bit import save_dequantized, save_four_bit, save_with_experts
+from tests.support.models import family_config, save_model
 from tests.support.recorder import kept_for_backward
 
 ALONE = TensorParallel(None, 1, 0, False)
@@ -169,9 +178,9 @@ def test_a_stored_base_is_not_trained_without_adapters_or_in_another_form(
 
 
 def test_sizes_that_are_no_whole_blocks_are_refused() -> None:
-    shapes = describe_config(family_config("qwen3").to_dict())
+    linears = layer_linears(describe_config(family_config("qwen3").to_dict()))
     with pytest.raises(UserError, match="blocks of 64 values within rows, and those of linear_fc2 have 96"):
-        check_blocks(shapes, 1, "tp")
+        check_blocks(linears, 1, "tp")
     with pytest.raises(UserError, match="a weight's rows have 96"):
         quantize(torch.randn(4, 96))
 
@@ -186,12 +195,72 @@ def test_a_damaged_description_is_named(stored: Path, tmp_path: Path) -> None:
         open_model(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "nemotron_h", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5", "nemotron_h", "qwen3_moe", "gpt_oss"])
 def test_every_layers_linears_are_held_in_4_bits(family: str, tmp_path: Path):
-    """Of a model with two kinds of layers, those of both; of one with experts neither these nor the router."""
-    model = read_hf_model(save_model(tmp_path / "base", family))
-    stored = dict(random_model(AutoConfig.from_pretrained(tmp_path / "base")).named_parameters())
-    linears = {name for name, tensor in stored.items() if tensor.dim() == 2 and ".layers." in name}
+    """Of a model with two kinds of layers, those of both; of one with experts these, as its files have them."""
+    folder = save_model(tmp_path / "base", family)
+    model, weights = open_model(folder, folder)
+    linears = {
+        name
+        for name, entry in weights.entries.items()
+        if len(entry.shape) > 1 and ".layers." in name and not name.endswith(("_bias", "conv1d.weight"))
+    }
     names = weight_names(model.shapes)
     assert names <= linears
-    assert all("experts" in name or name.endswith("gate.weight") for name in linears - names), linears - names
+    routers = ("mlp.gate.weight", "mixer.gate.weight", "router.weight")
+    assert all(name.endswith(routers) for name in linears - names), linears - names
+
+
+@pytest.mark.parametrize(("family", "etp"), [("qwen3_moe_even", 1), ("qwen3_moe_even", 2), ("gpt_oss_even", 1)])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_rank_holds_its_experts_packed(family: str, etp: int, double: bool, tmp_path: Path) -> None:
+    """The last two of four experts, each rank's part of them: the values of one process, in about half a byte each."""
+    folder = save_model(tmp_path / "base", family)
+    asked = policy(folder, quantization="nf4", double_quantization=double)
+    model, weights = open_base(asked)
+    table = {entry.name: entry for entry in model_parameters(model.shapes)}
+    for kind in ("experts.linear_fc1", "experts.linear_fc2"):
+        linear, name = model.shapes.linear(kind), f"decoder.layers.3.mlp.{kind}"
+        entries = [table[f"{name}.{n}.weight"] for n in (2, 3)] if not linear.packed else [table[f"{name}.weight"]]
+        for rank in range(etp):
+            matrix = local_experts(entries, [2, 3], weights, model.shapes, rank, etp)
+            assert matrix is not None
+            held = FourBitExperts(matrix, 2, torch.float32)
+            wanted = [expert_of(entries, place, weights, model.shapes, rank, etp) for place in (0, 1)]
+            assert torch.equal(held.dense(), torch.stack(wanted))
+            assert all(torch.equal(held.expert(place).dense(), wanted[place]) for place in (0, 1))
+            scales = 1 / 64 if double else 4 / 64
+            of_rows = 12 * matrix.shape[0] + 4 * 4 * matrix.scales.numel() / 256 + 16 if double else 0
+            assert matrix.num_bytes <= 2 * wanted[0].numel() * (0.5 + scales) + of_rows + 16
+
+
+def expert_of(entries: Any, place: int, weights: Any, shapes: Any, rank: int, size: int) -> torch.Tensor:
+    """One expert's part on a rank, by the dense way."""
+    if entries[0].packed is not None:
+        return unpacked(shapes.linear(entries[0].packed), False, weights.read(entries[0].hf_names[0]), 2 + place)
+    entry = entries[place]
+    return shard_parameter(entry, fuse(entry, list(map(weights.read, entry.hf_names)), shapes), rank, size, 0, shapes)
+
+
+def test_experts_that_were_stored_in_4_bits_are_read_as_they_are(tmp_path: Path) -> None:
+    """As transformers 4 wrote them, a matrix of each: 5 leaves them dense."""
+    base = save_model(tmp_path / "base", "qwen3_moe_even")
+    stored = save_with_experts(base, tmp_path / "stored")
+    model, weights = open_base(policy(stored))
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert isinstance(weights, FourBitFolder) and name in weights.four_bit
+    wanted = QuantizedWeights(open_model(base, base)[1], weight_names(model.shapes)).read(name)
+    assert torch.equal(weights.read(name), wanted)
+    asked = policy(stored)
+    asked.megatron_cfg.expert_tensor_parallel_size = 4
+    with pytest.raises(UserError, match=r"expert_tensor_parallel_size=4 cuts through blocks .* use 1 or 2"):
+        open_base(asked)
+
+
+def test_experts_in_4_bits_are_refused_where_they_cannot_be(tmp_path: Path) -> None:
+    uneven, even = (save_model(tmp_path / name, name) for name in ("qwen3_moe", "qwen3_moe_even"))
+    asked = policy(even, quantization="nf4", backend="dtensor")
+    with pytest.raises(UserError, match="one dense tensor of all of a layer's.*megatron_cfg.enabled=true"):
+        check_quantization(asked, read_hf_model(even))
+    with pytest.raises(UserError, match=r"those of experts.linear_fc2 have 48"):
+        check_quantization(policy(uneven, quantization="nf4"), read_hf_model(uneven))

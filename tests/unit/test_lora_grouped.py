@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_lora.lora.base_weight import DenseExperts, ExpertWeight
+from megatron_lora.lora.four_bit import FourBitExperts, quantize
 from megatron_lora.lora.grouped import GroupedCall, adapted_grouped_linear, grouped_linear, row_ends
+from tests.support.recorder import kept_for_backward
 
 INPUTS, OUTPUTS = 12, 20
 SPLITS = {"even": [4, 4, 4], "gaps": [0, 7, 0, 0, 5, 0], "one": [9], "none": [0, 0]}
@@ -108,9 +111,10 @@ def by_autograd(drawn: Drawn) -> list[Tensor]:
     return [y.detach(), *grads]
 
 
-def all_at_once(drawn: Drawn) -> list[Tensor]:
+def all_at_once(drawn: Drawn, weight: ExpertWeight | None = None) -> list[Tensor]:
+    """weight: in the place of the drawn one."""
     x, a, b = (tensor.clone().requires_grad_() for tensor in (drawn.x, drawn.a, drawn.b))
-    y = adapted_grouped_linear(x, drawn.weight, drawn.bias, a, b, drawn.call)
+    y = adapted_grouped_linear(x, weight or DenseExperts(drawn.weight), drawn.bias, a, b, drawn.call)
     y.backward(drawn.dy)
     assert x.grad is not None and a.grad is not None and b.grad is not None
     return [y.detach(), x.grad, a.grad, b.grad]
@@ -130,12 +134,34 @@ def test_the_frozen_product_is_the_one_of_zero_adapters(one_by_one: bool, splits
     drawn = draw(Variant(bias=True), splits)
     drawn.b.zero_()
     x = drawn.x.clone().requires_grad_()
-    y = grouped_linear(x, drawn.weight, drawn.bias, drawn.call.ends, one_by_one=one_by_one)
+    weight = DenseExperts(drawn.weight)
+    y = grouped_linear(x, weight, drawn.bias, drawn.call.ends, one_by_one=one_by_one)
     y.backward(drawn.dy)
     wanted_y, wanted_dx, *_ = by_autograd(drawn)
     assert x.grad is not None
     torch.testing.assert_close(y.detach(), wanted_y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, wanted_dx, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("splits", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_products_over_4_bits_are_those_of_their_values_and_keep_nothing(one_by_one: bool, splits: list[int]) -> None:
+    drawn = draw(Variant(one_by_one=one_by_one, bias=True), splits)
+    experts, outputs, inputs = drawn.weight.shape[0], OUTPUTS, 64
+    generator = torch.Generator().manual_seed(4)
+    wide = torch.randn(experts, outputs, inputs, generator=generator)
+    drawn.x = torch.randn(sum(splits), inputs, generator=generator)
+    drawn.a = torch.randn(experts, drawn.a.shape[1], inputs, generator=generator)
+    held = FourBitExperts(quantize(wide.flatten(0, 1), double=True), experts, torch.float32)
+    # Half a byte a value, a byte a block of 64, and 12 bytes a row.
+    assert held.matrix.num_bytes <= wide.numel() * (0.5 + 1 / 64) + experts * outputs * 12 + 4 * 256
+    drawn.weight = held.dense()
+    assert not torch.equal(drawn.weight, wide)
+    with kept_for_backward() as kept:
+        found = all_at_once(drawn, held)
+    assert not any(tensor.shape[-2:] == wide.shape[-2:] for tensor in kept)
+    for name, ours, wanted in zip("y dx da db".split(), found, by_autograd(drawn), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.gpu

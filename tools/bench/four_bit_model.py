@@ -27,7 +27,7 @@ def save_random_four_bit(shape: Shape, folder: Path, device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = config_of(shape)
     config.dtype = dtype
-    content = config.to_dict() | {"architectures": ["Qwen2ForCausalLM"]}
+    content = config.to_dict() | {"architectures": [type(config).__name__.replace("Config", "ForCausalLM")]}
     name = str(dtype).removeprefix("torch.")
     content["quantization_config"] = {
         "quant_method": "bitsandbytes",

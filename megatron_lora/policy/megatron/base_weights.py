@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.moe.router import Router as CoreRouter
 from torch import Tensor
 
 from megatron_lora.conversion.experts import unpacked
 from megatron_lora.conversion.model_names import EMBEDDING, ModelParameter, fuse, model_parameters, shard_parameter
 from megatron_lora.conversion.weight_source import WeightSource
 from megatron_lora.lora.arithmetic import TensorParallel
-from megatron_lora.lora.base_weight import BaseWeight
-from megatron_lora.lora.four_bit import FourBitWeight
+from megatron_lora.lora.base_weight import BaseWeight, ExpertWeight
+from megatron_lora.lora.expert_linear import ExpertLinear
+from megatron_lora.lora.four_bit import FourBitExperts, FourBitWeight
 from megatron_lora.lora.fp8 import Fp8Weight
 from megatron_lora.lora.frozen_linear import (
     FrozenColumnParallelLinear,
@@ -24,11 +26,11 @@ from megatron_lora.lora.frozen_linear import (
     FrozenReplicatedLinear,
     FrozenRowParallelLinear,
 )
-from megatron_lora.lora.inject import global_linears
+from megatron_lora.lora.inject import expert_linears, global_linears
 from megatron_lora.lora.layout import ModelSpec
 from megatron_lora.lora.methods import ReadWeight
 from megatron_lora.policy.fp8_base import fp8_names
-from megatron_lora.policy.quantization import local_matrix
+from megatron_lora.policy.quantization import local_experts, local_matrix
 from megatron_lora.runtime.world import World
 
 # A parameter of a rank's experts as `lora.expert_linear` names it, and one expert's part under the global names of
@@ -44,6 +46,9 @@ _FROZEN: dict[int | None, type[FrozenLinear]] = {
 # A linear's weight in the form in which it is held, given its row in the table of the model's parameters and the tensor
 # in whose place it stands, which has a shape and a dtype but no memory; None: dense.
 Held = Callable[[ModelParameter, Tensor], BaseWeight | None]
+# The same of one linear of a rank's experts, given the rows of the table (of each expert, or the one of all), the
+# experts' numbers in the layer and the dtype of products.
+HeldExperts = Callable[[Sequence[ModelParameter], Sequence[int], torch.dtype], ExpertWeight | None]
 
 
 def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
@@ -70,18 +75,28 @@ def global_names(chunk: GPTModel, first_expert: int) -> dict[str, Tensor]:
 def stored_weights(chunk: GPTModel) -> dict[str, BaseWeight]:
     """The weights of a chunk's linears that are no parameters, by name as in `global_names`."""
     linears = ((name, getattr(parent, attribute)) for name, parent, attribute in global_linears(chunk))
-    return {
+    found = {
         f"{name}.weight": linear.stored_weight
         for name, linear in linears
         if isinstance(linear, FrozenLinear) and linear.stored_weight is not None
     }
+    for name, numbers, experts in expert_linears(chunk):
+        if experts.stored_weight is not None:
+            own = [experts.stored_weight.expert(place) for place in range(len(numbers))]
+            found |= {f"{name}.{number}.weight": weight for number, weight in zip(numbers, own, strict=True)}
+    return found
 
 
 def hold_stored(
-    chunks: Sequence[GPTModel], held: Held, shapes: ModelSpec, tp: TensorParallel, device: torch.device
+    chunks: Sequence[GPTModel],
+    held: Held,
+    held_experts: HeldExperts,
+    shapes: ModelSpec,
+    tp: TensorParallel,
+    device: torch.device,
 ) -> None:
     """Put frozen linears over the weights that `held` gives in the place of those on the meta device, one after the
-    other; those that it leaves dense get (empty) memory."""
+    other, and give experts those of `held_experts`; those that they leave dense get (empty) memory."""
     table = {parameter.name: parameter for parameter in model_parameters(shapes)}
     for chunk in chunks:
         for name, parent, attribute in list(global_linears(chunk)):
@@ -95,6 +110,28 @@ def hold_stored(
                 continue
             assert stored.shape == tuple(base.weight.shape), f"{name}: {stored.shape} for {tuple(base.weight.shape)}"
             setattr(parent, attribute, _FROZEN[entry.tp_axis](base, base.config, tp, stored))
+        for name, numbers, experts in expert_linears(chunk):
+            assert experts.weight is not None
+            places = [f"{name}.weight"] if f"{name}.weight" in table else [f"{name}.{n}.weight" for n in numbers]
+            of_experts = held_experts([table[place] for place in places], numbers, experts.weight.dtype)
+            if of_experts is None:
+                experts.weight = replaced(experts.weight, torch.empty_like(experts.weight, device=device))
+            else:
+                experts.hold(of_experts)
+
+
+def all_dense(entries: Sequence[ModelParameter], numbers: Sequence[int], dtype: torch.dtype) -> None:
+    """The `HeldExperts` of a base that has none in another form."""
+
+
+def experts_in_four_bits(weights: WeightSource, shapes: ModelSpec, world: World) -> HeldExperts:
+    """What `weights` has of experts in 4 bits, as it has it. They are read and quantized one expert after the other."""
+
+    def held(entries: Sequence[ModelParameter], numbers: Sequence[int], dtype: torch.dtype) -> ExpertWeight | None:
+        matrix = local_experts(entries, numbers, weights, shapes, world.etp_rank, world.etp)
+        return None if matrix is None else FourBitExperts(matrix.to(world.device), len(numbers), dtype)
+
+    return held
 
 
 def in_four_bits(weights: WeightSource, shapes: ModelSpec, tp: TensorParallel, device: torch.device) -> Held:
@@ -122,20 +159,23 @@ def in_fp8(read: ReadWeight, shapes: ModelSpec, world: World, gradients: torch.d
 
 @contextmanager
 def matrices_on_meta() -> Iterator[None]:
-    """Layers that are built within it have no memory for their linears' weights. Embeddings and head have."""
+    """Layers that are built within it have no memory for their linears' weights, experts' among them. Embeddings, head
+    and routers have."""
     original = torch.nn.Module.register_parameter
 
     def register(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         # Layers' linears are of subclasses, Transformer Engine's or this project's own.
-        plain = type(module) in (ColumnParallelLinear, VocabParallelEmbedding)
+        plain = type(module) in (ColumnParallelLinear, VocabParallelEmbedding) or isinstance(module, CoreRouter)
         if parameter is not None and name == "weight" and parameter.dim() == 2 and not plain:
             parameter = replaced(parameter, parameter.to("meta"))
         original(module, name, parameter)
 
     torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    ExpertLinear.on_meta = True
     try:
         yield
     finally:
+        ExpertLinear.on_meta = False
         torch.nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 

@@ -31,6 +31,9 @@ from megatron_lora.policy.megatron.architecture import (
 )
 from megatron_lora.policy.megatron.base_weights import (
     Held,
+    HeldExperts,
+    all_dense,
+    experts_in_four_bits,
     hold_stored,
     in_four_bits,
     in_fp8,
@@ -125,7 +128,8 @@ def build_base(
             # Recompute gives gradients only to inputs that want one; a frozen embedding's output would not.
             chunk.embedding.register_forward_hook(_require_grad)
     if held is not None:
-        hold_stored(chunks, held, shapes, tp, world.device)
+        linears, experts = held
+        hold_stored(chunks, linears, experts, shapes, tp, world.device)
     for chunk in chunks:
         # Megatron-Core makes routers, shared experts' gates and attention's sinks on the CPU.
         chunk.to(world.device)
@@ -155,11 +159,13 @@ def _held(
     shapes: ModelSpec,
     tp: TensorParallel,
     world: World,
-) -> Held | None:
-    """The form of the linears that are no parameters of the model; None where all are."""
+) -> tuple[Held, HeldExperts] | None:
+    """The form of the linears that are no parameters of the model, and of experts; None where all are."""
     if policy.in_fp8:
-        return in_fp8(read, shapes, world, gradient_format(policy))
-    return in_four_bits(weights, shapes, tp, world.device) if isinstance(weights, FourBitSource) else None
+        return in_fp8(read, shapes, world, gradient_format(policy)), all_dense
+    if not isinstance(weights, FourBitSource):
+        return None
+    return in_four_bits(weights, shapes, tp, world.device), experts_in_four_bits(weights, shapes, world)
 
 
 @contextmanager
