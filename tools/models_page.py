@@ -99,9 +99,11 @@ serves an exported adapter over it was not tried.
 Linear attention (the gated delta net of Qwen3-Next and of Qwen3.5's language model) is plain PyTorch here, also on a
 GPU, where it was not run yet: each row of a packed micro-batch begins with an empty state. Adapters go on its
 `in_proj` (`in_proj_qkvz`, `in_proj_ba`; Qwen3.5: `in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a`) and `out_proj`.
-A model without experts trains whole, too. Context parallelism is refused (no rank hands its state to the next), and on
-the DTensor backend, which trains transformers' own modules, tensor parallelism (transformers plans none). The training
-model answers for GRPO, with a state for each row beside the caches of attention; vLLM is given merged weights.
+A model without experts trains whole, too. Under context parallelism ranks exchange the tokens that they have for heads
+before the convolution, and back after the recurrence: each computes some key heads for whole rows, so TP x CP divides
+the key heads. On the DTensor backend, which trains transformers' own modules, tensor parallelism is refused
+(transformers plans none). The training model answers for GRPO, with a state for each row beside the caches of
+attention; vLLM is given merged weights.
 Files of Qwen3.5's mixtures that hold one tensor of all experts of a layer are read, and written again, as such.
 Nemotron-H's layers are one thing each: Mamba-2, attention, an MLP, or experts. Its Mamba mixer is plain PyTorch here
 too, since Megatron-Core's own cannot be built without the packages mamba-ssm and causal-conv1d; it was not run on a
@@ -110,9 +112,9 @@ mixer's `out_proj` where they are named, under transformers' names (`model.layer
 `backbone.`). PEFT loads none on `out_proj`: such an adapter is merged. Step sizes have no lower limit, as in the
 kernels; transformers' own path on a CPU has one (`time_step_min`), which the DTensor backend does without: where the
 kernels are not installed it computes with the scan of the Megatron backend. What holds for linear attention holds here:
-no context parallelism, merged weights for vLLM, which runs Mamba on a GPU alone (not run yet). NeMo RL's four LoRA
-recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the architecture. Falcon-H1, which
-has Mamba and attention side by side in a layer, is refused.
+context parallelism by groups of heads, merged weights for vLLM, which runs Mamba on a GPU alone (not run yet). NeMo
+RL's four LoRA recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the architecture.
+Falcon-H1, which has Mamba and attention side by side in a layer, is refused.
 The dense Nemotron (squared ReLU, LayerNorm with 1 + weight) trains on the Megatron backend alone: transformers' class
 computes its attention itself and takes no packed rows; its norms do not train beside adapters. Gemma 4 is refused with
 the tensors that have no place here, and Llama 4 since megatron-bridge 0.6.2 maps no such family.

@@ -52,11 +52,9 @@ def _check_linear_attention(megatron: MegatronConfig, shape: ModelSpec) -> None:
     key = f"{_MEGATRON}.tensor_model_parallel_size"
     what = f"{'groups' if shape.mixers else 'key heads'} of {shape.recurrence}"
     _check_divides(key, megatron.tensor_model_parallel_size, shape.linear_key_heads, what)
-    if megatron.context_parallel_size > 1:
-        raise UserError(
-            f"{_MEGATRON}.context_parallel_size={megatron.context_parallel_size}: the state of "
-            f"{shape.recurrence} ({shape.model_type}) is not passed between ranks here; use 1"
-        )
+    # Each of the ranks that share a sequence computes some of the heads for all of it.
+    own = shape.linear_key_heads // megatron.tensor_model_parallel_size
+    _check_divides(f"{_MEGATRON}.context_parallel_size", megatron.context_parallel_size, own, f"{what} of a rank")
 
 
 def _check_divides(key: str, size: int, number: int, what: str) -> None:

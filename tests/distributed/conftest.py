@@ -39,6 +39,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "delta": {"targets": DELTA_TARGETS},
     # peft takes names of an MLP for parameters of the experts.
     "delta_attention": {"targets": [*TARGETS[:4], *DELTA_TARGETS[len(TARGETS) :]]},
+    "delta_experts": {"targets": [*TARGETS[:4], *DELTA_TARGETS[len(TARGETS) :]], "parameters": EXPERTS},
     "mamba": {"targets": MAMBA_TARGETS},
     "mamba_experts": {"targets": MAMBA_TARGETS, "parameters": ["mixer.experts.up_proj", "mixer.experts.down_proj"]},
     "dora": {"use_dora": True},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import CP, FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, TP, VPP, Case
+from tests.distributed.cases import CP, EP, FULL_RECOMPUTE, PLAIN_LOGPROBS, PP, SP, TP, VPP, Case
 from tests.support.compare import assert_same_training, largest_difference, relative_differences
 from tests.support.reference import Training
 
@@ -97,7 +97,14 @@ MORE_LAYOUTS = [
     # Rows of one micro-batch must not see each other's state.
     case("sp_qwen3_5", 2, SP, family="qwen3_5", adapter="delta", policy=PACKED),
     case("pp_qwen3_next", 2, PP, family="qwen3_next", adapter="delta"),
+    case("tp1_qwen3_5_moe", 1, family="qwen3_5_moe", adapter="delta", policy=PACKED),
+    case("sp_qwen3_5_moe", 2, SP, family="qwen3_5_moe", adapter="delta", policy=PACKED),
+    case("pp_qwen3_5_moe", 2, PP, family="qwen3_5_moe", adapter="delta"),
+    case("ep_qwen3_5_moe", 2, EP, family="qwen3_5_moe", adapter="delta_experts"),
     case("sp_nemotron_h", 2, SP, family="nemotron_h", adapter="mamba", policy=PACKED),
+    case("cp_qwen3_5", 2, CP, family="qwen3_5", adapter="delta", policy=PACKED),
+    case("cp_qwen3_next", 2, CP | FULL_RECOMPUTE, family="qwen3_next", adapter="delta"),
+    case("cp_nemotron_h", 2, CP, family="nemotron_h", adapter="mamba", policy=PACKED),
     case("sp_nemotron", 2, SP, family="nemotron"),
     case("pp_nemotron_h", 2, PP, family="nemotron_h", adapter="mamba_experts"),
     case("tp_plain_logprobs", 2, TP | PLAIN_LOGPROBS),

@@ -98,7 +98,11 @@ def test_configs_that_are_refused(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("megatron", "ranks", "words"),
     [
-        ({"context_parallel_size": 2}, 2, "context_parallel_size=2: the state of linear attention .* use 1"),
+        (
+            {"context_parallel_size": 4},
+            4,
+            "=4 does not divide the 2 key heads of linear attention of a rank",
+        ),
         ({"tensor_model_parallel_size": 2}, 2, "=2 does not divide the 3 key heads of linear attention"),
     ],
 )

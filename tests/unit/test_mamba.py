@@ -185,7 +185,7 @@ def test_configs_that_are_refused(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("megatron", "ranks", "words"),
     [
-        ({"context_parallel_size": 2}, 2, "context_parallel_size=2: the state of Mamba layers .* use 1"),
+        ({"context_parallel_size": 4}, 4, "=4 does not divide the 2 groups of Mamba layers of a rank; use 1 or 2"),
         ({"tensor_model_parallel_size": 4}, 4, "=4 does not divide the 2 groups of Mamba layers"),
     ],
 )

@@ -32,12 +32,13 @@ class DeltaAttention(RecurrentMixer):
         return torch.cat([part.flatten(1) for part in self._parts(mixed)[:3]], -1)
 
     def recur(
-        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool
+        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool, groups: slice
     ) -> tuple[Tensor, Any]:
-        query, key, value = self._queries_keys_values(convolved)
+        query, key, value = self._queries_keys_values(convolved, mixed.shape[1])
+        a_log, dt_bias = self.of_groups(self.A_log, groups), self.of_groups(self.dt_bias, groups)
         *_, gate, strength, decay = self._parts(mixed)
         beta = strength.flatten(1).sigmoid()[grid.places]
-        g = (-self.A_log.exp() * F.softplus(decay.flatten(1).float() + self.dt_bias))[grid.places]
+        g = (-a_log.exp() * F.softplus(decay.flatten(1).float() + dt_bias))[grid.places]
         if keeps:
             # What is beyond a row's end changes its state in nothing.
             outside = ~grid.inside[..., None]
@@ -57,12 +58,12 @@ class DeltaAttention(RecurrentMixer):
         values = self.heads * self.value_dim
         return mixed.split([self.key_dim, self.key_dim, values, values, self.heads, self.heads], -1)
 
-    def _queries_keys_values(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _queries_keys_values(self, convolved: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, longest, channels] -> queries, keys (both of length 1, for each value head) and values
         [rows, longest, value heads, features]."""
-        keys = self.groups * self.key_dim
+        keys = groups * self.key_dim
         query, key, value = convolved.split([keys, keys, convolved.shape[-1] - 2 * keys], -1)
-        query, key = (_normalized(part.unflatten(-1, (self.groups, self.key_dim))) for part in (query, key))
+        query, key = (_normalized(part.unflatten(-1, (groups, self.key_dim))) for part in (query, key))
         query, key = (part.repeat_interleave(self.heads, 2) for part in (query, key))
         return query, key, value.unflatten(-1, (-1, self.value_dim))
 

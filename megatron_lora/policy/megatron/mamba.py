@@ -30,17 +30,17 @@ class MambaAttention(RecurrentMixer):
         return torch.cat([part.flatten(1) for part in self._parts(mixed)[1:4]], -1)
 
     def recur(
-        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool
+        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool, groups: slice
     ) -> tuple[Tensor, Any]:
         gate, *_, step = self._parts(mixed)
-        steps = F.softplus(step.flatten(1).float() + self.dt_bias)[grid.places]
+        a_log, d, dt_bias = (self.of_groups(numbers, groups) for numbers in (self.A_log, self.D, self.dt_bias))
+        steps = F.softplus(step.flatten(1).float() + dt_bias)[grid.places]
         if keeps:
             # What is beyond a row's end changes its state in nothing.
             steps = steps.masked_fill(~grid.inside[..., None], 0.0)
-        out, state = mamba2(
-            convolved.float(), steps, self.A_log, self.D, groups=self.groups, state=self.key_dim, start=state
-        )
-        return self._normed(out.flatten(0, 1)[grid.back].flatten(2), gate).to(mixed.dtype), state
+        out, state = mamba2(convolved.float(), steps, a_log, d, groups=mixed.shape[1], state=self.key_dim, start=state)
+        weight = self.of_groups(self.out_norm.weight, groups)
+        return self._normed(out.flatten(0, 1)[grid.back].flatten(2), gate, weight).to(mixed.dtype), state
 
     def state_shape(self) -> tuple[int, ...]:
         return self.groups, self.heads, self.value_dim, self.key_dim
@@ -50,8 +50,8 @@ class MambaAttention(RecurrentMixer):
         values = self.heads * self.value_dim
         return mixed.split([values, values, self.key_dim, self.key_dim, self.heads], -1)
 
-    def _normed(self, x: Tensor, gate: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm of each group's features after the gate's SiLU. x fp32, gate [tokens, groups, features]."""
         gated = x * F.silu(gate.float())
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.config.layernorm_epsilon).to(gate.dtype)
-        return self.out_norm.weight.view(self.groups, -1) * normed
+        return weight.view(gate.shape[1], -1) * normed

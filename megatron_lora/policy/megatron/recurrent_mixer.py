@@ -12,7 +12,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megatron_lora.lora.model_spec import ModelSizes
+from megatron_lora.policy.megatron.head_exchange import HeadExchange
 from megatron_lora.policy.row_grid import RowGrid, even_grid, packed_grid
+
+# Groups of heads: all that a rank has.
+ALL = slice(None)
 
 
 class Weight(nn.Module):
@@ -60,7 +64,7 @@ class RecurrentMixer(MegatronModule):
         self, config: Any, submodules: Any, layer_number: int, sizes: ModelSizes, pg_collection: Any, **_: Any
     ):
         super().__init__(config)
-        tp = pg_collection.tp
+        tp, self.cp = pg_collection.tp, getattr(pg_collection, "cp", None)
         self.layer_number = layer_number
         self.groups = sizes.linear_key_heads // tp.size()
         self.heads = sizes.linear_value_heads // sizes.linear_key_heads
@@ -81,6 +85,7 @@ class RecurrentMixer(MegatronModule):
         )
         self.of: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         self.channels, self.inner = channels // tp.size(), inner // tp.size()
+        self.rows_of_group = (channels + inner) // sizes.linear_key_heads + self.extra * self.heads
         self.conv1d = Weight(self.channels, 1, self.kernel, **self.of, bias=self.conv_bias)
         # Decays are computed in fp32 whatever the model's precision, and files may hold these in it.
         self.A_log, self.dt_bias = self.of_heads(), self.of_heads()
@@ -102,7 +107,8 @@ class RecurrentMixer(MegatronModule):
         return numbers
 
     def forward(self, hidden_states: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any) -> tuple[Tensor, Any]:
-        """hidden_states [tokens, rows, hidden], with `packed_seq_params` one row of packed ones -> the same."""
+        """hidden_states [tokens, rows, hidden], with `packed_seq_params` one row of packed ones -> the same. Under
+        context parallelism: this rank's tokens of it."""
         mixed, _bias = self.in_proj(hidden_states)
         tokens, batch = mixed.shape[:2]
         flat = mixed.view(tokens * batch, self.groups, -1)
@@ -111,38 +117,68 @@ class RecurrentMixer(MegatronModule):
         elif packed_seq_params is None:
             out, _carried = self.mix(flat, even_grid(batch, tokens, mixed.device))
         else:
-            out, _carried = self.mix(flat, packed_grid(packed_seq_params.cu_seqlens_q, tokens))
+            out = self._mix_packed(flat, packed_seq_params.cu_seqlens_q)
         return self.out_proj(out.reshape(tokens, batch, -1))
 
+    def _mix_packed(self, mixed: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`mix` of packed rows, [tokens, groups, ...]: each context-parallel rank mixes all tokens for some groups."""
+        exchange = HeadExchange(self.cp, cu_seqlens)
+        of_heads = exchange.to_heads(mixed)
+        tokens, number = of_heads.shape[:2]
+        out, _carried = self.mix(of_heads, packed_grid(cu_seqlens, tokens), groups=exchange.groups(self.groups))
+        return exchange.to_tokens(out.reshape(tokens, number, -1))
+
     def mix(
-        self, mixed: Tensor, grid: RowGrid, before: Carried | None = None, *, keeps: bool = False
+        self,
+        mixed: Tensor,
+        grid: RowGrid,
+        before: Carried | None = None,
+        *,
+        keeps: bool = False,
+        groups: slice = ALL,
     ) -> tuple[Tensor, Carried | None]:
         """mixed [tokens, groups, rows of a group] -> ([tokens, ...] for out_proj, what the rows carry on).
 
         before: what they carry from earlier tokens, None for nothing. keeps: whether what they carry on is wanted.
+        groups: which of this rank's are mixed.
         """
         channels = self.channels_of(mixed)[grid.places]
-        tail = channels.new_zeros(len(channels), self.kernel - 1, self.channels) if before is None else before.tail
+        rows, width = len(channels), channels.shape[-1]
+        tail = channels.new_zeros(rows, self.kernel - 1, width) if before is None else before.tail
         channels = torch.cat([tail, channels], 1)
-        weight, bias = self.conv1d.weight, self.conv1d.bias
-        convolved = F.silu(F.conv1d(channels.transpose(1, 2), weight, bias, groups=self.channels)).transpose(1, 2)
+        weight, bias = self._convolution(groups)
+        convolved = F.silu(F.conv1d(channels.transpose(1, 2), weight, bias, groups=width)).transpose(1, 2)
         state = None if before is None else before.state
-        out, state = self.recur(mixed, convolved, grid, state, keeps)
+        out, state = self.recur(mixed, convolved, grid, state, keeps, groups)
         if not keeps:
             return out, None
         last = grid.lengths[:, None] + torch.arange(self.kernel - 1, device=channels.device)
-        tail = channels.gather(1, last[..., None].expand(-1, -1, self.channels))
+        tail = channels.gather(1, last[..., None].expand(-1, -1, width))
         return out, Carried(tail, state)
+
+    def _convolution(self, groups: slice) -> tuple[Tensor, Tensor | None]:
+        """Its weight and bias, of the channels of some groups."""
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        if groups == ALL:
+            return weight, bias
+        whose = torch.arange(self.groups, device=weight.device)[None, :, None]
+        whose = self.channels_of(whose.expand(1, -1, self.rows_of_group))[0]
+        chosen = ((whose >= groups.start) & (whose < groups.stop)).nonzero().squeeze(1)
+        return weight[chosen], None if bias is None else bias[chosen]
+
+    def of_groups(self, numbers: Tensor, groups: slice) -> Tensor:
+        """Of a number for each head (or feature) of this rank, group by group, those of some groups."""
+        return numbers.view(self.groups, -1)[groups].flatten()
 
     def channels_of(self, mixed: Tensor) -> Tensor:
         """[tokens, groups, rows of a group] -> [tokens, channels], what the convolution mixes."""
         raise NotImplementedError
 
     def recur(
-        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool
+        self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool, groups: slice
     ) -> tuple[Tensor, Any]:
         """mixed as above, convolved [rows, longest, channels], the state that rows begin with (None: an empty one) ->
-        ([tokens, ...] for out_proj, the state that rows end with; any where it is not kept)."""
+        ([tokens, ...] for out_proj, the state that rows end with; any where it is not kept). groups: as for `mix`."""
         raise NotImplementedError
 
     def state_shape(self) -> tuple[int, ...]:
