@@ -302,14 +302,15 @@ def test_dynamic_sampling_gives_up_with_a_reason(base: Path, tmp_path: Path) -> 
 
 
 @long
-def test_adapters_on_experts_with_vllm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("peft", [{}, {"quantization": "nf4", "lora_dtype": "float32"}], ids=["dense", "nf4"])
+def test_adapters_on_experts_with_vllm(peft: dict[str, Any], tmp_path: Path) -> None:
     """EP=2, an engine for each rank, whose choice of experts the trainer follows; the files say the same as the run."""
     # vLLM's product of experts on a CPU takes multiples of 32.
     base = save_base(tmp_path / "base", "qwen3_moe", moe_intermediate_size=64)
     values = recipe(
         base, {"backend": "vllm", "vllm_cfg": {"tensor_parallel_size": 1}}, {"expert_model_parallel_size": 2}
     )
-    values["policy"]["megatron_cfg"]["peft"]["target_modules"] = ["linear_qkv", "linear_fc1", "linear_fc2"]
+    values["policy"]["megatron_cfg"]["peft"] |= {"target_modules": ["linear_qkv", "linear_fc1", "linear_fc2"]} | peft
     values["policy"]["router_replay"] = {"enabled": True}
     folder = run(tmp_path, values, 2)
     lines = metrics(folder)
