@@ -58,8 +58,11 @@ def server_command(policy: PolicyConfig, num_versions: int = 1) -> tuple[list[st
     model = vllm_engine.base_config(policy)
     vllm_engine.check_request(policy, world, model, adapter_rank)
     values = vllm_engine.engine_arguments(policy, world, adapter_rank, adapted, model)
-    for name in ("distributed_executor_backend", "use_tqdm_on_load", "enable_sleep_mode", "worker_cls"):
+    for name in ("distributed_executor_backend", "use_tqdm_on_load", "enable_sleep_mode"):
         values.pop(name, None)
+    values.pop("worker_cls", None)
+    if device.type == "cpu" and policy.router_replay.enabled:
+        values["worker_cls"] = vllm_engine.SERVER_CPU_WORKER
     values.pop("skip_tokenizer_init", None)
     # A new version is loaded beside the one that still answers.
     if adapter_rank is not None:

@@ -22,12 +22,7 @@ class EngineFacts:
 BACKENDS: dict[str, tuple[EngineFacts, EngineFacts | None]] = {
     "vllm": (
         EngineFacts("vllm", wants_memory=True, own_length=True),
-        EngineFacts(
-            "servers",
-            own_length=True,
-            outside=True,
-            no_experts="the API by which servers answer (policy.generation.servers) does not report experts",
-        ),
+        EngineFacts("servers", own_length=True, outside=True),
     ),
     "megatron": (
         EngineFacts("megatron", no_experts="the training model itself answers: its experts are the trainer's already"),

@@ -1,11 +1,15 @@
 """One rollout server: vLLM's own HTTP interface, with a limit on every wait."""
 
+import base64
+import io
 import json
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_lora.policy.checksums import DifferentCopies, digest, join_ranks
 from megatron_lora.rollout.generator import SamplingOptions
@@ -24,11 +28,18 @@ class ServerFailed(RuntimeError):
 
 @dataclass
 class Drawn:
-    """One answer of a server. logprobs: of each token, nats."""
+    """One answer of a server. logprobs: of each token, nats. routed_experts: [tokens, layers, k], of the prompt's and
+    the answer's tokens, where the server was started to report them."""
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str
+    routed_experts: Any = None
+
+
+def _array(text: str | None) -> Any:
+    """The array of a `.npy` file in base64, as vLLM sends arrays. Raises ValueError for another text."""
+    return None if text is None else np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
 
 
 @dataclass(frozen=True)
@@ -151,11 +162,16 @@ class ServerClient:
         answer = self._post("/v1/completions", body, self.timeout)
         try:
             drawn = [
-                Drawn(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+                Drawn(
+                    choice["token_ids"],
+                    choice["logprobs"]["token_logprobs"],
+                    choice["finish_reason"],
+                    _array(choice.get("routed_experts")),
+                )
                 for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
             ]
             by = answer.get("model", model)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ServerFailed(f"{self.url} answers in another form than vLLM's: {error!r}") from error
         if by != model:
             raise ServerFailed(f"{self.url} answered with {by}, was asked for {model}")

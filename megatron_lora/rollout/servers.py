@@ -35,6 +35,7 @@ from megatron_lora.rollout.generator import (
     SamplingOptions,
     check_lengths,
 )
+from megatron_lora.rollout.routing import reported_experts
 from megatron_lora.rollout.sent_weights import SentWeights
 from megatron_lora.rollout.server_checks import Needs, as_mistake, check_server, needed_length
 from megatron_lora.rollout.server_client import Drawn, ServerClient, ServerFailed
@@ -262,7 +263,17 @@ class ServerGenerator(AheadGenerator):
             finish_reason=drawn.finish_reason,
             text=self.tokenizer.decode(drawn.token_ids, skip_special_tokens=True) if self.tokenizer else "",
             adapter_version=version,
+            routed_experts=self._experts(drawn, len(prompt)) if self.policy.router_replay.enabled else None,
         )
+
+    @staticmethod
+    def _experts(drawn: Drawn, prompt_length: int) -> Tensor:
+        if drawn.routed_experts is None:
+            raise RolloutError(
+                "a rollout server did not report the experts of an answer (policy.router_replay.enabled); start it "
+                "with `megatron-lora serve` and the recipe of this run, or with vLLM's --enable-return-routed-experts"
+            )
+        return reported_experts(drawn.routed_experts, prompt_length + len(drawn.token_ids))
 
     def _take_back(self) -> None:
         for client in self.clients:

@@ -11,7 +11,16 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from megatron_lora.rollout.vllm_engine import SHM_IDENTIFIER
 
 
-class RolloutCPUWorker(CPUWorker):
+class ReportingCPUWorker(CPUWorker):
+    """Reports the experts of its tokens where it is asked to."""
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        if self.model_config.enable_return_routed_experts:
+            _record_experts(self.model_runner.get_model())
+
+
+class RolloutCPUWorker(ReportingCPUWorker):
     """vLLM names the shared memory after what follows the last colon of the init method. Under `external_launcher`
     that is the same for every engine on the machine, so two of them would write into each other's, and a killed run's
     leftover would break the next. The process group exists already, so the address itself is not used."""
@@ -19,11 +28,6 @@ class RolloutCPUWorker(CPUWorker):
     def init_device(self) -> None:
         self.distributed_init_method = f"env://:{os.environ[SHM_IDENTIFIER]}"
         super().init_device()
-
-    def initialize_from_config(self, kv_cache_config: Any) -> None:
-        super().initialize_from_config(kv_cache_config)
-        if self.model_config.enable_return_routed_experts:
-            _record_experts(self.model_runner.get_model())
 
 
 def _record_experts(model: Any) -> None:

@@ -30,6 +30,8 @@ from megatron_lora.runtime.world import World
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_WORKER = "megatron_lora.rollout.vllm_cpu_worker.RolloutCPUWorker"
+# Of servers, each of which is a program of its own.
+SERVER_CPU_WORKER = "megatron_lora.rollout.vllm_cpu_worker.ReportingCPUWorker"
 # Of the memory that vLLM may take; the rest is the KV cache's.
 WEIGHTS_SHARE = 0.6
 # On a CPU: a cache for this many full-length answers at once, between these bounds.

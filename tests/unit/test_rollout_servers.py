@@ -1,6 +1,8 @@
 """What the trainer does where a rollout server fails, against small HTTP servers that fail on command. Real servers:
 tests/end_to_end/test_grpo_servers.py."""
 
+import base64
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,11 +33,13 @@ OPTIONS = SamplingOptions(max_new_tokens=4, seed=1)
 
 class Server(JsonServer):
     """Answers each prompt with its first token, `n` times, while its gate is open. behaviour: ok, error, hang, other
-    (other weights), by another (answers of another adapter) or garbage. models: that were asked, in order."""
+    (other weights), by another (answers of another adapter) or garbage. models: that were asked, in order. experts:
+    reported of every answer."""
 
     def __init__(self, port: int = 0):
         self.behaviour, self.adapters, self.models = "ok", {}, []
         self.facts: tuple[int, Any] = (404, {"detail": "Not Found"})
+        self.experts: str | None = None
         self.gate = threading.Event()
         self.gate.set()
         super().__init__(port)
@@ -62,6 +67,8 @@ class Server(JsonServer):
         if self.behaviour == "hang":
             threading.Event().wait(3.0)
         choice = {"token_ids": body["prompt"][:1], "logprobs": {"token_logprobs": [-0.5]}, "finish_reason": "stop"}
+        if self.experts is not None:
+            choice["routed_experts"] = self.experts
         if self.behaviour == "garbage":
             return 200, {"choices": [{"text": "x"}]}
         model = "version-0" if self.behaviour == "by another" else body["model"]
@@ -311,3 +318,21 @@ def test_a_server_without_workers_of_ours_has_no_fingerprint(two: list[Server]) 
     two[0].rpc = lambda: (500, {})
     with pytest.raises(ServerFailed):
         client.fingerprint("adapter")
+
+
+def test_reported_experts_come_with_the_answers(two: list[Server], tmp_path: Path) -> None:
+    """Two tokens of a prompt and one drawn, which the model has not read; three layers, two experts a token."""
+    generator, _ = start(two, tmp_path)
+    generator.policy.router_replay.enabled = True
+    array = np.arange(2 * 3 * 2, dtype=np.uint8).reshape(2, 3, 2)
+    file = io.BytesIO()
+    np.save(file, array)
+    for server in two:
+        server.experts = base64.b64encode(file.getvalue()).decode()
+    for sample in generator.generate([[10, 1], [11, 1]], 2, OPTIONS):
+        assert sample.routed_experts is not None and sample.routed_experts.shape == (3, 3, 2)
+        assert torch.equal(sample.routed_experts[:2], torch.from_numpy(array.astype(np.int16)))
+    for server in two:
+        server.experts = None
+    with pytest.raises(RolloutError, match="did not report the experts.*--enable-return-routed-experts"):
+        generator.generate([[10, 1]], 1, OPTIONS)

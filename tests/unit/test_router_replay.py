@@ -149,7 +149,6 @@ SERVERS = {"colocated": {"enabled": False}, "servers": {"urls": ["http://a:1"]}}
         (policy(), DENSE, "a llama model has no experts; set it to false"),
         (policy(megatron=False), MOE, "transformers' models choose for themselves"),
         (policy({"backend": "megatron"}), MOE, "the training model itself answers"),
-        (policy(SERVERS), MOE, "does not report experts"),
         (policy(**RECOMPUTED, pipeline_model_parallel_size=2), MOE, "recompute_modules has moe"),
     ],
 )
@@ -161,6 +160,7 @@ def test_where_it_cannot_work_it_is_refused(policy: PolicyConfig, shape: ModelSp
 
 def test_where_it_works_it_passes() -> None:
     check_layout(policy(), MOE, 4)
+    check_layout(policy(SERVERS), MOE, 4)
     check_layout(policy(**RECOMPUTED), MOE, 4)
 
 
