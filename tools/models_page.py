@@ -1,16 +1,19 @@
 """Write docs/models.md: every decoder that megatron-bridge maps and transformers knows, and what became of trying it.
 
-    python -m tools.models_page
+    python -m tools.models_page                 # every family
+    python -m tools.models_page FAMILY ...      # these; the other rows stay as they are
 
 A family that is not refused is tried as a small random model in fp32, in one process: log-probabilities of the Megatron
-backend against transformers', and Hugging Face to a Megatron checkpoint and back, bit for bit.
+backend against transformers', and Hugging Face to a Megatron checkpoint and back, bit for bit. Each row says with which
+command it was written, at which commit and when.
 """
 
+import argparse
 import dataclasses
 import logging
+import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +34,8 @@ from megatron_lora.runtime.world import init_megatron_world
 from tools.small_sizes import LINEAR_ATTENTION, MAMBA
 from tools.towers import tower_config
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 64,
@@ -68,8 +72,9 @@ SIZES: dict[str, Any] = {
 }
 HEADING = """# Models
 
-Written by `python -m tools.models_page` on {date} (megatron-bridge {bridge}, megatron-core {core}, transformers {hf}):
-every causal language model that megatron-bridge maps and transformers has a class for.
+Written by `python -m tools.models_page` (megatron-bridge {bridge}, megatron-core {core}, transformers {hf}): every
+causal language model that megatron-bridge maps. The last column is the command that tries the row again, the commit at
+which it was tried, and the date.
 
 - **trains**: adapters, checkpoints, export, import and merging work on the Megatron backend. The numbers are of a small
   random model in fp32, in one process: the largest difference of a log-probability to transformers', and whether
@@ -78,7 +83,7 @@ every causal language model that megatron-bridge maps and transformers has a cla
 - **not verified**: the description (docs/architecture.md) has a place for every tensor, but the model was not built
   with Megatron-Core's layers and compared; the Megatron backend refuses it. The DTensor backend takes it, untested,
   unless its files are not read: then both refuse it with the words in brackets.
-- **refused**: the tensor named has no place in the description, so neither backend takes it.
+- **refused**: neither backend takes it, for the reason in brackets, which a run gives before it reads a weight.
 
 Models with experts: adapters go on attention, and on the experts where their linears are named
 ([adapters.md](adapters.md#experts)), and on the router where it is named. Expert parallelism (EP) and expert tensor
@@ -114,51 +119,80 @@ kernels; transformers' own path on a CPU has one (`time_step_min`), which the DT
 kernels are not installed it computes with the scan of the Megatron backend. What holds for linear attention holds here:
 context parallelism by groups of heads, merged weights for vLLM, which runs Mamba on a GPU alone (not run yet). NeMo
 RL's four LoRA recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the architecture.
-Falcon-H1, which has Mamba and attention side by side in a layer, is refused.
 The dense Nemotron (squared ReLU, LayerNorm with 1 + weight) trains on the Megatron backend alone: transformers' class
-computes its attention itself and takes no packed rows; its norms do not train beside adapters. Gemma 4 is refused with
-the tensors that have no place here, and Llama 4 since megatron-bridge 0.6.2 maps no such family.
+computes its attention itself and takes no packed rows; its norms do not train beside adapters. EXAONE 4 and
+EXAONE MoE have rotary embeddings in the layers with a window alone, where there are such. The experts of Ernie 4.5 are
+chosen as transformers does (softmax and bias; megatron-bridge takes a sigmoid). Files of EXAONE MoE, Ernie 4.5, Hy V3
+and MiniMax-M2 name some tensors otherwise than transformers' model: adapters have the model's names, an export the
+files'. vLLM is given merged weights of these four, under the files' names; it was not run with any of the five.
+MiniMax-M2 is read in bfloat16, not in FP8. transformers rotates the part of its heads that
+`partial_rotary_factor` names; files whose `rotary_dim` is another are refused.
 
-| model_type | class in transformers | state | log-probability | there and back |
-|---|---|---|---|---|
+Gemma 4, text alone and with a tower, is refused. Its small models need per-layer embeddings and layers that take keys
+and values of an earlier one; all need heads of two sizes and a norm on values; its mixture needs experts beside the MLP
+of a layer. Falcon-H1 needs Mamba and attention side by side in a layer, with a factor on each branch. DeepSeek-V4 needs
+hyper-connections, attention over compressed keys and routing by token; GLM-5 (`glm_moe_dsa`) the indexer of sparse
+attention. Ling (`bailing_moe_v2`) has no class in transformers: megatron-bridge brings one, which nothing here reads.
+Llama 4 is refused since megatron-bridge 0.6.2 maps no such family.
+
+| model_type | class in transformers | state | log-probability | there and back | tried |
+|---|---|---|---|---|---|
 """
+# Of a reason on the page.
+MOST_CHARACTERS = 180
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everyone = [*(family for family in families() if family not in WITH_TOWER), *WITH_TOWER]
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=", ".join(everyone))
+    wanted: list[str] = parser.parse_args().families
+    unknown = set(wanted) - set(everyone)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: wanted some of {', '.join(everyone)}")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    rows = _written_rows() if wanted else {}
+    commit, date = _commit(), datetime.now(UTC).date()
+    for family in wanted or everyone:
+        tried = f"`python -m tools.models_page {family}`, `{commit}`, {date}"
+        rows[family] = f"| `{family}` | {' | '.join(_cells(family))} | {tried} |"
     bridge, core, hf = (version(name) for name in ("megatron-bridge", "megatron-core", "transformers"))
-    heading = HEADING.format(date=datetime.now(UTC).date(), bridge=bridge, core=core, hf=hf)
-    rows = [f"| {' | '.join(cells)} |" for cells in _table()]
-    PAGE.write_text(heading + "\n".join(rows) + "\n")
+    heading = HEADING.format(bridge=bridge, core=core, hf=hf)
+    PAGE.write_text(heading + "\n".join(rows[family] for family in everyone if family in rows) + "\n")
 
 
-def _table() -> Iterator[tuple[str, ...]]:
-    yield from _of_families()
-    for family in WITH_TOWER:
-        with tempfile.TemporaryDirectory() as name:
-            text = type(CONFIG_MAPPING[family]().text_config)
-            config = tower_config(family, _sizes(text), tied=False)
-            model = AutoModelForImageTextToText.from_config(
-                config, attn_implementation="eager", trust_remote_code=False
-            )
-            yield (f"`{family}`", f"`{type(model).__name__}`", *_try(model, Path(name)))
+def _written_rows() -> dict[str, str]:
+    """The rows of the page as it is, by family."""
+    return {line.split("`")[1]: line for line in PAGE.read_text().splitlines() if line.startswith("| `")}
 
 
-def _of_families() -> Iterator[tuple[str, ...]]:
-    for family, entry in families().items():
+def _commit() -> str:
+    """The commit that is tried, and whether files that git tracks differ from it."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    return f"{commit} and changes" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cells(family: str) -> tuple[str, ...]:
+    """Class, state, and what was found."""
+    with tempfile.TemporaryDirectory() as name:
         if family in WITH_TOWER:
-            continue
-        reason = unknown_reason(family)
-        start = (f"`{family}`", f"`{entry['architecture']}`")
+            model = _build_seeing(family)
+            return f"`{type(model).__name__}`", *_try(model, Path(name))
+        architecture, reason = f"`{families()[family]['architecture']}`", unknown_reason(family)
         if reason is not None:
-            yield (*start, f"refused{reason}", "", "")
-        elif family not in MEGATRON_FAMILIES:
-            with tempfile.TemporaryDirectory() as name:
-                yield (*start, *_try_files(_build(family), Path(name)))
-        else:
-            with tempfile.TemporaryDirectory() as name:
-                yield (*start, *_try(_build(family), Path(name)))
+            return architecture, f"refused{_short(reason)}", "", ""
+        attempt = _try if family in MEGATRON_FAMILIES else _try_files
+        return architecture, *attempt(_build(family), Path(name))
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= MOST_CHARACTERS else f"{reason[: MOST_CHARACTERS - 4]} ..."
 
 
 def _try(model: Any, folder: Path) -> tuple[str, str, str]:
@@ -168,7 +202,7 @@ def _try(model: Any, folder: Path) -> tuple[str, str, str]:
         same = _there_and_back(folder)
         return "trains", f"{_largest_difference(folder / 'hf', reference):.1e}", "same bits" if same else "differs"
     except (UserError, RuntimeError, AssertionError) as error:
-        return f"fails: {str(error).splitlines()[0]}", "", ""
+        return f"fails: {_short(str(error).splitlines()[0])}", "", ""
 
 
 def _try_files(model: Any, folder: Path) -> tuple[str, str, str]:
@@ -177,13 +211,20 @@ def _try_files(model: Any, folder: Path) -> tuple[str, str, str]:
         _save(model, folder / "hf")
         return "not verified", "", "same bits" if _there_and_back(folder) else "differs"
     except UserError as error:
-        return f"not verified ({str(error).replace(f'{folder}/hf', 'its folder')})", "", ""
+        return f"not verified ({_short(str(error).replace(f'{folder}/hf', 'its folder'))})", "", ""
 
 
 def _build(family: str) -> Any:
     kind = CONFIG_MAPPING[family]
     config = kind(**_sizes(kind))
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
+
+
+def _build_seeing(family: str) -> Any:
+    """A vision-language model."""
+    text = type(CONFIG_MAPPING[family]().text_config)
+    config = tower_config(family, _sizes(text), tied=False)
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="eager", trust_remote_code=False)
 
 
 def _sizes(kind: Any) -> dict[str, Any]:
@@ -206,6 +247,9 @@ def _save(model: Any, folder: Path) -> Any:
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
             parameter.copy_(parameter + 0.1 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
     model.save_pretrained(folder)
     return model
 

@@ -17,7 +17,7 @@ from megatron_lora.conversion.hf_model import PARTIAL_ROTARY, QUANTIZATION, SIZE
 from megatron_lora.conversion.routing_gate import check_routing
 from megatron_lora.errors import UserError
 from megatron_lora.lora.model_spec import HYBRID
-from megatron_lora.lora.model_tables import GATED_ATTENTION, PACKED_EXPERTS, WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import GATED_ATTENTION, PACKED_EXPERTS
 
 BUILT_FROM = frozenset(
     {
@@ -52,6 +52,12 @@ BUILT_FROM = frozenset(
         "mlp_layer_types",
         "mlp_only_layers",
         "moe_intermediate_size",
+        "moe_k",
+        "moe_layer_end_index",
+        "moe_layer_interval",
+        "moe_layer_start_index",
+        "moe_num_experts",
+        "moe_num_shared_experts",
         "n_group",
         "n_routed_experts",
         "n_shared_experts",
@@ -60,6 +66,7 @@ BUILT_FROM = frozenset(
         "num_experts",
         "num_experts_per_tok",
         "num_local_experts",
+        "num_shared_experts",
         "q_lora_rank",
         "qk_nope_head_dim",
         "qk_rope_head_dim",
@@ -67,8 +74,10 @@ BUILT_FROM = frozenset(
         "rms_norm_eps",
         "rope_parameters",
         "routed_scaling_factor",
+        "router_scaling_factor",
         "shared_expert_intermediate_size",
         "sliding_window",
+        "sliding_window_pattern",  # makes layer_types
         "tie_word_embeddings",
         "topk_group",
         "topk_method",
@@ -84,10 +93,12 @@ WITHOUT_EFFECT = frozenset(
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",  # policy.precision says it
+        "enable_moe_fp32_combine",  # rounds the sum of shared and chosen experts otherwise
         "eos_token_id",
         "id2label",
         "initializer_range",
         "label2id",
+        "moe_norm_min",  # of the weights' sum, which is far from it
         "output_hidden_states",
         "pad_token_id",
         "pretraining_tp",
@@ -118,6 +129,7 @@ MUST_BE: dict[str, tuple[tuple[Any, ...], str]] = {
         (False, None),
         "policy.megatron_cfg.moe_router_load_balancing_type adds an auxiliary loss",
     ),
+    "use_bias": ((False, None), "linears of this family have no biases here"),
     "clip_qkv": ((None,), "queries, keys and values are not clipped here"),
     "rope_interleave": ((True, None), "latent attention turns features in pairs here"),
     "moe_latent_size": ((None,), "experts work on the model's features here"),
@@ -226,7 +238,7 @@ def _sizes(model: HFModel) -> Iterator[str]:
         yield "attention_bias=true: Megatron-Core's latent attention has no biases"
     if model.family in PACKED_EXPERTS and not shapes.attention_bias:
         yield "attention_bias=false: Megatron-Core has biases in all linears of this family or in none"
-    if model.family in WHOLE_QK_NORM and shapes.num_attention_heads * shapes.head_dim != shapes.hidden_size:
+    if model.family == "olmoe" and shapes.num_attention_heads * shapes.head_dim != shapes.hidden_size:
         yield f"head_dim={shapes.head_dim}: the norm of the queries is of hidden_size={shapes.hidden_size} features"
     if shapes.num_experts and not 1 <= shapes.num_experts_per_token <= shapes.num_experts:
         yield f"num_experts_per_tok={shapes.num_experts_per_token} of num_experts={shapes.num_experts}"
@@ -336,6 +348,12 @@ def _rotary(model: HFModel, megatron: bool) -> Iterator[str]:
             )
         elif not bool(torch.isfinite(frequencies).all()):
             yield f"rope_parameters={_shown(model.config.rope_parameters)} gives frequencies that are not finite"
+        named = model.content.get("rotary_dim")
+        if model.family == "minimax_m2" and named not in (None, 2 * frequencies.numel()):
+            yield (
+                f"rotary_dim={_shown(named)}: transformers does not read it and rotates {2 * frequencies.numel()} of "
+                f"{2 * half} features; set partial_rotary_factor, in config.json or with policy.hf_config_overrides"
+            )
     factors = {kind: factor for kind, (_, factor) in model.rotary.items()}
     if not all(math.isfinite(factor) for factor in factors.values()):
         yield f"rope_parameters={_shown(model.config.rope_parameters)} gives an attention factor that is not finite"

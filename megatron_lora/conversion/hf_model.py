@@ -19,7 +19,7 @@ from megatron_lora.conversion.tower import TOWER, WITH_TOWER, LanguageTower, tex
 from megatron_lora.errors import UserError, first_line
 from megatron_lora.lora.describe import describe_config
 from megatron_lora.lora.layout import ModelSpec
-from megatron_lora.lora.model_tables import GATED_ATTENTION
+from megatron_lora.lora.model_tables import GATED_ATTENTION, SOFTMAX_AND_BIAS
 
 SIZES = (
     "vocab_size",
@@ -34,9 +34,11 @@ BIAS_SWITCHES = {"attention_bias", "mlp_bias"}
 QUANTIZATION = "quantization_config"
 # Families whose layers may see a window only: one for all layers, or those that `layer_types` names.
 _WINDOW_EVERYWHERE = ("mistral", "qwen3_moe")
-_WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss")
+_WINDOW_BY_LAYER = ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "exaone4", "exaone_moe")
+# Families of which, where some layers have a window, the others have no rotary embeddings.
+_WINDOWS_ALONE_ROTATE = ("exaone4", "exaone_moe")
 # Families whose attention turns the first features of a head only, where `partial_rotary_factor` says so.
-PARTIAL_ROTARY = ("glm4_moe", "nemotron", *GATED_ATTENTION)
+PARTIAL_ROTARY = ("glm4_moe", "nemotron", "minimax_m2", *GATED_ATTENTION)
 _SOFTCAPPED = ("gemma2", "gemma3_text")
 # What an override may name although no class declares it: older spellings of `rope_parameters`.
 ROPE_NAMES = (*ROPE_DICTS, "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
@@ -135,6 +137,12 @@ class HFModel:
         return [None] * layers
 
     @property
+    def unrotated(self) -> list[bool]:
+        """Whether attention of each layer goes without the rotary embeddings that the others have."""
+        alone = self.family in _WINDOWS_ALONE_ROTATE and self.config.sliding_window is not None
+        return [alone and window is None for window in self.windows]
+
+    @property
     def final_softcap(self) -> float | None:
         """c, where logits x become c tanh(x / c) (Gemma 2)."""
         return self.config.final_logit_softcapping if self.family in _SOFTCAPPED else None
@@ -165,11 +173,11 @@ class HFModel:
         biased = any(other.name.endswith("router.expert_bias") for other in self.shapes.others)
         grouped = hasattr(config, "n_group") and self.family != "deepseek_v2"
         return Routing(
-            score="sigmoid" if biased else "softmax",
+            score="sigmoid" if biased and self.family != SOFTMAX_AND_BIAS else "softmax",
             # DeepSeek-V2's class has the switch and does not apply it, GPT-OSS' has none.
             normalized=bool(getattr(config, "norm_topk_prob", True)) and self.family != "deepseek_v2",
             biased=biased,
-            scale=float(getattr(config, "routed_scaling_factor", 1.0)),
+            scale=float(getattr(config, "routed_scaling_factor", getattr(config, "router_scaling_factor", 1.0))),
             groups=(config.n_group or 1) if grouped else 1,
             chosen_groups=(config.topk_group or 1) if grouped else 1,
         )

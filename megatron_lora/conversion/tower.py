@@ -6,13 +6,14 @@ tensors (`inventory.kept_tensors`). Files may use other names (those of before t
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from megatron_lora.errors import UserError
+from megatron_lora.lora.families import FILE_NAMES, replaced
 from megatron_lora.lora.model_spec import TEXT, ModelSizes
 from megatron_lora.lora.model_tables import HYBRIDS
 
@@ -53,21 +54,23 @@ _MULTIMODAL_ROPE = ("mrope_section", "mrope_interleaved", "type")
 @dataclass(frozen=True)
 class FileNames:
     """How the files of a model name its tensors: see `_TOWERS_IN_FILES`. tower: what stands there for `own`. embedding:
-    the last name of a hybrid's embedding there. packed: whether they hold one tensor of all experts of a layer."""
+    the last name of a hybrid's embedding there. packed: whether they hold one tensor of all experts of a layer. parts:
+    of `families.FILE_NAMES` those that the files have."""
 
     tower: str = TOWER
     head: str = HEAD
     own: str = TOWER
     embedding: str = ""
     packed: bool = False
+    parts: Sequence[Sequence[str]] = ()
 
     def in_file(self, name: str) -> str:
         """The name in the files of a tensor of the model."""
-        return self._moved(name, *self._moves())
+        return replaced(self._moved(name, *self._moves()), [(ours, theirs) for theirs, ours in reversed(self.parts)])
 
     def in_model(self, name: str) -> str:
         """The inverse of `in_file`."""
-        return self._moved(name, *((theirs, ours) for ours, theirs in self._moves()))
+        return self._moved(replaced(name, self.parts), *((theirs, ours) for ours, theirs in self._moves()))
 
     def _moves(self) -> list[tuple[str, str]]:
         """(what the model has, what the files have), the first that fits a name."""
@@ -83,7 +86,7 @@ class FileNames:
 
 def has_file_names(shapes: ModelSizes) -> bool:
     """Whether files of such a model may name its tensors otherwise than transformers' model does."""
-    return bool(shapes.tower) or shapes.model_type in HYBRIDS
+    return bool(shapes.tower) or shapes.model_type in FILE_NAMES
 
 
 def file_names(stored: Collection[str], where: object, shapes: ModelSizes) -> FileNames:
@@ -91,6 +94,11 @@ def file_names(stored: Collection[str], where: object, shapes: ModelSizes) -> Fi
     model."""
     if shapes.model_type in HYBRIDS:
         return _hybrid_file_names(stored, where)
+    packed = any(name.endswith(".experts.down_proj") for name in stored)
+    if shapes.model_type in FILE_NAMES:
+        # A folder may have transformers' own names, too.
+        parts = [pair for pair in FILE_NAMES[shapes.model_type] if any(pair[0] in name for name in stored)]
+        return FileNames(TEXT, HEAD, TEXT, packed=packed, parts=parts)
     tower = next((prefix for prefix in _TOWERS_IN_FILES if f"{prefix}embed_tokens.weight" in stored), None)
     if tower is None:
         raise UserError(
@@ -98,7 +106,7 @@ def file_names(stored: Collection[str], where: object, shapes: ModelSizes) -> Fi
             f"{', '.join(_TOWERS_IN_FILES)}; is it complete, and of this model?"
         )
     head = next((prefix for prefix in _HEADS_IN_FILES if f"{prefix}weight" in stored), HEAD)
-    return FileNames(tower, head, packed=any(name.endswith(".experts.down_proj") for name in stored))
+    return FileNames(tower, head, packed=packed)
 
 
 def _hybrid_file_names(stored: Collection[str], where: object) -> FileNames:

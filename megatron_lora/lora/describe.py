@@ -36,6 +36,8 @@ from megatron_lora.lora.model_tables import (
     OtherRow,
 )
 
+# How many experts every token goes to, as configs name it.
+_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _ROUTERS_WEIGHT = f"{PATHS[ROUTER]}.weight"
 
 
@@ -225,24 +227,32 @@ def _mlp_width(config: Mapping[str, Any]) -> int:
 
 
 def _expert_sizes(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-    number = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
-    if number is None:
-        raise KeyError("num_experts")
+    number = _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     width = int(config.get("moe_intermediate_size") or config["intermediate_size"])
     return {
         "num_experts": int(number),
-        "num_experts_per_token": int(config["num_experts_per_tok"]),
+        "num_experts_per_token": int(_first(config, "num_experts_per_tok", "moe_k")),
         "moe_ffn_hidden_size": width,
         "shared_ffn_hidden_size": int(
-            config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0)
+            config.get("shared_expert_intermediate_size")
+            or width * next((int(config[name]) for name in _SHARED_EXPERTS if config.get(name)), 0)
         ),
         "shared_gate": "shared_expert_intermediate_size" in config,
         "dense_layers": _dense_layers(config, num_layers),
     }
 
 
+def _first(config: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first of these names that has one."""
+    for name in names:
+        if config.get(name):
+            return config[name]
+    raise KeyError(names[0])
+
+
 def _dense_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """The layers without experts, by the rules of transformers' Qwen3MoeDecoderLayer and DeepseekV3DecoderLayer."""
+    """The layers without experts, by the rules of transformers' Qwen3MoeDecoderLayer, DeepseekV3DecoderLayer and
+    Ernie4_5_MoeDecoderLayer."""
     step, dense = int(config.get("decoder_sparse_step") or 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list | tuple):
         raise UserError(f"mlp_only_layers={dense!r} in the base model's config.json: wanted a list of layer numbers")
@@ -251,7 +261,10 @@ def _dense_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]
         if not isinstance(kinds, list | tuple) or len(kinds) != num_layers:
             raise UserError(f"mlp_layer_types={kinds!r} in the base model's config.json: wanted one for each layer")
         return tuple(n for n, kind in enumerate(kinds) if kind == "dense")
-    first = int(config.get("first_k_dense_replace") or 0)
+    if "moe_layer_interval" in config:
+        step, last = int(config["moe_layer_interval"] or 1), config.get("moe_layer_end_index", -1)
+        dense = range(num_layers if last in (-1, None) else int(last) + 1, num_layers)
+    first = int(config.get("first_k_dense_replace") or config.get("moe_layer_start_index") or 0)
     return tuple(n for n in range(num_layers) if n < first or n in dense or (n + 1) % step)
 
 

@@ -168,13 +168,24 @@ BIASES = tuple(f"{LAYER}{PATHS[kind]}.bias" for kind in ATTENTION)
 # A family has one of these.
 QUERIES = ("linear_qkv", "linear_kv_down_proj")
 # Families whose norms of queries and keys are over all heads together, not over each.
-WHOLE_QK_NORM = ("olmoe",)
+WHOLE_QK_NORM = ("olmoe", "minimax_m2")
 # Families whose queries have a gate of the output each, and most of whose layers have linear attention.
 GATED_ATTENTION = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 # Families whose files hold one tensor of all experts of a layer, as transformers' model does, with a bias beside it.
 PACKED_EXPERTS = ("gpt_oss",)
 # Families whose router adds a bias to what it chooses experts by. Bridge maps one for DeepSeek-V2 too, which has none.
-BIASED_ROUTER = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "nemotron_h")
+BIASED_ROUTER = (
+    "deepseek_v3",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "nemotron_h",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "hy_v3",
+    "minimax_m2",
+)
+# Of these the one whose scores are a softmax over all experts, and whose bias has a dimension of one before theirs.
+SOFTMAX_AND_BIAS = "ernie4_5_moe"
 # Families whose layers are one thing each: Mamba, attention, an MLP, or experts.
 HYBRIDS = ("nemotron_h",)
 # Families of which some layers carry a state from token to token.
@@ -209,6 +220,12 @@ def _qk_norm(heads: Callable[[ModelSizes], int]) -> Callable[[ModelSizes], tuple
     return shape
 
 
+def _router_bias(sizes: ModelSizes) -> tuple[int, ...]:
+    if sizes.model_type not in BIASED_ROUTER:
+        return (0,)
+    return (1, sizes.num_experts) if sizes.model_type == SOFTMAX_AND_BIAS else (sizes.num_experts,)
+
+
 # In the forward's order.
 OTHERS: dict[str, OtherRow] = {
     # Where a column-parallel linear follows, the norm is that linear's.
@@ -240,9 +257,7 @@ OTHERS: dict[str, OtherRow] = {
     "self_attention.core_attention.softmax_offset": OtherRow(lambda s: (s.num_attention_heads,), tp_axis=0),
     "mlp.shared_experts.gate_weight": OtherRow(lambda s: (int(s.shared_gate), s.hidden_size), in_dense=False),
     "mlp.router.bias": OtherRow(lambda s: (s.num_experts,), in_dense=False),
-    "mlp.router.expert_bias": OtherRow(
-        lambda s: (s.num_experts if s.model_type in BIASED_ROUTER else 0,), in_dense=False
-    ),
+    "mlp.router.expert_bias": OtherRow(_router_bias, in_dense=False),
 }
 FINAL_NORM = ("decoder.final_layernorm.weight", "decoder.final_layernorm.bias")
 WHOLE = (EMBEDDING, OUTPUT_LAYER, *FINAL_NORM)

@@ -11,6 +11,7 @@ from megatron_lora.conversion.fingerprint import fingerprint_base
 from megatron_lora.conversion.hf_model import ROPE_NAMES, HFModel, read_hf_model
 from megatron_lora.conversion.inventory import kept_tensors, open_weights
 from megatron_lora.errors import UserError
+from megatron_lora.lora.families import unknown_reason
 
 MEGATRON_FAMILIES = (
     "llama",
@@ -52,6 +53,12 @@ def check_base(policy: PolicyConfig, model: HFModel) -> list[str]:
     """Notices for the user. Raises UserError for a family that the backend lacks, a config that it does not honour, and
     weights that are missing, cut short or not this model's. A hub name's weights are checked when they are here."""
     megatron = policy.backend == "megatron"
+    reason = unknown_reason(model.family)
+    if reason is not None:
+        raise UserError(
+            f"policy.model_name={policy.model_name!r} is a {model.family!r} model, which neither backend trains"
+            f"{reason}; use one of {', '.join(MEGATRON_FAMILIES)}"
+        )
     if megatron and model.family not in MEGATRON_FAMILIES:
         raise UserError(
             f"policy.model_name={policy.model_name!r} is a {model.family!r} model; the Megatron backend trains "

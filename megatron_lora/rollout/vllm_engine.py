@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_lora.config.schema import PolicyConfig
 from megatron_lora.errors import UserError
+from megatron_lora.lora.families import FILE_NAMES
 from megatron_lora.lora.methods import method_of
 from megatron_lora.lora.packed_experts import adapts_parameters
 from megatron_lora.lora.peft_format import hf_linears
@@ -142,6 +143,8 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
     shapes = read_base(policy).shapes
     if shapes.linear_layers:
         return f"vLLM was not seen to apply an adapter to a model with {shapes.recurrence}"
+    if shapes.model_type in FILE_NAMES:
+        return f"vLLM was not seen to apply an adapter to a {shapes.model_type} model"
     planned = planned_adapter(policy)
     if planned is not None and adapts_parameters(planned.spec):
         known = (

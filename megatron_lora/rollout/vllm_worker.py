@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_lora.errors import UserError
+from megatron_lora.lora.families import file_name
+from megatron_lora.lora.model_tables import HYBRIDS
 from megatron_lora.lora.peft_format import PREFIX
 from megatron_lora.policy.checksums import Pieces, checksum
 
@@ -132,13 +134,17 @@ def _folder_weights(runner: Any) -> Iterable[tuple[str, Tensor]]:
 
 
 def _as_vllm_names(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """vLLM keeps a linear that can carry an adapter inside a wrapper, as its `base_layer`."""
+    """vLLM reads the names of published files, and keeps a linear that can carry an adapter inside a wrapper, as its
+    `base_layer`."""
+    family = worker.model_runner.model_config.hf_config.model_type
     wrapped: set[str] = set()
     if worker.model_runner.lora_config is not None:
         manager = _manager(worker)
         # The wrapper of lm_head is around the logits processor; the head itself keeps its name.
         wrapped = {part for name in manager.modules if name != "lm_head" for part in _parts(manager, name)}
     for name, tensor in weights:
+        if family not in HYBRIDS:
+            name = file_name(family, name)
         module, _, leaf = name.rpartition(".")
         yield (f"{module}.base_layer.{leaf}" if module in wrapped else name), tensor
 

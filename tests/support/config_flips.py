@@ -9,6 +9,8 @@ from transformers import CONFIG_MAPPING
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 # Beside those whose every flip is run.
 GATED_FAMILIES = (*FAMILIES, "qwen3_moe", "gemma", "gemma2", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
+# Of these the fields and names alone are looked at.
+RARE_FAMILIES = ("exaone4", "exaone_moe", "ernie4_5_moe", "hy_v3", "minimax_m2")
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -72,6 +74,18 @@ BASE: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "first_k_dense_replace": 1,
     },
+    "exaone4": {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+    "exaone_moe": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
+    "hy_v3": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "minimax_m2": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},

@@ -9,13 +9,18 @@ from transformers import (
     AutoModelForImageTextToText,
     DeepseekV2Config,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
+    Exaone4Config,
+    ExaoneMoeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GptOssConfig,
+    HYV3Config,
     LlamaConfig,
+    MiniMaxM2Config,
     MistralConfig,
     NemotronConfig,
     NemotronHConfig,
@@ -68,8 +73,8 @@ def family_config(family: str, **changes: object) -> PretrainedConfig:
     if family == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
         return Qwen3MoeConfig(**SIZES | {"head_dim": 32, "tie_word_embeddings": False} | experts | changes)
-    if family in EXPERTS:
-        kind, own = EXPERTS[family]
+    if family in EXPERTS | RARE:
+        kind, own = (EXPERTS | RARE)[family]
         return kind(**sizes | own | changes)
     if family == "mistral":
         return MistralConfig(**{"sliding_window": None} | sizes, head_dim=32)
@@ -190,6 +195,56 @@ EXPERTS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "glm4_moe_lite": (
         Glm4MoeLiteConfig,
         LATENT | {"q_lora_rank": 20, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3, "n_shared_experts": 1},
+    ),
+}
+# Families of which every layout but one is a long test.
+RARE: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "exaone4": (Exaone4Config, {"head_dim": 32, "sliding_window": 6, "sliding_window_pattern": 2}),
+    "exaone_moe": (
+        ExaoneMoeConfig,
+        {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_shared_experts": 2,
+            "moe_intermediate_size": 48,
+        },
+    ),
+    "ernie4_5_moe": (
+        Ernie4_5_MoeConfig,
+        {
+            "head_dim": 32,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 48,
+            "moe_layer_interval": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "hy_v3": (
+        HYV3Config,
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_shared_experts": 2,
+            "moe_intermediate_size": 48,
+        },
+    ),
+    "minimax_m2": (
+        MiniMaxM2Config,
+        {
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
     ),
 }
 

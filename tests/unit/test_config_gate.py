@@ -13,7 +13,7 @@ from megatron_lora.conversion import config_gate
 from megatron_lora.conversion.config_gate import check_config
 from megatron_lora.conversion.hf_model import HFModel, read_hf_model
 from megatron_lora.errors import UserError
-from tests.support.config_flips import BASE, GATED_FAMILIES, SIZES, config_content, flips, refused_word
+from tests.support.config_flips import BASE, GATED_FAMILIES, RARE_FAMILIES, SIZES, config_content, flips, refused_word
 
 FLIPS = [(family, name, changes) for family in GATED_FAMILIES for name, changes in flips(family)]
 
@@ -23,7 +23,7 @@ def write_config(folder: Path, family: str, **changes: Any) -> HFModel:
     return read_hf_model(folder)
 
 
-@pytest.mark.parametrize("family", GATED_FAMILIES)
+@pytest.mark.parametrize("family", [*GATED_FAMILIES, *RARE_FAMILIES])
 def test_every_field_is_in_a_table(family: str) -> None:
     declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])}
     known = config_gate.BUILT_FROM | config_gate.WITHOUT_EFFECT | config_gate.MUST_BE.keys()
@@ -39,6 +39,16 @@ def test_a_flipped_field_is_taken_or_refused_by_name(family, name, changes, tmp_
         with pytest.raises(UserError) as refused:
             check_config(write_config(tmp_path, family, **changes), megatron=True, max_length=64)
         assert word in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_rotary_dim_that_transformers_does_not_read_is_refused(tmp_path) -> None:
+    def notices(**changes: Any) -> list[str]:
+        return check_config(write_config(tmp_path, "minimax_m2", rotary_dim=4, **changes), megatron=True, max_length=64)
+
+    with pytest.raises(UserError, match="rotary_dim=4: .* rotates 8 of 8 features; set partial_rotary_factor"):
+        notices()
+    [notice] = notices(partial_rotary_factor=0.5)
+    assert "transformers ignores them" in notice and "rotary_dim=4" in notice
 
 
 def test_what_transformers_computes_alone_the_other_backend_takes(tmp_path) -> None:

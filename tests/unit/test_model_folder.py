@@ -21,8 +21,9 @@ from megatron_lora.conversion.model_names import hf_shape, model_parameters, sha
 from megatron_lora.conversion.safetensors_io import SafetensorsFolder
 from megatron_lora.conversion.whole_model import convert_hf_to_megatron, convert_megatron_to_hf
 from megatron_lora.errors import UserError
+from megatron_lora.lora.families import FILE_NAMES
 from megatron_lora.policy.weights_check import check_base, read_base
-from tests.support.config_flips import BASE, GATED_FAMILIES, SIZES
+from tests.support.config_flips import BASE, GATED_FAMILIES, RARE_FAMILIES, SIZES
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE, EMBEDDING = "model.layers.1.mlp.gate_proj.weight", "model.embed_tokens.weight"
@@ -271,12 +272,35 @@ def test_layers_that_predict_further_tokens_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("family", [family for family in FILE_NAMES if family in RARE_FAMILIES])
+def test_names_of_files_come_back(family: str, tmp_path: Path) -> None:
+    """transformers renames when it reads and writes: an adapter's names are its model's, an export's the files'."""
+    folder, again = save(tmp_path / "model", family), tmp_path / "again"
+    stored = load_file(folder / FILE)
+    modules = {name for name, _ in AutoModelForCausalLM.from_pretrained(folder).named_modules()}
+    _, weights = open_model("made here", folder)
+    attention = {name.removesuffix(".weight") for name in weights.entries if ".self_attn." in name}
+    shared = {name.removesuffix(".weight") for name in weights.entries if "shared_experts" in name}
+    assert attention and attention | shared <= modules
+    assert set(stored) - set(weights.entries) and {weights.file_name(name) for name in weights.entries} == set(stored)
+    convert_hf_to_megatron(
+        hf_model_name=str(folder), megatron_ckpt_path=str(tmp_path / "checkpoint"), show_progress=False
+    )
+    convert_megatron_to_hf(
+        megatron_ckpt_path=str(tmp_path / "checkpoint"), hf_ckpt_path=str(again), show_progress=False
+    )
+    written = load_file(again / FILE)
+    assert written.keys() == stored.keys() and all(torch.equal(written[name], stored[name]) for name in stored)
+
+
 RECURRENT = ("qwen3_next", "qwen3_5_text", "nemotron_h")
 BIASED = [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}), ("qwen3", {"attention_bias": True})]
 BIASED += [("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}), ("qwen2", {"attention_bias": True})]
 
 
-@pytest.mark.parametrize("family, changes", [(family, {}) for family in (*GATED_FAMILIES, *RECURRENT)] + BIASED)
+@pytest.mark.parametrize(
+    "family, changes", [(family, {}) for family in (*GATED_FAMILIES, *RARE_FAMILIES, *RECURRENT)] + BIASED
+)
 def test_the_table_of_names_is_the_models_own(family: str, changes: dict, tmp_path: Path) -> None:
     model, _ = open_model("made here", save(tmp_path / "model", family, **changes))
     shapes = model.shapes

@@ -88,7 +88,10 @@ def test_every_expert_is_a_tensor_of_its_own():
     [
         ({"model_type": "qwen3_moe", **SIZES, **EXPERTS, "mlp_only_layers": [1]}, "layers 1 of the model have no"),
         ({"model_type": "phi3"}, "model_type='phi3' .* maps no such family"),
-        ({"model_type": "falcon_h1"}, r"nothing here knows .*mamba_mixer\.A_log"),
+        ({"model_type": "falcon_h1"}, "attention and Mamba side by side"),
+        ({"model_type": "gemma4_text"}, "heads of two sizes"),
+        ({"model_type": "glm_moe_dsa"}, "an indexer picks"),
+        ({"model_type": "deepseek_v4"}, "several residual streams"),
         ({"model_type": "llama", "num_attention_heads": 2, "hidden_size": 4}, "no 'num_hidden_layers'"),
     ],
 )

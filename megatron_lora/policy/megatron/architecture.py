@@ -27,7 +27,7 @@ from megatron_lora.conversion.hf_model import HFModel, activation
 from megatron_lora.lora.expert_linear import ExpertColumnLinear, ExpertRowLinear
 from megatron_lora.lora.mlp import AdaptedMLP
 from megatron_lora.lora.model_spec import ModelSpec
-from megatron_lora.lora.model_tables import PACKED_EXPERTS, WHOLE_QK_NORM
+from megatron_lora.lora.model_tables import PACKED_EXPERTS, SOFTMAX_AND_BIAS, WHOLE_QK_NORM
 from megatron_lora.policy.megatron.attention import (
     LatentAttention,
     LayeredRopeAttention,
@@ -37,7 +37,7 @@ from megatron_lora.policy.megatron.attention import (
 from megatron_lora.policy.megatron.linear_attention import DeltaAttention
 from megatron_lora.policy.megatron.mamba import MambaAttention
 from megatron_lora.policy.megatron.recurrent_mixer import is_attention, mixer_spec
-from megatron_lora.policy.megatron.router import Router
+from megatron_lora.policy.megatron.router import Router, SoftmaxAndBiasRouter
 from megatron_lora.runtime.native_layers import NativeAttention
 
 GEMMA = "gemma3_text"
@@ -52,6 +52,9 @@ def plain_config(model: HFModel) -> Any:
     config = copy.deepcopy(model.config)
     causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [causal_lm.__name__]
+    if model.family == "hy_v3":
+        # Its bridge asks for a field of files that transformers' class turns into another (mlp_layer_types).
+        config.first_k_dense_replace = 0
     default = {"rope_type": "default", "rope_theta": 10000.0}
     layered = model.family == GEMMA
     kinds = ("full_attention", "sliding_attention")
@@ -62,7 +65,7 @@ def plain_config(model: HFModel) -> Any:
     else:
         config.hidden_act = "silu"
         # The bridges of these count with it.
-        config.sliding_window = 1 if model.family in ("gemma2", "gpt_oss") else None
+        config.sliding_window = 1 if model.family in ("gemma2", "gpt_oss", "exaone_moe") else None
     return config
 
 
@@ -101,6 +104,8 @@ def apply_config(provider: Any, model: HFModel) -> None:
     if shapes.linear_layers or shapes.mixers:
         provider.attention_output_gate = shapes.gated_attention
         provider.experimental_attention_variant = provider.linear_attention_freq = None
+    if shapes.linear_layers or shapes.mixers or model.family == "exaone_moe":
+        # bridge's own are other layers, or none of a virtual stage.
         provider.transformer_layer_spec = _layers_of_stage
     _change_layers(provider, model)
     if shapes.linear_layers or shapes.mixers:
@@ -124,7 +129,8 @@ def _apply_experts(provider: Any, model: HFModel) -> None:
 
 def _apply_routing(provider: Any, model: HFModel) -> None:
     routing = model.routing
-    provider.moe_router_score_function = routing.score
+    # Its check wants a sigmoid where there is a bias; `SoftmaxAndBiasRouter` goes by its own.
+    provider.moe_router_score_function = "sigmoid" if routing.biased else routing.score
     # The softmax over all experts and then the best of them, or over the best alone, which makes their sum 1.
     provider.moe_router_pre_softmax = not routing.normalized
     provider.moe_router_enable_expert_bias = routing.biased
@@ -156,6 +162,7 @@ def _apply_attention(provider: Any, model: HFModel) -> None:
     size = next((window for window in windows if window is not None), None)
     provider.window_size = None if size is None else (size - 1, 0)
     provider.window_attn_skip_freq = None if size is None else [int(window is not None) for window in windows]
+    provider.no_rope_freq = [int(without) for without in model.unrotated] if any(model.unrotated) else None
     if model.shapes.is_latent:
         _apply_latent(provider, model)
     else:
@@ -240,12 +247,16 @@ def _change_layer(layer: Any, model: HFModel) -> None:
         # Frozen, so without the `backward_dw` of Megatron-Core's own.
         column, row = cast(Any, ExpertColumnLinear), cast(Any, ExpertRowLinear)
         within.experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
-        within.router = Router
+        within.router = SoftmaxAndBiasRouter if model.family == SOFTMAX_AND_BIAS else Router
     elif MLP in (getattr(mlp, "module", None), getattr(getattr(mlp, "func", None), "__self__", None)):
         layer.submodules.mlp = partial(AdaptedMLP.as_mlp_submodule, submodules=within)
     if model.family == GEMMA:
         attention.module = LayeredRopeAttention
+    if model.family in (GEMMA, "exaone4"):
         attention.submodules.core_attention = transformer_engine.TEDotProductAttention
+    if model.family == "exaone4":
+        # bridge's specification leaves them out.
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = transformer_engine.TENorm
     if model.shapes.is_latent:
         attention.module = LatentAttention
         return

@@ -7,6 +7,7 @@ mean over its tokens; padding counts in none of it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +75,45 @@ class Router(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """The bias that experts are chosen by is the base's and stays: nothing is counted for it."""
+
+
+class SoftmaxAndBiasRouter(Router):
+    """Ernie 4.5's: experts are chosen by a softmax over all of them plus the bias, and weighed by the softmax over the
+    chosen. Megatron-Core adds a bias to sigmoids alone."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.score_function = "softmax"
+        # As transformers has it.
+        self.expert_bias = self.expert_bias.unsqueeze(0)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> Any:
+        replayed = self.router_replay
+        self.router_replay = _ChoiceByBias(self.expert_bias, replayed)  # type: ignore[assignment]
+        try:
+            return super().routing(logits, padding_mask)
+        finally:
+            self.router_replay = replayed
+
+
+@dataclass(frozen=True)
+class _ChoiceByBias:
+    """A choice of experts, asked as Megatron-Core asks its RouterReplay. within: another one, which is given the scores
+    that experts are chosen by."""
+
+    bias: Tensor
+    within: Any
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, compute_topk: Any
+    ) -> tuple[Tensor, Tensor]:
+        """scores: the router's logits [tokens, experts]. Returns those of each token's experts, and which these are."""
+        biased = scores.softmax(-1, dtype=torch.float32) + self.bias
+        if self.within is None:
+            _, chosen = compute_topk(biased, topk, num_groups=num_groups, group_topk=group_topk)
+        else:
+            _, chosen = self.within.get_replay_topk(biased, topk, num_groups, group_topk, compute_topk)
+        return scores.gather(1, chosen), chosen
 
 
 class BalancingLoss:
