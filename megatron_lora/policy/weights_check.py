@@ -33,6 +33,11 @@ MEGATRON_FAMILIES = (
     "qwen3_5_moe_text",
     "nemotron",
     "nemotron_h",
+    "exaone4",
+    "exaone_moe",
+    "ernie4_5_moe",
+    "hy_v3",
+    "minimax_m2",
 )
 
 

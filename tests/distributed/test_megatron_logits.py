@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.distributed.cases import CP, EP, ETP, PP, SP, TP, VOCAB_SIZE, Case, scored_rows
-from tests.support.models import EXPERTS, FAMILIES, UNUSUAL
+from tests.support.models import EXPERTS, FAMILIES, RARE, UNUSUAL
 from tests.support.reference import cut_logits, of_targets
 
 pytestmark = pytest.mark.timeout(2700)
@@ -50,7 +50,7 @@ CASES += [
 CASES += [case(layout, "qwen3_moe") for layout in ("tp1", "sp", "pp", "cp", "ep", "etp")]
 CASES += [case("tp1", "gemma"), case("pp", "gemma"), case("tp1", "gemma2"), case("sp", "gemma2")]
 CASES += [case("sp", "nemotron_h")]
-CASES += [case("tp1", family) for family in EXPERTS]
+CASES += [case("tp1", family) for family in (*EXPERTS, *RARE)]
 LONG = [case(layout, family) for layout in ("tp", "pp") for family in FAMILIES if family != "qwen2"]
 LONG += [case("tp_pp", family) for family in ("qwen2", "gemma3")]
 LONG += [case(layout, family) for layout in ("sp", "pp", "cp", "ep") for family in EXPERTS]
@@ -59,6 +59,7 @@ LONG += [case("pp", "qwen3_5")]
 LONG += [case(layout, family) for layout in ("tp1", "sp", "pp", "ep") for family in ("qwen3_next", "qwen3_5_moe")]
 LONG += [case(layout, "nemotron_h") for layout in ("tp1", "tp", "pp", "ep")]
 LONG += [case(layout, "nemotron") for layout in ("tp1", "sp", "pp")]
+LONG += [case(layout, family) for layout in ("sp", "pp") for family in RARE]
 LONG_TOO = [pytest.param(more, marks=pytest.mark.long) for more in LONG]
 WHOLE_ROWS = [more for more in [*CASES, *LONG_TOO] if case_of(more).megatron not in (CP, EP)]
 
