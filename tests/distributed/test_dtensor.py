@@ -22,6 +22,7 @@ from tests.support.compare import (
 )
 from tests.support.config_sweep import all_flips, assert_honoured, sampled_flips
 from tests.support.grouped import assert_same_numbers
+from tests.support.models import RARE
 from tests.support.peft_scores import assert_peft_scores_alike
 from tests.support.reference import Training, cut_logits, of_targets, token_logps
 
@@ -107,6 +108,7 @@ TRAINED = [
     full("sp_tied", 2, "qwen2", SP2),
     full("sp_biases", 2, "llama_biases", SP2),
     *long(
+        *(case(f"one_{family}", 1, family=family, adapter="attention") for family in RARE),
         case("one_dora_recompute", 1, DORA | RECOMPUTE, family="qwen2", adapter="dora"),
         case("one_qwen3_5", 1, family="qwen3_5", adapter="delta", policy=PACKED),
         case("one_qwen3_next_recompute", 1, RECOMPUTE, family="qwen3_next", adapter="delta_attention"),
