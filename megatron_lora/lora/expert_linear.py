@@ -60,7 +60,7 @@ class ExpertLinear(nn.Module):
             "dtype": config.params_dtype,
             "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
         }
-        of_weight = place | ({"device": "meta"} if self.on_meta else {})
+        of_weight: dict[str, Any] = place | ({"device": "meta"} if self.on_meta else {})
         self.weight = nn.Parameter(torch.empty(num_experts, rows, columns, **of_weight), requires_grad=False)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(num_experts, rows, **place), requires_grad=False) if bias else None
