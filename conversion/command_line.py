@@ -2,13 +2,13 @@
 
 import logging
 import os
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lora.errors import UserError
+from megatron_lora.runtime.terminal import complain
 
 if TYPE_CHECKING:
     from megatron_lora.conversion.hub_upload import HubUpload
@@ -54,7 +54,7 @@ def run(main: Callable[[Namespace], None], arguments: Namespace) -> int:
     except UserError as error:
         if arguments.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     return 0
 
@@ -69,6 +69,6 @@ def run_command(
     try:
         arguments = parse_args(argv, prog)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     return run(main, arguments)

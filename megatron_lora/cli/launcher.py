@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_lora.runtime.failure import ERROR_FILE, LAUNCHER, read_report
+from megatron_lora.runtime.terminal import complain
 
 SECONDS_TO_LEAVE = 10.0  # for the other ranks, once one has failed: they may be drawing pictures or writing reports
 SECONDS_TO_STOP = 5.0  # between SIGTERM and SIGKILL
@@ -76,7 +77,7 @@ def launch(command: Sequence[str], machines: Machines, *, only_first: bool = Fal
         # A progress bar that was killed leaves the cursor hidden and behind it: what follows is a line of its own.
         print("\r\x1b[K\x1b[?25h", end="", flush=True)
     if message is not None:
-        print(message, file=sys.stderr, flush=True)
+        complain(message)
     return status
 
 

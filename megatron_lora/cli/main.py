@@ -13,6 +13,7 @@ from megatron_lora.cli.completion import complete, script
 from megatron_lora.cli.launcher import Machines, launch
 from megatron_lora.config.command_line import RunOptions, build_parser, integer, load_or_print, parse_run
 from megatron_lora.errors import UserError
+from megatron_lora.runtime.terminal import complain
 
 # subcommand -> (function that takes arguments and its name, what it does)
 TOOLS = {
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         raise UserError(_unknown_command(command))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(f"error: {error}")
         return 2
     except SystemExit as end:  # --help
         return int(end.code or 0)

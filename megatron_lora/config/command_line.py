@@ -9,13 +9,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe
+from megatron_lora.config.loader import LoadedRecipe, dump_recipe, load_recipe, read_recipe
+from megatron_lora.config.other_names import elsewhere, key_here
 from megatron_lora.config.overrides import looks_like_override
 from megatron_lora.errors import UserError
 
 _SUFFIXES = (".yaml", ".yml")
 # NeMo RL's, Hydra's, ms-swift's and others' flags that name a recipe.
 _FLAGS_OF_A_RECIPE = frozenset("c config recipe config-file config-name config-path config_file config_name".split())
+# torchrun's, accelerate's and others' flags for the number of ranks.
+_FLAGS_OF_RANKS = frozenset("n np nproc_per_node num_processes num_gpus ngpus gpus devices".split())
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,22 @@ class Parser(argparse.ArgumentParser):
         for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
             flag, equals, value = argument.partition("=")
             if flag.startswith(start) and flag.strip("-") and flag not in known:
-                raise UserError(f"unknown flag {flag}; {self._meant(flag, equals, value or following, known)}")
+                recipe = next((word for word in arguments if word.endswith(_SUFFIXES) and Path(word).is_file()), None)
+                raise UserError(f"unknown flag {flag}; {self._meant(flag, equals, value or following, known, recipe)}")
 
-    def _meant(self, flag: str, equals: str, value: str, known: Sequence[str]) -> str:
-        """What is to be written in place of an unknown flag. value: behind its =, if it has one, or the next word."""
+    def _meant(self, flag: str, equals: str, value: str, known: Sequence[str], recipe: str | None) -> str:
+        """What is to be written in place of an unknown flag. value: behind its =, if it has one, or the next word.
+        recipe: the file that is named beside it, if one is."""
         name, takes_recipe = flag.lstrip("-"), self.usage is not None
         if takes_recipe and name in _FLAGS_OF_A_RECIPE:
             return f"the recipe needs no flag: {self.prog} {value or 'RECIPE.yaml'} [dotted.key=value ...]"
+        if "--nproc" in known and name.replace("-", "_") in _FLAGS_OF_RANKS:
+            return f"did you mean --nproc{f' {value}' if value.isdecimal() else ''}?"
+        if takes_recipe and (place := elsewhere(name)) is not None:
+            return place
+        if takes_recipe and recipe is not None and (key := key_here(name, _content(recipe))) is not None:
+            shown = value if value and not value.startswith("-") and value != recipe else "VALUE"
+            return f"keys of the recipe have no dashes: {key}={shown}"
         names = {known_flag.lstrip("-"): known_flag for known_flag in known if known_flag.startswith("--")}
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         if takes_recipe and ("." in name or (equals and not near)):
@@ -70,6 +82,14 @@ class Parser(argparse.ArgumentParser):
             return f"did you mean {names[near[0]]}?"
         keys = ", and keys of the recipe have no dashes: sft.seed=3" if takes_recipe else ""
         return f"the flags are {', '.join(known)}{keys}"
+
+
+def _content(recipe: str) -> dict[str, Any]:
+    """A recipe's sections, unchecked; none where it cannot be read, which is told when it is."""
+    try:
+        return read_recipe(Path(recipe))
+    except UserError:
+        return {}
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     overrides: `dotted.key=value`, the value in YAML (overrides.py). Raises UserError for whatever is wrong, with the
     dotted path.
     """
-    merged = _read_with_defaults(Path(path), ())
+    merged = read_recipe(Path(path))
     for override in overrides:
         merged = apply_override(merged, override)
     return check_recipe(resolve(merged, str(path)), merged)
@@ -132,6 +132,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(protect_text(to_dict(recipe)), sort_keys=False, allow_unicode=True, width=120)
 
 
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's sections with its defaults, unchecked and with interpolations. Raises UserError."""
+    return _read_with_defaults(path, ())
+
+
 def _read_with_defaults(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     """The file at `path` merged over the recipes that its `defaults:` names, in order."""
     path = path.resolve()
@@ -175,5 +180,5 @@ def _near_recipe(path: Path) -> str:
     """What a path to no recipe was probably meant to be."""
     folders = [path.parent, *(Path(name).resolve() for name in ("configs", "recipes"))]
     found = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.y*ml"))}
-    near = get_close_matches(path.name.removesuffix(path.suffix), found, n=1, cutoff=0.7)
+    near = get_close_matches(path.name.removesuffix(path.suffix), found, n=1, cutoff=0.6)
     return f"did you mean {os.path.relpath(found[near[0]])}?" if near else "check the path"

@@ -31,6 +31,15 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
+# Section -> the key in it that a text in the section's place probably is.
+_NAMED_BY = {
+    "checkpointing": "checkpoint_dir",
+    "data.train": "data_path",
+    "data.validation": "data_path",
+    "policy": "model_name",
+    "policy.tokenizer": "name",
+    "policy.generation": "backend",
+}
 MOST_LISTED = 20
 
 
@@ -87,6 +96,8 @@ def unknown_key(path: str, siblings: Sequence[str], recipe: dict[str, Any]) -> s
     place = elsewhere(path)
     if place is not None:
         return f"unknown key {path}: {place}"
+    if name == "enabled" and (switch := _switch_of(parent)) is not None:
+        return f"unknown key {path}; did you mean {switch}?"
     here = key_here(path, recipe)
     if here is not None and here != path:
         sibling = here.rpartition(".")[2]
@@ -133,11 +144,21 @@ def _describe(details: ErrorDetails, recipe: dict[str, Any], written: dict[str, 
         return f"the recipe lacks {path}, which has no default; add it"
     if kind == "value_error" and isinstance(details["input"], dict | list):
         return f"{path}: {_own_message(details)}" if path else _own_message(details)
-    if isinstance(details["input"], bool) and _switch_of(path) is not None:
-        return f"{path}={show(details['input'])}: did you mean {_switch_of(path)}={show(details['input'])}?"
+    meant = _meant_inside(path, kind, details["input"])
+    if meant is not None:
+        return f"{path}={show(details['input'])}: did you mean {meant}?"
     source = referred(written, location)
     from_where = f" (from {dotted(source)})" if source is not None else ""
     return f"{path}={show(details['input'])}{from_where}: {_wanted(details)}"
+
+
+def _meant_inside(section: str, kind: str, value: Any) -> str | None:
+    """What probably was to be set where a value stands in a section's place: its switch, or the key that names it."""
+    if isinstance(value, bool) and _switch_of(section) is not None:
+        return f"{_switch_of(section)}={show(value)}"
+    if isinstance(value, str) and kind.startswith("model") and section in _NAMED_BY:
+        return f"{section}.{_NAMED_BY[section]}={value}"
+    return None
 
 
 def _wanted(details: ErrorDetails) -> str:
@@ -151,7 +172,10 @@ def _wanted(details: ErrorDetails) -> str:
         return f"wanted a number {words} {context[bound]}"
     for start, words in _WANTED.items():
         if kind.startswith(start):
-            return f"wanted {words}{_example(details)}"
+            unquoted = start == "string" and isinstance(details["input"], bool | int | float)
+            return f"wanted {words}{_example(details)}" + (
+                "; a text that reads as another value stands in quotes" if unquoted else ""
+            )
     return details["msg"][:1].lower() + details["msg"][1:]
 
 

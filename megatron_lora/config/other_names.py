@@ -161,9 +161,22 @@ _NAMES = {
     "norm_adv_by_std_in_grpo": "grpo.normalize_rewards",
     "use_kl_loss": "loss_fn.reference_policy_kl_penalty",
     "train_type": "{adapter}.enabled",
-    "betas": "policy.megatron_cfg.optimizer.adam_beta1",
     "epsilon": "loss_fn.ratio_clip_max",
     "save": "checkpointing.checkpoint_dir",
+    "resume": "checkpointing.resume",
+    "optim": "policy.megatron_cfg.optimizer",
+    "warmup_ratio": "policy.megatron_cfg.scheduler.lr_warmup_iters",
+    "save_strategy": "checkpointing.save_period",
+    "eval_strategy": "{algorithm}.val_period",
+    "bnb_4bit_quant_type": "{adapter}.quantization",
+    "split_dataset_ratio": "data.train.split_validation_size",
+    "dataset_num_proc": "data.num_workers",
+    "rpo_alpha": "dpo.sft_loss_weight",
+    "mask_truncated_completions": "grpo.overlong_filtering",
+    "importance_sampling_level": "loss_fn.sequence_level_importance_ratios",
+    "delta": "loss_fn.ratio_clip_c",
+    "vllm_tensor_parallel_size": "policy.generation.vllm_cfg.tensor_parallel_size",
+    "log_completions": "logger.num_val_samples_to_print",
 }
 _UPLOAD = (
     "a finished run is uploaded by `megatron-lora export --adapter-ckpt STEP_DIR --hf-ckpt-path OUT --push-to-hub "
@@ -175,6 +188,9 @@ _ELSEWHERE = {
     "hydra": "there is no Hydra here: the run's folder is checkpointing.checkpoint_dir, sweeps are a shell's loop",
     "report_to": "each tracker has a key of its own: logger.wandb_enabled, tensorboard_enabled, trackio_enabled, "
     "swanlab_enabled, mlflow_enabled",
+    "betas": "there are two keys: policy.megatron_cfg.optimizer.adam_beta1 and adam_beta2",
+    "resume_from_checkpoint": "the same command goes on from the newest step in checkpointing.checkpoint_dir "
+    "(checkpointing.resume=false: refuse a folder that holds a run)",
     "push_to_hub": _UPLOAD,
     "hub_model_id": _UPLOAD,
     "hub_strategy": _UPLOAD,
@@ -182,6 +198,18 @@ _ELSEWHERE = {
     "hub_private_repo": _UPLOAD,
     "push_to_hub_model_id": _UPLOAD,
     "assistant_only_loss": "always so: only the answers' tokens carry loss (sft.only_unmask_final: only the last's)",
+    "completion_only_loss": "always so: only the answers' tokens carry loss",
+    "logging_steps": "every step is logged, in metrics.jsonl and in each tracker",
+    "ref_model": "the reference is what the run starts from: the base, or the base with "
+    "init_adapter (policy.reference_policy=base: without it)",
+    "num_iterations": "a step's answers are trained on once, in grpo.num_prompts_per_step x "
+    "grpo.num_generations_per_prompt / policy.train_global_batch_size updates",
+    "steps_per_generation": "policy.train_global_batch_size below grpo.num_prompts_per_step x "
+    "grpo.num_generations_per_prompt makes several updates of a step's answers",
+    "entropy_coeff": "there is no entropy bonus here",
+    "neftune_noise_alpha": "there is no noise on embeddings here",
+    "deepspeed": "layouts are keys of policy.megatron_cfg (Megatron-Core) and policy.dtensor_cfg (FSDP2)",
+    "fsdp": "layouts are keys of policy.megatron_cfg (Megatron-Core) and policy.dtensor_cfg (FSDP2)",
     "merge_lora": "`megatron-lora merge --adapter-ckpt STEP_DIR --hf-ckpt-path OUT` merges a step's adapter",
 }
 _NO_OWN_MODEL = (

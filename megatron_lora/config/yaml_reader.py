@@ -77,9 +77,28 @@ def read_yaml(text: str, source: str) -> Any:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         if problem == "but found another document":
             raise UserError(f"{source}{where} begins a second document (---); keep one of them") from error
-        if getattr(error, "context", None) == "while scanning an alias" or "undefined alias" in str(problem):
-            problem = "a text that begins with * stands in quotes: '*_proj'"
+        line = text.splitlines()[mark.line] if mark is not None and mark.line < len(text.splitlines()) else ""
+        problem = _in_plain_words(str(problem), str(getattr(error, "context", "")), line)
         raise UserError(f"{source}{where} is not YAML: {problem}") from error
+
+
+def _in_plain_words(problem: str, context: str, line: str) -> str:
+    """What PyYAML says of a line, with the mend where it is a known trap."""
+    alias = re.search(r"undefined alias '([^']+)'", problem)
+    if alias is not None:
+        return (
+            f"no &{alias[1]} stands above *{alias[1]} in this file (anchors do not reach over defaults: write "
+            "${section.key} there); a text that begins with * stands in quotes: '*_proj'"
+        )
+    if context == "while scanning an alias":
+        return "a text that begins with * stands in quotes: '*_proj'"
+    if "'\\t' that cannot start any token" in problem:
+        return f"{problem}; indent with spaces, not with a tab"
+    if "${" in line and problem.endswith("but got '{'"):
+        return "${...} between { and } stands in quotes: {key: '${section.key}'}"
+    if problem == "mapping values are not allowed here":
+        return f"{problem}: mend the indentation, or put a text that holds ': ' in quotes"
+    return problem
 
 
 def protect_templates(value: Any) -> Any:

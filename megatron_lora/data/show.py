@@ -18,6 +18,7 @@ from megatron_lora.config.command_line import build_recipe_parser, integer, pars
 from megatron_lora.config.loader import load_recipe
 from megatron_lora.config.schema import Recipe
 from megatron_lora.errors import UserError
+from megatron_lora.runtime.terminal import complain
 
 USER_ERROR_STATUS = 2
 DEFAULT_ROWS = 3
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "megatron_lora.data
         recipe = load_recipe(options.recipe, options.overrides).recipe
         return _show(recipe, options.rows, options.json)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(f"error: {error}")
         return USER_ERROR_STATUS
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,7 +62,7 @@ def _show(recipe: Recipe, num_rows: int, as_json: bool) -> int:
 
     data = prepare_data(recipe)
     for line in data.lines():
-        print(line, file=sys.stderr)
+        complain(line)
     for name, source, dataset in data.sets:
         for shown in show_rows(recipe.section.rows, name, source, dataset, data.tokenizer, num_rows):
             # In ASCII: some characters of a text end a line for those who read these lines.

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from megatron_lora.reporting.text_curve import text_curve
 from megatron_lora.reporting.time_left import TimeLeft
-from megatron_lora.runtime.terminal import terminal_output
+from megatron_lora.runtime.terminal import folded, terminal_output
 
 PLAIN_WIDTH = 120  # of tables where no terminal tells its width
 SECONDS_BETWEEN_LINES = 5.0
@@ -139,7 +139,7 @@ class RunConsole:
 
     def print(self, text: str, style: str = "") -> None:
         """One line of plain text, taken literally."""
-        self.console.print(Text(text, style=style), soft_wrap=True)
+        self.console.print(Text(folded(text, self.console.file), style=style), soft_wrap=True)
 
     def curve(self, records: Sequence[Mapping[str, Any]], name: str) -> None:
         """The course of a metric, drawn in text."""

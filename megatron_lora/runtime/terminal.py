@@ -8,15 +8,17 @@ import io
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from megatron_lora.errors import UserError
 
 LOG_NAME = "log.txt"
+NARROWEST = 20  # columns; a pseudo-terminal that nobody sized has 0
 LONGEST_LIST = 400  # characters: four lines of a terminal
 
 
@@ -102,9 +104,28 @@ def terminal_output() -> TextIO:
     return _log.out if _log is not None else sys.stdout
 
 
+def folded(text: str, stream: IO[str]) -> str:
+    """A message as it is printed there: a terminal's lines end between words, and go on as far in as they began."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        width = 0
+    if width < NARROWEST:
+        return text
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        # Paths, flags and keys stay whole.
+        lines.append(
+            textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        )
+    return "\n".join(lines)
+
+
 def say(text: str) -> None:
     """A line on the user's standard output, whatever else is printed there."""
-    print(text, file=terminal_output(), flush=True)
+    stream = terminal_output()
+    print(folded(text, stream), file=stream, flush=True)
 
 
 def brief(text: str) -> str:
@@ -119,7 +140,8 @@ def brief(text: str) -> str:
 
 def complain(text: str) -> None:
     """Likewise on standard error."""
-    print(text, file=_log.err if _log is not None else sys.stderr, flush=True)
+    stream = _log.err if _log is not None else sys.stderr
+    print(folded(text, stream), file=stream, flush=True)
 
 
 def _flush() -> None:

@@ -88,6 +88,11 @@ def test_a_star_stands_in_quotes():
         ("policy.generation.colocated=false", "did you mean policy.generation.colocated.enabled=false?"),
         ("policy.sequence_packing=true", "did you mean policy.sequence_packing.enabled=true?"),
         ("logger.mlflow=true", "did you mean logger.mlflow_enabled=true?"),
+        ("logger.wandb.enabled=true", "unknown key logger.wandb.enabled; did you mean logger.wandb_enabled?"),
+        ("data.train=rows.jsonl", "data.train='rows.jsonl': did you mean data.train.data_path=rows.jsonl?"),
+        ("checkpointing=out", "did you mean checkpointing.checkpoint_dir=out?"),
+        ("logger=wandb", "logger='wandb': wanted a section"),
+        ("policy.model_name=no", "policy.model_name=false: wanted text; a text that reads as another value stands in"),
         ("policy.tokenizer=true", "policy.tokenizer=true: wanted a section"),
     ],
 )
@@ -137,6 +142,9 @@ def test_a_bad_value_behind_an_interpolation_says_where_it_comes_from():
         ),
         (PPO, "critic.model_name=x", "unknown key critic.model_name: the critic is a second adapter and a value head"),
         (PPO, "critic={optim: {lr: 1.0e-4}, model: {path: x}}", "critic.model.path: the critic is a second adapter"),
+        (SFT, "optim=adamw_torch", "did you mean policy.megatron_cfg.optimizer?"),
+        (SFT, f"{PEFT}.betas=[0.9, 0.95]", "there are two keys: policy.megatron_cfg.optimizer.adam_beta1 and"),
+        (DPO, "ref_model=x", "unknown key ref_model: the reference is what the run starts from"),
         (SFT, "use_shm=true", "did you mean policy.preload_to_shm?"),
         (SFT, "hub_private_repo=true", "a finished run is uploaded by `megatron-lora export"),
     ],
@@ -266,7 +274,9 @@ def test_two_algorithms_are_told_before_a_key_of_one_of_them():
     assert "the recipe has the sections sft and dpo; keep one" in message(SFT, "dpo.beta=0.1")
 
 
-@pytest.mark.parametrize("name", ["configs/sft", "configs/sftt.yaml", "config/sft.yaml", "sft.yaml"])
+@pytest.mark.parametrize(
+    "name", ["configs/sft", "configs/sftt.yaml", "configs/stf.yaml", "config/sft.yaml", "sft.yaml"]
+)
 def test_a_recipe_that_is_not_there_is_answered_with_one_that_is(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(SFT.parents[1])
     assert "; did you mean configs/sft.yaml?" in message(Path(name))
@@ -288,7 +298,10 @@ def test_nemo_rls_markers(tmp_path: Path):
         ("", "is empty; wanted sections such as policy: and data:"),
         ("# sft\n", "is empty"),
         ("- sft: {}\n", "wanted sections such as policy: and data:"),
-        ("sft:\n\tseed: 1\n", "line 2 is not YAML: found character '\\t'"),
+        ("sft:\n\tseed: 1\n", "line 2 is not YAML: found character '\\t' that cannot start any token; indent with"),
+        ("sft: {seed: ${mul:4,8}}\n", "line 1 is not YAML: ${...} between { and } stands in quotes"),
+        ("sft:\n  seed: 1\n   val_period: 2\n", "line 3 is not YAML: mapping values are not allowed here: mend the"),
+        ("sft: *other\n", "line 1 is not YAML: no &other stands above *other in this file (anchors do not reach over"),
         ("sft: {}\n---\ndpo: {}\n", "line 2 begins a second document (---); keep one of them"),
         (
             "sft: {}\nsft.seed: 3\n",

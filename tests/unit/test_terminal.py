@@ -1,9 +1,12 @@
 """What people read reaches the terminal, what libraries print the log: at the level of file descriptors."""
 
+import fcntl
 import io
 import os
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,23 @@ def test_a_long_list_is_short_in_the_terminal_and_whole_in_the_log(tmp_path: Pat
     assert len(shown) < 450 and shown.endswith(f", ... and {100 - kept} more, which are in log.txt"), shown
     assert f"{names[0]}, {names[1]}" in (log := (tmp_path / "log.txt").read_text()) and log.endswith(f"{names[-1]}\n")
     assert terminal.brief(", ".join(names)) == ", ".join(names)  # with no log, as in --debug
+
+
+@pytest.mark.parametrize("columns", [100, 60, 0])
+def test_a_message_ends_its_lines_between_words(columns: int):
+    text = f"error: one, {'two, ' * 30}--master-port\n  {'held ' * 30}a/{'very' * 30}/path"
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    with os.fdopen(theirs, "w") as screen:
+        shown = terminal.folded(text, screen)
+    os.close(ours)
+    assert shown.split() == text.split()  # no word is broken
+    lines = shown.splitlines()
+    if columns:
+        assert all(len(line) <= columns for line in lines[:-1]) and lines[-2].startswith("  held "), shown
+    else:  # nobody sized it
+        assert shown == text
+    assert terminal.folded(text, io.StringIO()) == text
 
 
 def test_a_live_bar_leaves_noise_in_the_log(monkeypatch: pytest.MonkeyPatch):
