@@ -9,13 +9,13 @@ result is merged.
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import get_args
+from importlib import import_module
+from typing import Any
 
 from conversion.command_line import add_debug, add_push, deliver, run_command, upload_of
 from megatron_lora.config.command_line import Parser
-from megatron_lora.conversion.export import DTYPES, export_lora_adapter_to_hf, merge_lora_to_hf
+from megatron_lora.config.schema_adapters import DTYPES
 from megatron_lora.errors import UserError
-from megatron_lora.lora.peft_format import ExpertLayout
 
 # `megatron-lora export` and `merge` say by their names what is written.
 MODES = {"export": "adapter", "merge": "merged"}
@@ -23,6 +23,16 @@ DESCRIPTIONS = {
     "adapter": "Write a checkpoint's adapter as an HF PEFT folder; the base model is not needed.",
     "merged": "Write a checkpoint's base and adapter, merged, as an HF model; the base is streamed.",
 }
+EXPERT_LAYOUTS = ("each", "packed")  # those of `lora.peft_format.ExpertLayout`
+# NeMo RL's Python entry points, which its users import from its file of this name.
+ENTRY_POINTS = ("export_lora_adapter_to_hf", "merge_lora_to_hf")
+
+
+def __getattr__(name: str) -> Any:
+    """They bring torch, for which a mistake in the command line does not wait."""
+    if name not in ENTRY_POINTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("megatron_lora.conversion.export"), name)
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
@@ -45,7 +55,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Na
     )
     parser.add_argument(
         "--expert-layout",
-        choices=get_args(ExpertLayout),
+        choices=EXPERT_LAYOUTS,
         help="adapter: factors of experts as one pair for each tensor of all of them (`packed`, the default: peft's "
         "target_parameters), or a pair for `each` expert's linears",
     )
@@ -69,6 +79,8 @@ def main(arguments: Namespace) -> None:
     if mode == "adapter":
         if arguments.dtype is not None:
             raise UserError("--dtype is for --mode merged; an adapter is written in the dtype it was trained in")
+        from megatron_lora.conversion.export import export_lora_adapter_to_hf
+
         upload = upload_of(arguments)
         layout = arguments.expert_layout or "packed"
         exported = export_lora_adapter_to_hf(**common, uniform_scale=arguments.uniform_scale, expert_layout=layout)
@@ -78,6 +90,8 @@ def main(arguments: Namespace) -> None:
             raise UserError("--expert-layout is for --mode adapter; a merged model has no factors")
         if arguments.uniform_scale:
             raise UserError("--uniform-scale is for --mode adapter; a merged model has no scale")
+        from megatron_lora.conversion.export import merge_lora_to_hf
+
         upload = upload_of(arguments)
         deliver(merge_lora_to_hf(**common, dtype=arguments.dtype), upload)
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from conversion.command_line import add_debug, run_command
 from megatron_lora.config.command_line import Parser
-from megatron_lora.conversion.export import import_hf_adapter
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Namespace:
@@ -25,6 +24,9 @@ def parse_args(argv: Sequence[str] | None = None, prog: str | None = None) -> Na
 
 
 def main(arguments: Namespace) -> None:
+    # Brings torch, for which a mistake in the command line does not wait.
+    from megatron_lora.conversion.export import import_hf_adapter
+
     print(
         import_hf_adapter(
             hf_adapter=arguments.hf_adapter,

@@ -1,14 +1,18 @@
 """A run's command line: any order, mistakes in one line, help that succeeds."""
 
 import re
+from typing import get_args
 
 import pytest
 
-from conversion.convert_lora_to_hf import parse_args
+from conversion.convert_lora_to_hf import EXPERT_LAYOUTS, export_lora_adapter_to_hf, merge_lora_to_hf, parse_args
 from megatron_lora.cli.completion import FLAGS
 from megatron_lora.cli.main import main
 from megatron_lora.config.command_line import build_parser, parse_run
+from megatron_lora.config.schema_adapters import DTYPES
+from megatron_lora.conversion import export
 from megatron_lora.errors import UserError
+from megatron_lora.lora.peft_format import ExpertLayout
 
 
 def parse(*words: str):
@@ -69,6 +73,11 @@ def test_mistakes_are_one_line(words: tuple[str, ...], wanted: str):
 def test_a_commands_name_says_what_is_written(name: str, mode: str | None):
     arguments = ["--adapter-ckpt", "step_1", "--hf-ckpt-path", "out"]
     assert parse_args(arguments, f"megatron-lora {name}").mode == mode
+
+
+def test_nemo_rls_entry_points_and_the_layouts_are_those_of_the_library():
+    assert (export_lora_adapter_to_hf, merge_lora_to_hf) == (export.export_lora_adapter_to_hf, export.merge_lora_to_hf)
+    assert get_args(ExpertLayout) == EXPERT_LAYOUTS and set(DTYPES) == set(export.DTYPES)
 
 
 def test_an_unknown_flag_is_named_before_a_required_one_is_missed():

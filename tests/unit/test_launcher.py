@@ -193,9 +193,18 @@ def test_help_and_the_resolved_recipe(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_mistakes_and_help_import_no_torch():
-    code = "import sys; from megatron_lora.cli.main import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    for arguments in (["train", "x.yaml"], ["train", "--help"]):
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=OURS, stdout=subprocess.DEVNULL)
+    mistakes = [
+        ["train", "x.yaml"],
+        ["train", "--help"],
+        ["export"],
+        ["merge", "--help"],
+        ["import", "--zzz"],
+        ["show"],
+    ]
+    code = "import sys; from megatron_lora.cli.main import main\n"
+    code += f"print([main(words) for words in {mistakes}], 'torch' in sys.modules, file=sys.__stderr__)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=OURS, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[2, 0, 2, 0, 2, 2] False"
 
 
 @pytest.mark.parametrize(
