@@ -36,6 +36,20 @@ def packed_grid(bounds: Tensor, tokens: int) -> RowGrid:
     return RowGrid(places, F.pad(back, (0, tokens - back.numel())), lengths)
 
 
+class KeptGrid:
+    """The grid of one micro-batch's rows: the first layer that asks for it makes it, which waits for the device."""
+
+    def __init__(self) -> None:
+        self._grid: RowGrid | None = None
+
+    def of(self, bounds: Tensor, tokens: int) -> RowGrid:
+        """See `packed_grid`; bounds and tokens are the same whenever it is asked."""
+        if self._grid is None:
+            self._grid = packed_grid(bounds, tokens)
+        assert self._grid.back.numel() == tokens
+        return self._grid
+
+
 def even_grid(rows: int, tokens: int, device: torch.device) -> RowGrid:
     """Of rows of as many tokens, in a flat sequence that has the first token of each row first (Megatron's [tokens,
     rows])."""

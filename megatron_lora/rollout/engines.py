@@ -82,12 +82,15 @@ class ColocatedVllm(Engine):
         reason = None if torch.cuda.is_available() else vllm_engine.needs_gpu_reason(policy)
         return [] if reason is None else [f"not ready yet: {reason}"]
 
+    def check_outside(self, policy: PolicyConfig, world: World) -> None:
+        """That there is a GPU where it needs one; --dry-run, which may be made elsewhere, tells it in `not_ready`."""
+        reason = None if world.device.type == "cuda" else vllm_engine.needs_gpu_reason(policy)
+        if reason is not None:
+            raise UserError(reason)
+
     def build(self, trainer: Trainer) -> Generator:
         from megatron_lora.rollout.vllm import VllmGenerator
 
-        reason = None if trainer.world.device.type == "cuda" else vllm_engine.needs_gpu_reason(trainer.config)
-        if reason is not None:
-            raise UserError(reason)
         hands_over = vllm_engine.hands_over_adapter(trainer.config, trainer.world)
         adapter = trainer.policy.adapter() if hands_over else None
         return VllmGenerator(trainer.config, trainer.world, trainer.tokenizer, adapter)

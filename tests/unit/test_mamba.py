@@ -22,6 +22,7 @@ from megatron_lora.lora.describe import describe_config, describe_json
 from megatron_lora.lora.layout import rows_of_part
 from megatron_lora.lora.targets import select_linears
 from megatron_lora.policy.layout_checks import check_layout
+from megatron_lora.policy.row_grid import KeptGrid, packed_grid
 from megatron_lora.policy.state_space import scan
 from megatron_lora.rollout.engines import ENGINES
 from megatron_lora.runtime.world import World
@@ -52,6 +53,15 @@ def policy(folder: Path | str = "somewhere", **megatron: Any) -> PolicyConfig:
     section = {"enabled": True, "peft": {"enabled": True}} | megatron
     sizes = {"model_name": str(folder), "max_total_sequence_length": 128}
     return PolicyConfig.model_validate(sizes | {"megatron_cfg": section})
+
+
+def test_layers_of_a_micro_batch_share_one_grid() -> None:
+    bounds, kept = torch.tensor([0, 3, 5]), KeptGrid()
+    grid = kept.of(bounds, 7)  # two tokens of filling
+    assert kept.of(bounds, 7) is grid and KeptGrid().of(bounds, 7) is not grid
+    assert grid.places.tolist() == packed_grid(bounds, 7).places.tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(AssertionError):
+        kept.of(bounds, 8)
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -214,3 +224,6 @@ def test_rollouts(base: Path) -> None:
     if not torch.cuda.is_available():
         [line] = ENGINES["vllm"].not_ready(policy(base), World.alone())
         assert "kernels for Mamba layers" in line and "backend=megatron" in line
+    with pytest.raises(UserError, match="kernels for Mamba layers .* run on a GPU alone"):  # of a run, before loading
+        ENGINES["vllm"].check_outside(policy(base), world)
+    ENGINES["megatron"].check_outside(policy(base), world)

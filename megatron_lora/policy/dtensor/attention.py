@@ -3,7 +3,7 @@
 Registered under `NAME` with transformers, whose models then build no mask of their own: nothing of size T x T exists.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from megatron_lora.data.batch import SharedKeys
+from megatron_lora.policy.row_grid import KeptGrid
 from megatron_lora.runtime.shared_attention import LARGEST_HEAD_DIM, shared_attention
 
 NAME = "megatron_lora_packed"
@@ -21,11 +22,13 @@ NAME = "megatron_lora_packed"
 @dataclass(frozen=True, eq=False)
 class Packing:
     """Where rows begin and end, on the CPU and as [rows + 1] int32; shared_keys: who sees what where rows share
-    prefixes. An object and no list, so that a compiled layer does not depend on its numbers."""
+    prefixes; grid: of the rows, for layers that carry a state along each. An object and no list, so that a compiled
+    layer does not depend on its numbers."""
 
     bounds: list[int]
     cu_seqlens: Tensor
     shared_keys: SharedKeys | None = None
+    grid: KeptGrid = field(default_factory=KeptGrid)
 
 
 @torch.compiler.disable

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from megatron_lora.lora.model_spec import ModelSpec
 from megatron_lora.policy.dtensor.attention import Packing
-from megatron_lora.policy.row_grid import packed_grid
 from megatron_lora.policy.state_space import mamba2
 
 
@@ -43,7 +42,7 @@ class _RowsApart:
     def __call__(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """[1, T, h] -> [1, T, h]."""
         assert self.packing is not None and self.packing.shared_keys is None
-        grid = packed_grid(self.packing.cu_seqlens, hidden_states.shape[1])
+        grid = self.packing.grid.of(self.packing.cu_seqlens, hidden_states.shape[1])
         out = self.forward(hidden_states[0][grid.places])
         return out.flatten(0, 1)[grid.back].unsqueeze(0)
 

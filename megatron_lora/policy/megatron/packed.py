@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,16 +11,24 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_lora.data.batch import MicroBatch
+from megatron_lora.policy.row_grid import KeptGrid
 from megatron_lora.runtime.native_layers import RoutedParams, SharedPrefixParams, layer_window
 from megatron_lora.runtime.rotary import picked, rotary_modules
 from megatron_lora.runtime.shared_attention import shared_attention
+
+
+@dataclass
+class PackedRows(RoutedParams):
+    """Plain rows. grid: of them, for layers that carry a state along each."""
+
+    grid: KeptGrid = field(default_factory=KeptGrid)
 
 
 def packed_params(batch: MicroBatch, experts: Tensor | None = None) -> PackedSeqParams:
     """What attention, rotary embeddings and routers are to know of a micro-batch on the device. experts: to which
     the tokens of this rank go."""
     if batch.shared_keys is None:
-        return RoutedParams(
+        return PackedRows(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,

@@ -2,6 +2,7 @@
 the last tokens, and rows of a micro-batch that each begin with an empty state. Plain PyTorch, also on a GPU."""
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_lora.lora.model_spec import ModelSizes
 from megatron_lora.policy.megatron.head_exchange import HeadExchange
-from megatron_lora.policy.row_grid import RowGrid, even_grid, packed_grid
+from megatron_lora.policy.row_grid import RowGrid, even_grid
 
 # Groups of heads: all that a rank has.
 ALL = slice(None)
@@ -48,7 +49,7 @@ class Carried:
     state: Tensor
 
 
-class RecurrentMixer(MegatronModule):
+class RecurrentMixer(MegatronModule, ABC):
     """A mixer in the place of attention. A tensor-parallel rank has some of its groups of heads (key heads), whose rows
     of in_proj lie one after the other.
 
@@ -117,15 +118,16 @@ class RecurrentMixer(MegatronModule):
         elif packed_seq_params is None:
             out, _carried = self.mix(flat, even_grid(batch, tokens, mixed.device))
         else:
-            out = self._mix_packed(flat, packed_seq_params.cu_seqlens_q)
+            out = self._mix_packed(flat, packed_seq_params)
         return self.out_proj(out.reshape(tokens, batch, -1))
 
-    def _mix_packed(self, mixed: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _mix_packed(self, mixed: Tensor, packed: Any) -> Tensor:
         """`mix` of packed rows, [tokens, groups, ...]: each context-parallel rank mixes all tokens for some groups."""
-        exchange = HeadExchange(self.cp, cu_seqlens)
+        exchange = HeadExchange(self.cp, packed.cu_seqlens_q)
         of_heads = exchange.to_heads(mixed)
         tokens, number = of_heads.shape[:2]
-        out, _carried = self.mix(of_heads, packed_grid(cu_seqlens, tokens), groups=exchange.groups(self.groups))
+        grid = packed.grid.of(packed.cu_seqlens_q, tokens)
+        out, _carried = self.mix(of_heads, grid, groups=exchange.groups(self.groups))
         return exchange.to_tokens(out.reshape(tokens, number, -1))
 
     def mix(
@@ -170,20 +172,20 @@ class RecurrentMixer(MegatronModule):
         """Of a number for each head (or feature) of this rank, group by group, those of some groups."""
         return numbers.view(self.groups, -1)[groups].flatten()
 
+    @abstractmethod
     def channels_of(self, mixed: Tensor) -> Tensor:
         """[tokens, groups, rows of a group] -> [tokens, channels], what the convolution mixes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recur(
         self, mixed: Tensor, convolved: Tensor, grid: RowGrid, state: Tensor | None, keeps: bool, groups: slice
     ) -> tuple[Tensor, Any]:
         """mixed as above, convolved [rows, longest, channels], the state that rows begin with (None: an empty one) ->
         ([tokens, ...] for out_proj, the state that rows end with; any where it is not kept). groups: as for `mix`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_shape(self) -> tuple[int, ...]:
         """Of one row's state."""
-        raise NotImplementedError
 
     def row_bytes(self) -> int:
         """What one row carries."""
