@@ -34,7 +34,7 @@ def gated_backward(given: Tensor, dy: Tensor, dh: Tensor) -> tuple[Tensor, Tenso
     parts, rows_of_part = _parts(tokens)
     gradient = torch.empty_like(given)
     sums = torch.empty(parts, rank, width, dtype=torch.float32, device=given.device)
-    kernel: Any = _gated_backward[(triton.cdiv(width, COLUMNS), parts)]
+    kernel: Any = _gated_backward[(_ceil_div(width, COLUMNS), parts)]
     kernel(
         given, dy, dh, gradient, sums, tokens, width, rank, rows_of_part,
         ROWS=ROWS, COLUMNS=COLUMNS, RANK=_power_of_two(rank), num_warps=4,
@@ -49,7 +49,7 @@ def output_gradients(dy: Tensor, h: Tensor, lora_b: Tensor) -> tuple[Tensor, Ten
     tokens, outputs, rank = dy.shape[0], dy.shape[1], h.shape[1]
     assert lora_b.shape == (outputs, rank) and rank <= HIGHEST_RANK
     parts, rows_of_part = _parts(tokens)
-    blocks = triton.cdiv(outputs, OUTPUTS)
+    blocks = _ceil_div(outputs, OUTPUTS)
     dh = torch.empty(blocks, tokens, rank, dtype=torch.float32, device=dy.device)
     db = torch.empty(parts, outputs, rank, dtype=torch.float32, device=dy.device)
     kernel: Any = _output_gradients[(blocks, parts)]
@@ -60,16 +60,20 @@ def output_gradients(dy: Tensor, h: Tensor, lora_b: Tensor) -> tuple[Tensor, Ten
     return dh.sum(0), db.sum(0)
 
 
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
 def _parts(tokens: int) -> tuple[int, int]:
     """(parts of the rows, rows of a part, a multiple of ROWS)."""
-    tiles = triton.cdiv(tokens, ROWS)
-    tiles_of_part = triton.cdiv(tiles, MOST_PARTS)
-    return triton.cdiv(tiles, tiles_of_part), tiles_of_part * ROWS
+    tiles = _ceil_div(tokens, ROWS)
+    tiles_of_part = _ceil_div(tiles, MOST_PARTS)
+    return _ceil_div(tiles, tiles_of_part), tiles_of_part * ROWS
 
 
 def _power_of_two(rank: int) -> int:
     """Tensor cores take no fewer than 16."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 # Triton reads annotations, too: it takes none but its own.
