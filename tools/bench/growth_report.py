@@ -92,6 +92,10 @@ def _idle(row: dict[str, Any]) -> float:
     return row["step_ms"] - row["parts_ms"]["busy"]
 
 
+# What a panel's times range over at least.
+LEAST_SPREAD = 4.0
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """A panel a series: measured times on logarithmic axes, beside the straight line through the first point."""
     from matplotlib.figure import Figure
@@ -117,7 +121,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
         place.set_yscale("log")
         place.set_xticks(numbers, [_short(number) for number in numbers])
         place.minorticks_off()
-        place.set_yticks(times, [f"{time:.0f}" for time in times])
+        place.set_yticks([])
+        for number, time in zip(numbers, times, strict=True):
+            place.annotate(f"{time:.0f}", (number, time), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        low, high = min(times + straight), max(times + straight)
+        if high < LEAST_SPREAD * low:
+            # A few percent are not to look like a wall.
+            middle = math.sqrt(low * high)
+            place.set_ylim(middle / math.sqrt(LEAST_SPREAD), middle * math.sqrt(LEAST_SPREAD))
         place.set_title(SERIES[name][0], fontsize=9)
         place.set_ylabel("ms a step", fontsize=8)
         place.tick_params(labelsize=7)

@@ -131,6 +131,7 @@ def draw_chart(results: dict[str, Any], path: Path) -> None:
         axis.bar_label(bars, values, padding=3)
         axis.set_title(title, fontsize=10)
         axis.margins(x=0.18)
+        axis.locator_params(axis="x", nbins=5)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle(f"Training step, {results['shape']}, {(results.get('environment') or {}).get('device', '')}")
