@@ -150,7 +150,7 @@ def merge_only_reason(policy: PolicyConfig, world: World) -> str | None:
         known = (
             "vLLM's product of experts on a CPU takes none"
             if world.device.type == "cpu"
-            else "that vLLM computes with them was not seen yet"
+            else "vLLM takes an adapter an expert, which refits do not make yet"
         )
         return f"adapters on experts and routers are handed over merged ({known})"
     return None
