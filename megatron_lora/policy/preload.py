@@ -65,17 +65,17 @@ def use_copy(folder: Path, *, for_a_child: bool = False) -> Path:
     _remove_unused(copy)
     while True:
         descriptor = os.open(_lock(copy), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        # Changing the kind of a lock lets others in between, so all is looked at again afterwards.
-        if not copy.is_dir():
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Whoever copies holds the lock alone. Nobody waits for that: one who got it first keeps it while it uses the copy.
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_current(descriptor, copy) and not copy.is_dir():
                 try:
                     _copy(folder, copy)
                 except BaseException:
                     os.close(descriptor)
                     raise
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Waits for one that copies. Changing the kind of a lock lets others in between, so all is looked at again.
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         if _is_current(descriptor, copy) and copy.is_dir():
             os.set_inheritable(descriptor, for_a_child)
             _used[copy] = descriptor

@@ -1,5 +1,6 @@
 """A base's copy in shared memory: made once, kept while somebody uses it, removed by the last user or after a kill."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -179,3 +180,24 @@ def test_a_machine_without_shared_memory_is_told(base: Path, tmp_path: Path, mon
     monkeypatch.setattr(preload, "SHARED_MEMORY", tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no"):
         base_folder(policy_of(base, preload_to_shm=True))
+
+
+def test_who_comes_second_does_not_wait_for_the_first_to_leave(
+    memory: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks that find no copy at the same time: one makes it and keeps the lock while it uses it."""
+    lock_as_the_system = fcntl.flock
+    held: list[int] = []
+
+    def lock(descriptor: int, kind: int) -> None:
+        if kind & fcntl.LOCK_EX and not held:
+            # The other one was faster.
+            preload._copy(base, copy_of(base))
+            held.append(os.open(preload._lock(copy_of(base)), os.O_RDWR))
+            lock_as_the_system(held[0], fcntl.LOCK_SH)
+        assert not kind & fcntl.LOCK_EX or kind & fcntl.LOCK_NB, "waits until nobody uses the copy"
+        lock_as_the_system(descriptor, kind)
+
+    monkeypatch.setattr(preload.fcntl, "flock", lock)
+    assert use_copy(base) == copy_of(base)
+    os.close(held[0])
