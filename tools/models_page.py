@@ -112,13 +112,14 @@ attention; vLLM is given merged weights.
 Files of Qwen3.5's mixtures that hold one tensor of all experts of a layer are read, and written again, as such.
 Nemotron-H's layers are one thing each: Mamba-2, attention, an MLP, or experts. Its Mamba mixer is plain PyTorch here
 too, since Megatron-Core's own cannot be built without the packages mamba-ssm and causal-conv1d; on a GPU it has
-trained and drawn answers. Adapters go on the mixer's `in_proj`, on attention, MLPs and shared experts, and on experts, router and the
-mixer's `out_proj` where they are named, under transformers' names (`model.layers.0.mixer.in_proj`; files say
-`backbone.`). PEFT loads none on `out_proj`: such an adapter is merged. Step sizes have no lower limit, as in the
-kernels; transformers' own path on a CPU has one (`time_step_min`), which the DTensor backend does without: where the
-kernels are not installed it computes with the scan of the Megatron backend. What holds for linear attention holds here:
-context parallelism by groups of heads, merged weights for vLLM, which runs Mamba on a GPU alone (not seen yet). NeMo
-RL's four LoRA recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the architecture.
+trained and drawn answers. Adapters go on the mixer's `in_proj`, on attention, MLPs and shared experts, and on experts,
+router and the mixer's `out_proj` where they are named, under transformers' names (`model.layers.0.mixer.in_proj`;
+files say `backbone.`). PEFT loads none on `out_proj`: such an adapter is merged. Step sizes have no lower limit, as in
+the kernels; transformers' own path on a CPU has one (`time_step_min`), which the DTensor backend does without: where
+the kernels are not installed it computes with the scan of the Megatron backend. What holds for linear attention holds
+here: context parallelism by groups of heads, merged weights for vLLM, which runs Mamba on a GPU alone (not seen yet).
+NeMo RL's four LoRA recipes of Nemotron 3 Nano (GRPO, SFT on FSDP) pass `--dry-run` with a small model of the
+architecture.
 The dense Nemotron (squared ReLU, LayerNorm with 1 + weight) trains on the Megatron backend alone: transformers' class
 computes its attention itself and takes no packed rows; its norms do not train beside adapters. EXAONE 4 and
 EXAONE MoE have rotary embeddings in the layers with a window alone, where there are such. The experts of Ernie 4.5 are
