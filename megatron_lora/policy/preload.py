@@ -65,7 +65,7 @@ def use_copy(folder: Path, *, for_a_child: bool = False) -> Path:
     _remove_unused(copy)
     while True:
         descriptor = os.open(_lock(copy), os.O_RDWR | os.O_CREAT, 0o600)
-        # Whoever copies holds the lock alone. Nobody waits for that: one who got it first keeps it while using the copy.
+        # Whoever copies holds the lock alone. Nobody waits for that: who got it first keeps it while using the copy.
         with suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_current(descriptor, copy) and not copy.is_dir():
