@@ -73,7 +73,7 @@ def prepare(out: Path) -> tuple[list[list[float]], list[list[float]]]:
 
     base = out / "base"
     save_random_model(shape_of("tiny-experts"), base, "cpu")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj"], target_parameters=targets)
     adapted = get_peft_model(model, config)

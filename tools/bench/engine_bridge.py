@@ -59,7 +59,7 @@ def _model(
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(task.model)
+    config = AutoConfig.from_pretrained(task.model, trust_remote_code=False)
     provider: Any = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
     provider.tensor_model_parallel_size = task.tp
     provider.sequence_parallel = task.sp

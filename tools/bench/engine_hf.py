@@ -20,7 +20,7 @@ def build(task: Task, *, lora: bool, fp32_adapter: bool = True) -> tuple[Callabl
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = torch.device(task.device)
-    configuration = AutoConfig.from_pretrained(task.model)
+    configuration = AutoConfig.from_pretrained(task.model, trust_remote_code=False)
     with device:
         model: Any = AutoModelForCausalLM.from_config(
             configuration, dtype=task.dtype, attn_implementation="sdpa", trust_remote_code=False
