@@ -60,12 +60,14 @@ class InertEvent:
 
 
 class _CudaDeviceIsCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"` to the CPU in every torch call."""
+    """Rewrites `device="cuda"` to the CPU in every torch call, and pins no memory for copies to a GPU."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and _names_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": torch.device("cpu")}
+        if "pin_memory" in kwargs:
+            kwargs = {**kwargs, "pin_memory": False}
         if func in (torch.Tensor.to, torch.Tensor.type) and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], torch.device("cpu"), *args[2:])
         return func(*args, **kwargs)
